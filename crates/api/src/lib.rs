@@ -1,0 +1,1 @@
+//! D-Bus interfaces of Godwit, server and client side.

@@ -1,0 +1,1 @@
+//! What every Godwit device process stands on.

@@ -1,0 +1,1 @@
+//! Lifecycle states, saved-state frames and wire messages of Godwit's migration.

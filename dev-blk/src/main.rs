@@ -1,0 +1,2 @@
+//! Godwit's block device process.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Godwit's network device process.
+fn main() {}

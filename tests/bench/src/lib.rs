@@ -1,0 +1,1 @@
+//! Benchmarks: tables for people, one JSON form for programs.

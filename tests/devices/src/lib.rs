@@ -1,0 +1,1 @@
+//! Conformance of device processes, driven without a guest.

@@ -1,0 +1,1 @@
+//! Starts and drives Godwit's processes in tests.

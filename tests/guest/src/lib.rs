@@ -1,0 +1,1 @@
+//! The bundled bare-metal guest: its program, command line and output.

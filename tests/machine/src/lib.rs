@@ -1,0 +1,1 @@
+//! Tests of whole machines on this computer's KVM.

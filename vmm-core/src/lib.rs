@@ -1,0 +1,1 @@
+//! Godwit core process.

@@ -1,0 +1,2 @@
+//! Godwit's core process: vCPUs, memory, PCI, front-ends, migration.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Godwit's own commands: demo, test, bench, check.
+fn main() {}
