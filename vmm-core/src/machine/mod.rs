@@ -1,0 +1,3 @@
+//! The machine: all parts together, with its life.
+
+pub mod request;

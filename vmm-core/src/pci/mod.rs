@@ -1,0 +1,1 @@
+//! pci (being built).
