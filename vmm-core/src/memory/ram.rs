@@ -1,0 +1,208 @@
+//! The machine's RAM: one memfd, on huge pages if asked, laid around the MMIO hole.
+#![expect(
+    unsafe_code,
+    reason = "prefaulting a mapping is a madvise on raw addresses"
+)]
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::thread;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MmapAdvise, madvise};
+use thiserror::Error;
+
+use super::Region;
+use crate::layout::{HIGH_RAM, LOW_RAM_END};
+
+/// The size of the pages behind RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HugePages {
+    /// 2 MiB.
+    Size2M,
+    /// 1 GiB.
+    Size1G,
+}
+
+impl HugePages {
+    /// In bytes.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Self::Size2M => 2 << 20,
+            Self::Size1G => 1 << 30,
+        }
+    }
+}
+
+/// Why there is no RAM.
+#[derive(Debug, Error)]
+pub enum RamError {
+    /// A size that pages cannot make up.
+    #[error("memory size {size} is not a multiple of {page} bytes, or is 0")]
+    Size {
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes of a page.
+        page: u64,
+    },
+    /// The kernel has no such memory.
+    #[error("{size} bytes of guest memory could not be had{hint}")]
+    Allocate {
+        /// Bytes asked for.
+        size: u64,
+        /// What to do about it.
+        hint: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+const PAGE: u64 = 4096;
+
+/// The file that is the machine's RAM.
+#[derive(Clone, Debug)]
+pub struct Ram {
+    file: Arc<File>,
+    size: u64,
+}
+
+impl Ram {
+    /// Makes `size` bytes of RAM whose size cannot change any more.
+    ///
+    /// Huge pages are reserved at once: a lack of them is an error here, not a
+    /// SIGBUS of a running guest.
+    pub fn allocate(size: u64, huge: Option<HugePages>) -> Result<Self, RamError> {
+        let page = huge.map_or(PAGE, HugePages::bytes);
+        if size == 0 || !size.is_multiple_of(page) {
+            return Err(RamError::Size { size, page });
+        }
+        let hint = if huge.is_some() {
+            "; see vm.nr_hugepages"
+        } else {
+            ""
+        };
+        let failed = |source: io::Error| RamError::Allocate { size, hint, source };
+
+        let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        flags |= match huge {
+            None => MFdFlags::empty(),
+            Some(HugePages::Size2M) => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+            Some(HugePages::Size1G) => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
+        };
+        let file = File::from(memfd_create("guest-ram", flags).map_err(|e| failed(e.into()))?);
+        file.set_len(size).map_err(failed)?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| failed(e.into()))?;
+        let ram = Self {
+            file: Arc::new(file),
+            size,
+        };
+        if huge.is_some() {
+            // mmap reserves the huge pages and fails when there are too few.
+            drop(ram.regions().map_err(failed)?);
+        }
+        Ok(ram)
+    }
+
+    /// Maps the RAM: below the hole, and above it what does not fit there.
+    pub fn regions(&self) -> io::Result<Vec<Region>> {
+        let low = self.size.min(LOW_RAM_END);
+        let mut regions = vec![Region::map(0, low, Arc::clone(&self.file), 0)?];
+        if self.size > low {
+            let high = Region::map(HIGH_RAM, self.size - low, Arc::clone(&self.file), low)?;
+            regions.push(high);
+        }
+        Ok(regions)
+    }
+}
+
+/// Makes every page of `regions` present and writable, on as many threads as there
+/// are processors, so that no guest access has to wait for one.
+pub fn prefault(regions: &[Region]) -> io::Result<()> {
+    const CHUNK: u64 = 4 << 20;
+    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get) as u64;
+    let populate = |start: u64, length: u64| -> io::Result<()> {
+        let Some(address) = NonNull::new(start as *mut _) else {
+            return Ok(());
+        };
+        // SAFETY: the range lies in a region that the caller holds mapped, and
+        // populating pages changes no byte.
+        match unsafe { madvise(address, length as usize, MmapAdvise::MADV_POPULATE_WRITE) } {
+            // A kernel before 5.14 does not know it: pages come when they are used.
+            Ok(()) | Err(Errno::EINVAL) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|worker| {
+                scope.spawn(move || {
+                    for region in regions {
+                        let chunks =
+                            (worker * CHUNK..region.size()).step_by((threads * CHUNK) as usize);
+                        for at in chunks {
+                            populate(region.host() + at, CHUNK.min(region.size() - at))?;
+                        }
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        workers.into_iter().try_for_each(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a prefault thread panicked")))
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_beyond_the_hole_continues_above_4_gib() {
+        let ram = Ram::allocate(LOW_RAM_END + (64 << 20), None).unwrap();
+        let regions = ram.regions().unwrap();
+        let shape: Vec<_> = regions
+            .iter()
+            .map(|r| (r.gpa(), r.size(), r.offset()))
+            .collect();
+        assert_eq!(
+            shape,
+            [(0, LOW_RAM_END, 0), (HIGH_RAM, 64 << 20, LOW_RAM_END)]
+        );
+    }
+
+    #[test]
+    fn sizes_that_are_no_pages_are_refused() {
+        for (size, huge) in [(0, None), (4095, None), (4096, Some(HugePages::Size2M))] {
+            assert!(
+                matches!(Ram::allocate(size, huge), Err(RamError::Size { .. })),
+                "{size}"
+            );
+        }
+    }
+
+    #[test]
+    fn nobody_can_shrink_the_ram_under_the_guest() {
+        let ram = Ram::allocate(1 << 20, None).unwrap();
+        assert!(ram.file.set_len(4096).is_err());
+        assert!(ram.file.set_len(2 << 20).is_err());
+    }
+
+    #[test]
+    fn prefaulted_pages_are_in_memory() {
+        let ram = Ram::allocate(9 << 20, None).unwrap();
+        let blocks = || std::os::unix::fs::MetadataExt::blocks(&ram.file.metadata().unwrap());
+        assert_eq!(blocks(), 0);
+        prefault(&ram.regions().unwrap()).unwrap();
+        assert_eq!(blocks() * 512, 9 << 20);
+    }
+}
