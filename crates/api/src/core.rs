@@ -11,7 +11,9 @@ use crate::Error;
 pub const PATH: &str = "/org/godwit/Core1";
 
 /// Where a machine is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Type, Variant, OwnedVariant)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Type, Variant, OwnedVariant,
+)]
 #[zvariant(signature = "s", rename_all = "lowercase")]
 #[serde(rename_all = "lowercase")]
 pub enum State {
