@@ -22,7 +22,7 @@ pub fn command(program: &str, arguments: &[&str]) -> Command {
 /// Runs a command to its end; not succeeding is an error that names it.
 pub fn run(command: &mut Command) -> Result<()> {
     let shown = shown(command);
-    println!("→ {shown}");
+    eprintln!("→ {shown}");
     let status = command
         .status()
         .with_context(|| format!("{shown} could not be started"))?;

@@ -46,7 +46,13 @@ pub trait Control: Send + Sync + 'static {
 pub struct Core<C>(pub C);
 
 /// One machine.
-#[zbus::interface(name = "org.godwit.Core1", proxy(default_path = "/org/godwit/Core1"))]
+#[zbus::interface(
+    name = "org.godwit.Core1",
+    proxy(
+        default_path = "/org/godwit/Core1",
+        default_service = "org.godwit.Core1"
+    )
+)]
 impl<C: Control> Core<C> {
     /// Stops all vCPUs, then all devices. Does nothing to a paused machine.
     async fn pause(&self) -> Result<(), Error> {
