@@ -22,6 +22,8 @@ pub mod command {
     pub const RESET: &str = "reset\n";
     /// Power off at once.
     pub const POWEROFF: &str = "poweroff\n";
+    /// Read where there is no memory; the guest reports the exception and powers off.
+    pub const FAULT: &str = "fault\n";
     /// Triple-fault.
     pub const TRIPLE: &str = "triple\n";
 }

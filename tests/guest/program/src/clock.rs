@@ -97,6 +97,13 @@ fn note_gap(last: u64, now: u64) {
     }
 }
 
+/// Forgets all gaps: those of the start, when devices are set up, say nothing of the machine.
+pub fn forget_gaps() {
+    observe();
+    GAP.store(0, Relaxed);
+    MAX_GAP.store(0, Relaxed);
+}
+
 /// The largest gap since the last call, the largest of all, and how often the clock went back.
 pub fn take_gap() -> (u64, u64, u64) {
     (

@@ -67,7 +67,7 @@ fn boot(start_info: u64) -> ! {
     let tables = acpi::Tables::find(info.rsdp());
     power::init(&tables, workload.slp_typ);
     apic::enable();
-    let functions = pci::scan(&tables);
+    let functions = pci::scan(&tables, u64::from(workload.ecam_mib) << 20);
     let cpus = smp::start(&tables, workload.cpus);
     report(&Report::Up {
         cpus: cpus as u32,

@@ -202,8 +202,15 @@ impl<'a> Window<'a> {
 }
 
 /// All functions on bus 0 and behind bridges that have a bus number.
-pub fn scan(tables: &Tables) -> Vec<Function> {
-    let ecam = tables.ecam();
+///
+/// `given` is the ECAM's address where ACPI does not name one (0: there is none).
+pub fn scan(tables: &Tables, given: u64) -> Vec<Function> {
+    let given = Ecam {
+        base: given,
+        first_bus: 0,
+        last_bus: 0,
+    };
+    let ecam = tables.ecam().or((given.base != 0).then_some(given));
     if let Some(ecam) = ecam {
         let buses = u64::from(ecam.last_bus.saturating_sub(ecam.first_bus)) + 1;
         paging::map(ecam.base + (u64::from(ecam.first_bus) << 20), buses << 20);

@@ -88,6 +88,9 @@ options! {
     poweroff: bool = false,
     /// The sleep type that means S5 (`SLP_TYPa` of the `\_S5` package).
     slp_typ: u16 = 0,
+    /// Where PCI configuration space lies, in MiB, if ACPI has no MCFG (QEMU's microvm: 3584); 0:
+    /// ports 0xcf8 and 0xcfc.
+    ecam_mib: u32 = 0,
     /// Milliseconds that a device may take for one request before the guest calls it lost.
     timeout: u32 = 30_000,
 

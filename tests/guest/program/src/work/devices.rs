@@ -1,11 +1,12 @@
 //! Sets up the devices and hands their queues out as tasks.
 
-use super::{Spread, block};
+use super::{Spread, block, net};
 use crate::clock;
 use crate::console::{fail, report};
 use crate::pci::{Function, Window};
-use crate::protocol::{Activate, BlkMode, Idle, Report, Text, Workload};
+use crate::protocol::{Activate, BlkMode, Idle, NetMode, Report, Text, Workload};
 use crate::virtio::Setup;
+use crate::virtio::net::Nic;
 use crate::virtio::transport::{Kind, kind_of};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -30,7 +31,7 @@ pub fn set_up(
     let setup = setup(workload);
     let all = workload.activate == Activate::All;
     let mut window = Window::new(functions, low_ram_end);
-    let mut disks = Vec::new();
+    let (mut disks, mut nics) = (Vec::new(), Vec::new());
     for function in functions {
         match kind_of(function) {
             Some(Kind::Block) if all || workload.blk != BlkMode::Off => {
@@ -43,15 +44,20 @@ pub fn set_up(
                     disks.is_empty(),
                 ));
             }
+            Some(Kind::Net) if all || workload.net != NetMode::Off => {
+                nics.push(Nic::start(function, &mut window, setup, spread));
+            }
             _ => {}
         }
     }
     report(&Report::Active {
-        devices: disks.len() as u32,
+        devices: (disks.len() + nics.len()) as u32,
         queues: spread.dealt() as u32,
         t_us: clock::since_start_us(),
     });
-    if disks.is_empty() && workload.blk != BlkMode::Off {
+    if disks.is_empty() && workload.blk != BlkMode::Off
+        || nics.is_empty() && workload.net != NetMode::Off
+    {
         fail(
             "device-missing",
             functions.len() as u64,
@@ -62,6 +68,9 @@ pub fn set_up(
     let mut progress = Progress::new();
     for (number, disk) in (0..).zip(disks) {
         progress.extend(block::assign(number, disk, workload));
+    }
+    for (number, nic) in (0..).zip(nics) {
+        progress.extend(net::assign(number, nic, workload));
     }
     progress
 }

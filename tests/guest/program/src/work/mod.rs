@@ -14,6 +14,8 @@ mod block;
 mod control;
 mod devices;
 mod dirty;
+mod net;
+mod packet;
 mod pattern;
 
 use crate::apic::ApicId;
@@ -95,12 +97,20 @@ impl Spread {
 
     /// The place of the next queue.
     pub fn next(&mut self) -> Place {
-        let n = self.next;
+        let cpu = self.next_cpu();
+        self.next_on(cpu)
+    }
+
+    /// The CPU whose turn it is.
+    pub fn next_cpu(&self) -> usize {
+        self.cpu(self.next)
+    }
+
+    /// A place for the next queue on a CPU that was chosen before.
+    pub fn next_on(&mut self, cpu: usize) -> Place {
+        let vector = Vector::of_queue(self.next);
         self.next += 1;
-        Place {
-            cpu: self.cpu(n),
-            vector: Vector::of_queue(n),
-        }
+        Place { cpu, vector }
     }
 
     /// How many queues have a place.
@@ -131,6 +141,7 @@ pub fn run(workload: Workload, functions: Vec<Function>, low_ram_end: u64, cpus:
     TASKS[0]
         .lock()
         .push(Box::new(control::Control::new(&workload, progress)));
+    clock::forget_gaps();
     GO.store(true, Ordering::Release);
     for cpu in 1..cpus {
         apic::send_interrupt(smp::apic_id(cpu), TIMER);
