@@ -14,6 +14,7 @@ mod block;
 mod control;
 mod devices;
 mod dirty;
+mod exerciser;
 mod net;
 mod packet;
 mod pattern;
