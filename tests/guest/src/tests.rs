@@ -33,9 +33,19 @@ fn every_kind_of_value_survives_the_command_line() {
 }
 
 #[test]
-fn keywords_are_distinct_and_settable() {
-    for (i, key) in Workload::KEYWORDS.iter().enumerate() {
-        assert!(!Workload::KEYWORDS[..i].contains(key), "{key} twice");
+fn readme_names_every_keyword_and_report() {
+    let readme = include_str!("../README.md");
+    for key in Workload::KEYWORDS {
+        assert!(
+            readme.contains(&format!("`{key}=")),
+            "README.md has no {key}="
+        );
+    }
+    for name in Report::NAMES {
+        assert!(
+            readme.contains(&format!("`@{name}")),
+            "README.md has no @{name}"
+        );
     }
 }
 

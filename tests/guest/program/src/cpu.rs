@@ -40,8 +40,8 @@ fn service(number: Service, first: u64, second: u64) -> Answer {
         rcx: 0,
         rdx: 0,
     };
-    // SAFETY: the gate changes these registers only; what MSRs and CPUID can do to memory is the
-    // business of the callers in this file's users (apic.rs, clock.rs).
+    // SAFETY: the gate changes these registers only. Of what an MSR can do, clock.rs alone makes
+    // the hypervisor write to memory, and gives it a static of its own for that.
     unsafe {
         asm!("int3", inout("rax") number as u64 => answer.rax, inout("rdi") first => answer.rbx,
             inout("rsi") second => _, out("rcx") answer.rcx, out("rdx") answer.rdx)

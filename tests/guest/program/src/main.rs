@@ -59,13 +59,15 @@ fn boot(start_info: u64) -> ! {
     clock::start();
     interrupts::install();
     let info = pvh::StartInfo::read(start_info);
-    let workload = Workload::parse(info.command_line())
-        .unwrap_or_else(|bad| console::fail_with(Report::from(bad)));
     memory::init(&info);
     paging::map_ram(&info);
-    clock::set_frequency(workload.tsc_khz);
+    let parsed = Workload::parse(info.command_line());
+    let settings = parsed.clone().unwrap_or_default();
+    clock::set_frequency(settings.tsc_khz);
     let tables = acpi::Tables::find(info.rsdp());
-    power::init(&tables, workload.slp_typ);
+    power::init(&tables, settings.slp_typ);
+    // Only now can a failure end in a power-off.
+    let workload = parsed.unwrap_or_else(|bad| console::fail_with(Report::from(bad)));
     apic::enable();
     let functions = pci::scan(&tables, u64::from(workload.ecam_mib) << 20);
     let cpus = smp::start(&tables, workload.cpus);

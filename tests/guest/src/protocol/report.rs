@@ -38,6 +38,9 @@ macro_rules! reports {
         }
 
         impl Report {
+            /// The name of every kind of report, without the `@`.
+            pub const NAMES: &[&str] = &[$($name),*];
+
             /// Reads a console line; `None` for a line that is no report.
             ///
             /// # Errors

@@ -142,7 +142,10 @@ words! {
         /// Looks again at once; interrupts stay off.
         #[default]
         Poll = "poll",
-        /// Halts until an interrupt.
+        /// Halts until an interrupt. A stop of the machine that falls into a sleep of CPU 0 is then
+        /// not seen as a gap.
         Halt = "halt",
+        /// CPU 0 polls, so that it sees every gap; the others halt. One CPU alone polls.
+        Mixed = "mixed",
     }
 }

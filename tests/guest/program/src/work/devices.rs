@@ -28,7 +28,7 @@ pub fn set_up(
     low_ram_end: u64,
     spread: &mut Spread,
 ) -> Progress {
-    let setup = setup(workload);
+    let setup = setup(workload, spread);
     let all = workload.activate == Activate::All;
     let mut window = Window::new(functions, low_ram_end);
     let (mut disks, mut nics) = (Vec::new(), Vec::new());
@@ -75,7 +75,7 @@ pub fn set_up(
     progress
 }
 
-fn setup(workload: &Workload) -> Setup {
+fn setup(workload: &Workload, spread: &Spread) -> Setup {
     let ring = workload.ring;
     if !ring.is_power_of_two() || ring < 4 {
         fail(
@@ -85,7 +85,11 @@ fn setup(workload: &Workload) -> Setup {
             Text::new("power-of-two-from-4"),
         );
     }
-    let interrupts = workload.idle == Idle::Halt;
+    let interrupts = match workload.idle {
+        Idle::Poll => false,
+        Idle::Halt => true,
+        Idle::Mixed => spread.cpus() > 1,
+    };
     if interrupts && !workload.msix {
         fail("halt-needs-msix", 0, 0, Text::new("idle"));
     }

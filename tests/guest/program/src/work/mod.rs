@@ -14,6 +14,7 @@ mod block;
 mod control;
 mod devices;
 mod dirty;
+mod exerciser;
 mod net;
 mod packet;
 mod pattern;
@@ -50,7 +51,8 @@ const MAX_SLEEP_US: u64 = 100_000;
 static TASKS: [SpinLock<Vec<Box<dyn Task>>>; MAX_CPUS] =
     [const { SpinLock::new(Vec::new()) }; MAX_CPUS];
 static GO: AtomicBool = AtomicBool::new(false);
-static HALT_WHEN_IDLE: AtomicBool = AtomicBool::new(false);
+/// The first CPU that halts when it is idle: all from it on do.
+static FIRST_HALTING: AtomicUsize = AtomicUsize::new(MAX_CPUS);
 static STOP: AtomicBool = AtomicBool::new(false);
 static UNFINISHED: AtomicUsize = AtomicUsize::new(0);
 static WRONG: AtomicU64 = AtomicU64::new(0);
@@ -113,6 +115,11 @@ impl Spread {
         Place { cpu, vector }
     }
 
+    /// CPUs that run.
+    pub fn cpus(&self) -> usize {
+        self.cpus
+    }
+
     /// How many queues have a place.
     pub fn dealt(&self) -> usize {
         self.next
@@ -135,7 +142,7 @@ impl Spread {
 /// Sets everything up and runs it; CPU 0 only.
 pub fn run(workload: Workload, functions: Vec<Function>, low_ram_end: u64, cpus: usize) -> ! {
     let mut spread = Spread::new(cpus);
-    HALT_WHEN_IDLE.store(workload.idle == Idle::Halt, Ordering::Relaxed);
+    FIRST_HALTING.store(first_halting(workload.idle), Ordering::Relaxed);
     let mut progress = devices::set_up(&workload, &functions, low_ram_end, &mut spread);
     dirty::set_up(&workload, &spread, &mut progress);
     TASKS[0]
@@ -149,6 +156,14 @@ pub fn run(workload: Workload, functions: Vec<Function>, low_ram_end: u64, cpus:
     run_on_this_cpu()
 }
 
+fn first_halting(idle: Idle) -> usize {
+    match idle {
+        Idle::Poll => MAX_CPUS,
+        Idle::Halt => 0,
+        Idle::Mixed => 1,
+    }
+}
+
 /// Waits for the work to start, then polls this CPU's tasks for ever.
 pub fn run_on_this_cpu() -> ! {
     // A CPU that waits must not spin: there may be far fewer cores than CPUs.
@@ -156,7 +171,7 @@ pub fn run_on_this_cpu() -> ! {
         cpu::halt();
     }
     let mut tasks = core::mem::take(&mut *TASKS[cpu::index()].lock());
-    let halting = HALT_WHEN_IDLE.load(Ordering::Relaxed);
+    let halting = cpu::index() >= FIRST_HALTING.load(Ordering::Relaxed);
     if halting {
         cpu::enable_interrupts();
     }
