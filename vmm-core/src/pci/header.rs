@@ -1,7 +1,7 @@
 //! A type 0 header: who the function is, its command register and its BARs.
 //!
-//! The header decides where each BAR is decoded; its owner puts the ranges on the bus.
-//! After each write and restore, [`Header::moves`] says what is to change.
+//! The header decides where each BAR is decoded; its owner puts the ranges on the bus:
+//! after each write and restore, [`Header::moves`] says what is to change.
 
 use super::config::{ConfigError, ConfigSpace};
 use super::{BarAllocator, BarError, BarIndex};
@@ -124,12 +124,12 @@ impl Header {
         self.bars.iter().find(|b| b.index == bar)?.decoded
     }
 
-    /// Compares where BARs are decoded with where the registers want them, and takes
-    /// the registers' word. The caller carries the moves out.
-    pub fn moves(&mut self) -> Vec<BarMove> {
+    /// Compares where BARs are decoded with where the registers want them. The caller
+    /// carries each move out and says with [`Self::settle`] what came of it.
+    pub fn moves(&self) -> Vec<BarMove> {
         let enabled = self.config.u16(COMMAND) & COMMAND_MEMORY != 0;
         let mut moves = Vec::new();
-        for bar in &mut self.bars {
+        for bar in &self.bars {
             let base = u64::from(self.config.u32(bar.index.register()) & !(bar.size - 1));
             let inside = base >= MMIO32.start && base + u64::from(bar.size) <= MMIO32.end;
             let to = (enabled && inside).then_some(base);
@@ -140,10 +140,16 @@ impl Header {
                     from: bar.decoded,
                     to,
                 });
-                bar.decoded = to;
             }
         }
         moves
+    }
+
+    /// Notes where `bar` is decoded from now on.
+    pub fn settle(&mut self, bar: BarIndex, at: Option<u64>) {
+        if let Some(bar) = self.bars.iter_mut().find(|b| b.index == bar) {
+            bar.decoded = at;
+        }
     }
 
     /// Command register and BARs as they were made.
@@ -159,10 +165,10 @@ impl Header {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
 
-    pub(crate) const IDENTITY: Identity = Identity {
+    const IDENTITY: Identity = Identity {
         vendor: 0x1af4,
         device: 0x1041,
         revision: 1,
@@ -203,19 +209,27 @@ pub(crate) mod tests {
         assert_eq!(header.moves(), []);
     }
 
+    fn carry_out(header: &mut Header) -> Vec<BarMove> {
+        let moves = header.moves();
+        for change in &moves {
+            header.settle(change.bar, change.to);
+        }
+        moves
+    }
+
     #[test]
     fn decoding_follows_the_command_register() {
         let mut header = header();
-        assert_eq!(header.moves(), []);
+        assert_eq!(carry_out(&mut header), []);
         header.config_mut().write(4, &[0x06, 0]);
-        let moves = header.moves();
+        let moves = carry_out(&mut header);
         assert_eq!(moves.len(), 2);
         assert_eq!((moves[0].from, moves[0].to), (None, Some(0xc000_0000)));
         assert_eq!(header.decoded(BarIndex::Bar1), Some(0xc000_4000));
-        assert_eq!(header.moves(), []);
+        assert_eq!(carry_out(&mut header), []);
 
         write32(&mut header, 0x10, 0xd000_0000);
-        let moves = header.moves();
+        let moves = carry_out(&mut header);
         assert_eq!(
             moves,
             [BarMove {
@@ -226,9 +240,9 @@ pub(crate) mod tests {
             }]
         );
         write32(&mut header, 0x10, u32::MAX);
-        assert_eq!(header.moves()[0].to, None, "outside of the window");
+        assert_eq!(carry_out(&mut header)[0].to, None, "outside of the window");
         header.reset();
-        assert_eq!(header.moves().len(), 1);
+        assert_eq!(carry_out(&mut header).len(), 1);
         assert_eq!(header.config().u32(0x10), 0xc000_0000);
     }
 }

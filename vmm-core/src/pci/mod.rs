@@ -19,6 +19,8 @@ mod host_bridge;
 mod msix;
 mod root;
 pub mod saved_state;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use bar::{BarAllocator, BarError, BarIndex};
 pub use config::{CONFIG_SIZE, ConfigError, ConfigSpace};
