@@ -1,0 +1,621 @@
+//! MSI-X (PCI local bus 3.0, 6.8.2): vectors of a function, and what fires them.
+//!
+//! A *source* is something of the device that interrupts: a virtqueue, a configuration
+//! change. It has an eventfd for life, which the device's process signals; the guest
+//! points it to a *vector*, and several sources may share one.
+//!
+//! ```text
+//!                       enabled, not masked, vector set
+//!   counting (detached) ───────────────────────────────▶ live (attached to the route)
+//!                       ◀───────────────────────────────
+//!                          mask, disable, other vector
+//! ```
+//!
+//! While a source is detached its eventfd counts: that count is the pending bit, and
+//! attaching it again fires, so nothing is lost. Order in [`Msix::sync`]: detach, then
+//! all routes in one call, then attach; a source never fires through a stale route.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::saved_state::{MsixEntryState, MsixState};
+use super::{BarIndex, ConfigError, Header};
+use crate::interrupt::{Gsi, InterruptError, MsiMessage, MsiRouter};
+
+/// Vectors that a function may have here: what fits before the pending bits.
+pub const MAX_VECTORS: u16 = 256;
+/// Where the pending bits are in the BAR; the table is at 0.
+pub const PBA_OFFSET: u64 = 0x1000;
+/// The vector number that means none (virtio 1.3, 4.1.5.1.2).
+pub const NO_VECTOR: u16 = 0xffff;
+
+const CAPABILITY: u8 = 0x11;
+const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
+const CONTROL_ENABLE: u16 = 1 << 15;
+const ENTRY_SIZE: u64 = 16;
+
+/// Which source of a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceIndex(pub usize);
+
+/// Why MSI-X does not work.
+#[derive(Debug, Error)]
+pub enum MsixError {
+    /// A number of vectors that the table does not have.
+    #[error("{wanted} interrupt vectors wanted, 1 to {MAX_VECTORS} are possible")]
+    Vectors {
+        /// Vectors asked for.
+        wanted: usize,
+    },
+    /// An eventfd could not be made or used.
+    #[error("the eventfd of an interrupt vector failed")]
+    Event(#[source] io::Error),
+    /// The hypervisor refused.
+    #[error(transparent)]
+    Interrupt(#[from] InterruptError),
+    /// The saved state is of another device.
+    #[error("saved MSI-X state has {found} {what}, this device has {expected}")]
+    Shape {
+        /// What was counted.
+        what: &'static str,
+        /// How many were saved.
+        found: usize,
+        /// How many there are here.
+        expected: usize,
+    },
+}
+
+struct Vector {
+    gsi: Gsi,
+    message: MsiMessage,
+    masked: bool,
+    routed: Option<MsiMessage>,
+}
+
+struct Source {
+    event: EventFd,
+    vector: u16,
+    attached: Option<Gsi>,
+}
+
+impl Source {
+    /// Whether something was signalled while nobody was attached.
+    fn is_pending(&self) -> Result<bool, MsixError> {
+        if self.attached.is_some() {
+            return Ok(false);
+        }
+        match self.event.read() {
+            Ok(count) => {
+                self.event.write(count).map_err(MsixError::Event)?;
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(MsixError::Event(error)),
+        }
+    }
+}
+
+/// The vectors of one function.
+pub struct Msix {
+    router: Arc<dyn MsiRouter>,
+    vectors: Vec<Vector>,
+    sources: Vec<Source>,
+    enabled: bool,
+    function_masked: bool,
+}
+
+impl Msix {
+    /// `vectors` vectors for `sources` sources; routes are taken from `router`.
+    pub fn new(
+        router: Arc<dyn MsiRouter>,
+        vectors: u16,
+        sources: usize,
+    ) -> Result<Self, MsixError> {
+        if vectors == 0 || vectors > MAX_VECTORS {
+            let wanted = vectors.into();
+            return Err(MsixError::Vectors { wanted });
+        }
+        let sources = (0..sources)
+            .map(|_| {
+                Ok(Source {
+                    event: EventFd::new(EFD_NONBLOCK).map_err(MsixError::Event)?,
+                    vector: NO_VECTOR,
+                    attached: None,
+                })
+            })
+            .collect::<Result<_, MsixError>>()?;
+        let vectors = router
+            .allocate(vectors.into())?
+            .into_iter()
+            .map(|gsi| Vector {
+                gsi,
+                message: MsiMessage::default(),
+                masked: true,
+                routed: None,
+            })
+            .collect();
+        Ok(Self {
+            router,
+            vectors,
+            sources,
+            enabled: false,
+            function_masked: false,
+        })
+    }
+
+    /// Appends the capability to `header`: table and pending bits are in `bar`.
+    pub fn add_capability(&self, header: &mut Header, bar: BarIndex) -> Result<u8, ConfigError> {
+        let control = (self.vectors.len() - 1) as u16;
+        let mut body = [0; 10];
+        body[..2].copy_from_slice(&control.to_le_bytes());
+        body[2..6].copy_from_slice(&(bar as u32).to_le_bytes());
+        body[6..].copy_from_slice(&(PBA_OFFSET as u32 | bar as u32).to_le_bytes());
+        let writable = (CONTROL_ENABLE | CONTROL_FUNCTION_MASK).to_le_bytes();
+        header.add_capability(CAPABILITY, &body, &writable)
+    }
+
+    /// Takes over what the guest wrote into the message control register.
+    pub fn set_control(&mut self, control: u16) -> Result<(), MsixError> {
+        let enabled = control & CONTROL_ENABLE != 0;
+        let masked = control & CONTROL_FUNCTION_MASK != 0;
+        if (enabled, masked) == (self.enabled, self.function_masked) {
+            return Ok(());
+        }
+        (self.enabled, self.function_masked) = (enabled, masked);
+        self.sync()
+    }
+
+    /// Whether the guest uses MSI-X.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
+    /// A copy of the eventfd with which a source is signalled.
+    pub fn event(&self, source: SourceIndex) -> Result<EventFd, MsixError> {
+        let gone = || MsixError::Event(io::ErrorKind::NotFound.into());
+        let source = self.sources.get(source.0).ok_or_else(gone)?;
+        source.event.try_clone().map_err(MsixError::Event)
+    }
+
+    /// The vector of a source, or [`NO_VECTOR`].
+    pub fn vector(&self, source: SourceIndex) -> u16 {
+        self.sources.get(source.0).map_or(NO_VECTOR, |s| s.vector)
+    }
+
+    /// Points a source to a vector; one that does not exist counts as [`NO_VECTOR`].
+    pub fn set_vector(&mut self, source: SourceIndex, vector: u16) -> Result<(), MsixError> {
+        let exists = usize::from(vector) < self.vectors.len();
+        let vector = if exists { vector } else { NO_VECTOR };
+        match self.sources.get_mut(source.0) {
+            Some(source) if source.vector != vector => {
+                source.vector = vector;
+                self.sync()
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the source has signalled and no vector will ever tell; forgets it.
+    /// This is what remains for an interrupt status register.
+    pub fn take_unrouted(&mut self, source: SourceIndex) -> bool {
+        match self.sources.get(source.0) {
+            Some(s) if !self.enabled || s.vector == NO_VECTOR => s.event.read().is_ok(),
+            _ => false,
+        }
+    }
+
+    /// Fills `data` from the BAR at `offset`: table and pending bits.
+    pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), MsixError> {
+        for (i, byte) in data.iter_mut().enumerate() {
+            let at = offset + i as u64;
+            let dword = if at < PBA_OFFSET {
+                self.table_dword(at / 4)
+            } else {
+                self.pending_dword((at - PBA_OFFSET) / 4)?
+            };
+            *byte = dword.to_le_bytes()[(at % 4) as usize];
+        }
+        Ok(())
+    }
+
+    /// Takes a write of 4 or 8 aligned bytes to the table; pending bits are read-only.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), MsixError> {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(4) || offset >= PBA_OFFSET {
+            return Ok(());
+        }
+        let mut changed = false;
+        for (i, dword) in data.chunks_exact(4).enumerate() {
+            let value = u32::from_le_bytes([dword[0], dword[1], dword[2], dword[3]]);
+            changed |= self.write_dword(offset / 4 + i as u64, value);
+        }
+        if changed { self.sync() } else { Ok(()) }
+    }
+
+    fn table_dword(&self, index: u64) -> u32 {
+        let Some(vector) = self.vectors.get((index * 4 / ENTRY_SIZE) as usize) else {
+            return 0;
+        };
+        match index % 4 {
+            0 => vector.message.address as u32 & !3,
+            1 => (vector.message.address >> 32) as u32,
+            2 => vector.message.data,
+            _ => vector.masked.into(),
+        }
+    }
+
+    /// Whether the write can change where a vector that may fire leads, or if it may.
+    fn write_dword(&mut self, index: u64, value: u32) -> bool {
+        let Some(vector) = self.vectors.get_mut((index * 4 / ENTRY_SIZE) as usize) else {
+            return false;
+        };
+        let before = (vector.message, vector.masked);
+        let address = vector.message.address;
+        match index % 4 {
+            0 => vector.message.address = address & !0xffff_ffff | u64::from(value & !3),
+            1 => vector.message.address = address & 0xffff_ffff | u64::from(value) << 32,
+            2 => vector.message.data = value,
+            _ => vector.masked = value & 1 != 0,
+        }
+        (vector.message, vector.masked) != before && !(before.1 && vector.masked)
+    }
+
+    fn pending_dword(&self, index: u64) -> Result<u32, MsixError> {
+        let mut bits = 0;
+        let first = index * 32;
+        for source in &self.sources {
+            let vector = u64::from(source.vector);
+            if source.vector != NO_VECTOR
+                && (first..first + 32).contains(&vector)
+                && source.is_pending()?
+            {
+                bits |= 1 << (vector - first);
+            }
+        }
+        Ok(bits)
+    }
+
+    /// Where a source shall be attached now.
+    fn wanted(&self, source: &Source) -> Option<Gsi> {
+        let vector = self.vectors.get(usize::from(source.vector))?;
+        let live = self.enabled && !self.function_masked && !vector.masked;
+        live.then_some(vector.gsi)
+    }
+
+    /// Makes the hypervisor do what the registers say.
+    fn sync(&mut self) -> Result<(), MsixError> {
+        let wanted: Vec<_> = self.sources.iter().map(|s| self.wanted(s)).collect();
+        for (source, &wanted) in self.sources.iter_mut().zip(&wanted) {
+            if let Some(gsi) = source.attached
+                && wanted != Some(gsi)
+            {
+                self.router.detach(gsi, &source.event)?;
+                source.attached = None;
+            }
+        }
+        let live: BTreeSet<Gsi> = wanted.iter().flatten().copied().collect();
+        let stale = |v: &&mut Vector| live.contains(&v.gsi) && v.routed != Some(v.message);
+        let changes: Vec<_> = self
+            .vectors
+            .iter_mut()
+            .filter(stale)
+            .map(|v| (v.gsi, Some(v.message)))
+            .collect();
+        if !changes.is_empty() {
+            self.router.route(&changes)?;
+            for vector in self.vectors.iter_mut().filter(stale) {
+                vector.routed = Some(vector.message);
+            }
+        }
+        for (source, wanted) in self.sources.iter_mut().zip(wanted) {
+            if let Some(gsi) = wanted
+                && source.attached.is_none()
+            {
+                self.router.attach(gsi, &source.event)?;
+                source.attached = Some(gsi);
+            }
+        }
+        Ok(())
+    }
+
+    /// As after power-on: nothing pending, everything masked, no vector set.
+    pub fn reset(&mut self) -> Result<(), MsixError> {
+        (self.enabled, self.function_masked) = (false, false);
+        for vector in &mut self.vectors {
+            vector.message = MsiMessage::default();
+            vector.masked = true;
+        }
+        self.reset_sources()
+    }
+
+    /// No vector set and nothing pending, as a reset of the device behind leaves it.
+    pub fn reset_sources(&mut self) -> Result<(), MsixError> {
+        for source in &mut self.sources {
+            source.vector = NO_VECTOR;
+        }
+        self.sync()?;
+        for source in &self.sources {
+            // Empty is what it shall be.
+            let _ = source.event.read();
+        }
+        Ok(())
+    }
+
+    /// Table and pending bits. The device must be stopped, or bits get lost.
+    pub fn save(&self) -> Result<MsixState, MsixError> {
+        Ok(MsixState {
+            entries: self
+                .vectors
+                .iter()
+                .map(|v| MsixEntryState {
+                    address: v.message.address,
+                    data: v.message.data,
+                    masked: v.masked,
+                })
+                .collect(),
+            pending: self
+                .sources
+                .iter()
+                .map(Source::is_pending)
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Takes saved state over, with the control register and the vector of each source,
+    /// and commits it to the hypervisor at once. What was pending fires if it may.
+    pub fn restore(
+        &mut self,
+        state: &MsixState,
+        control: u16,
+        vectors: &[u16],
+    ) -> Result<(), MsixError> {
+        let shape = |what, found, expected| {
+            if found == expected {
+                Ok(())
+            } else {
+                Err(MsixError::Shape {
+                    what,
+                    found,
+                    expected,
+                })
+            }
+        };
+        shape("vectors", state.entries.len(), self.vectors.len())?;
+        shape("pending bits", state.pending.len(), self.sources.len())?;
+        shape("sources", vectors.len(), self.sources.len())?;
+        self.reset()?;
+        for (vector, saved) in self.vectors.iter_mut().zip(&state.entries) {
+            vector.message = MsiMessage {
+                address: saved.address & !3,
+                data: saved.data,
+            };
+            vector.masked = saved.masked;
+        }
+        for ((source, &vector), &pending) in
+            self.sources.iter_mut().zip(vectors).zip(&state.pending)
+        {
+            let exists = usize::from(vector) < self.vectors.len();
+            source.vector = if exists { vector } else { NO_VECTOR };
+            if pending {
+                source.event.write(1).map_err(MsixError::Event)?;
+            }
+        }
+        self.enabled = control & CONTROL_ENABLE != 0;
+        self.function_masked = control & CONTROL_FUNCTION_MASK != 0;
+        self.sync()
+    }
+}
+
+impl Drop for Msix {
+    fn drop(&mut self) {
+        self.enabled = false;
+        if let Err(error) = self.sync() {
+            tracing::warn!(%error, "interrupt vectors could not be given back");
+            return;
+        }
+        let gsis: Vec<_> = self.vectors.iter().map(|v| v.gsi).collect();
+        let nowhere: Vec<_> = gsis.iter().map(|&gsi| (gsi, None)).collect();
+        if let Err(error) = self.router.route(&nowhere) {
+            tracing::warn!(%error, "interrupt routes could not be taken down");
+        }
+        self.router.free(&gsis);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::FakeRouter;
+    use super::*;
+
+    const ENABLE: u16 = CONTROL_ENABLE;
+
+    fn msix(vectors: u16, sources: usize) -> (Msix, Arc<FakeRouter>) {
+        let router = Arc::new(FakeRouter::default());
+        let msix = Msix::new(router.clone(), vectors, sources).unwrap();
+        (msix, router)
+    }
+
+    /// What a driver does for a vector: address, data, unmask.
+    fn program(msix: &mut Msix, vector: u64, data: u32) {
+        let at = vector * ENTRY_SIZE;
+        msix.write(at, &0xfee0_0000_u64.to_le_bytes()).unwrap();
+        msix.write(at + 8, &data.to_le_bytes()).unwrap();
+        msix.write(at + 12, &0u32.to_le_bytes()).unwrap();
+    }
+
+    fn pending(msix: &Msix) -> u64 {
+        let mut data = [0; 8];
+        msix.read(PBA_OFFSET, &mut data).unwrap();
+        u64::from_le_bytes(data)
+    }
+
+    #[test]
+    fn a_signal_reaches_its_vector() {
+        let (mut msix, router) = msix(3, 3);
+        program(&mut msix, 1, 0x41);
+        msix.set_vector(SourceIndex(2), 1).unwrap();
+        let event = msix.event(SourceIndex(2)).unwrap();
+        event.write(1).unwrap();
+        assert!(router.fired().is_empty(), "disabled");
+        msix.set_control(ENABLE).unwrap();
+        assert_eq!(router.fired(), [0x41], "what waited fires");
+        event.write(1).unwrap();
+        assert_eq!(router.fired(), [0x41]);
+        assert_eq!(pending(&msix), 0);
+    }
+
+    #[test]
+    fn a_masked_vector_shows_its_pending_bit_and_fires_when_unmasked() {
+        let (mut msix, router) = msix(40, 2);
+        msix.set_control(ENABLE).unwrap();
+        program(&mut msix, 35, 7);
+        msix.set_vector(SourceIndex(0), 35).unwrap();
+        let event = msix.event(SourceIndex(0)).unwrap();
+        msix.write(35 * 16 + 12, &1u32.to_le_bytes()).unwrap();
+        event.write(1).unwrap();
+        assert_eq!(pending(&msix), 1 << 35);
+        assert_eq!(pending(&msix), 1 << 35, "reading leaves it");
+        assert!(router.fired().is_empty());
+        program(&mut msix, 35, 8);
+        assert_eq!(pending(&msix), 0);
+        assert_eq!(router.fired(), [8], "through the new message");
+    }
+
+    #[test]
+    fn the_function_mask_holds_everything_back() {
+        let (mut msix, router) = msix(4, 4);
+        for v in 0..4 {
+            program(&mut msix, v, v as u32);
+            msix.set_vector(SourceIndex(v as usize), v as u16).unwrap();
+        }
+        msix.set_control(ENABLE | CONTROL_FUNCTION_MASK).unwrap();
+        for v in 0..4 {
+            msix.event(SourceIndex(v)).unwrap().write(1).unwrap();
+        }
+        assert_eq!((pending(&msix), router.attached()), (0xf, 0));
+        msix.set_control(ENABLE).unwrap();
+        assert_eq!(router.fired(), [0, 1, 2, 3]);
+        assert_eq!(router.route_calls(), 1, "one batch for all");
+    }
+
+    #[test]
+    fn sources_share_a_vector() {
+        let (mut msix, router) = msix(1, 3);
+        msix.set_control(ENABLE).unwrap();
+        program(&mut msix, 0, 9);
+        for s in 0..3 {
+            msix.set_vector(SourceIndex(s), 0).unwrap();
+        }
+        msix.event(SourceIndex(0)).unwrap().write(1).unwrap();
+        msix.event(SourceIndex(2)).unwrap().write(1).unwrap();
+        assert_eq!(router.fired(), [9, 9]);
+        msix.write(12, &1u32.to_le_bytes()).unwrap();
+        assert_eq!(router.attached(), 0);
+        msix.event(SourceIndex(1)).unwrap().write(1).unwrap();
+        assert_eq!(pending(&msix), 1);
+    }
+
+    #[test]
+    fn without_a_vector_the_signal_is_kept_for_the_status_register() {
+        let (mut msix, _router) = msix(1, 1);
+        let source = SourceIndex(0);
+        msix.event(source).unwrap().write(1).unwrap();
+        assert!(msix.take_unrouted(source));
+        assert!(!msix.take_unrouted(source));
+        msix.set_control(ENABLE).unwrap();
+        msix.set_vector(source, 77).unwrap();
+        assert_eq!(msix.vector(source), NO_VECTOR, "there is no vector 77");
+        msix.event(source).unwrap().write(1).unwrap();
+        assert_eq!(pending(&msix), 0);
+        assert!(msix.take_unrouted(source));
+        msix.set_vector(source, 0).unwrap();
+        msix.event(source).unwrap().write(1).unwrap();
+        assert!(!msix.take_unrouted(source), "masked, so it is pending");
+        assert_eq!(pending(&msix), 1);
+    }
+
+    #[test]
+    fn everything_survives_saving() {
+        let (mut here, _router) = msix(2, 2);
+        here.set_control(ENABLE).unwrap();
+        program(&mut here, 0, 5);
+        here.set_vector(SourceIndex(0), 0).unwrap();
+        here.set_vector(SourceIndex(1), 1).unwrap();
+        here.event(SourceIndex(1)).unwrap().write(3).unwrap();
+        let state = here.save().unwrap();
+        assert_eq!(state.pending, [false, true]);
+
+        let (mut there, router) = msix(2, 2);
+        there.restore(&state, ENABLE, &[0, 1]).unwrap();
+        assert_eq!(pending(&there), 0b10);
+        there.event(SourceIndex(0)).unwrap().write(1).unwrap();
+        assert_eq!(router.fired(), [5]);
+        program(&mut there, 1, 6);
+        assert_eq!(router.fired(), [6]);
+        assert_eq!(there.save().unwrap().entries[0], state.entries[0]);
+    }
+
+    #[test]
+    fn state_of_another_device_is_refused() {
+        let (here, _) = msix(2, 2);
+        let state = here.save().unwrap();
+        let (mut there, _) = msix(3, 2);
+        let refused = there.restore(&state, ENABLE, &[0, 1]).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "saved MSI-X state has 2 vectors, this device has 3"
+        );
+        let (mut there, _) = msix(2, 3);
+        assert!(there.restore(&state, ENABLE, &[0, 1, 2]).is_err());
+    }
+
+    #[test]
+    fn reset_forgets_everything() {
+        let (mut msix, router) = msix(2, 2);
+        msix.set_control(ENABLE).unwrap();
+        program(&mut msix, 0, 5);
+        msix.set_vector(SourceIndex(0), 0).unwrap();
+        msix.reset().unwrap();
+        assert_eq!(router.attached(), 0);
+        msix.event(SourceIndex(0)).unwrap().write(1).unwrap();
+        msix.reset_sources().unwrap();
+        assert!(!msix.take_unrouted(SourceIndex(0)));
+        assert_eq!(msix.save().unwrap().entries[0].data, 0);
+    }
+
+    #[test]
+    fn the_number_of_vectors_is_bounded() {
+        for vectors in [0, MAX_VECTORS + 1] {
+            let router = Arc::new(FakeRouter::default());
+            assert!(matches!(
+                Msix::new(router, vectors, 1),
+                Err(MsixError::Vectors { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn no_access_panics() {
+        let (mut msix, _router) = msix(65, 65);
+        let mut seed = 1_u64;
+        let mut random = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            seed >> 16
+        };
+        for _ in 0..20_000 {
+            let (at, value, len) = (random() & 0x1fff, random(), 1 << (random() & 3));
+            msix.write(at, &value.to_le_bytes()[..len]).unwrap();
+            msix.read(at, &mut value.to_le_bytes()[..len]).unwrap();
+            match value & 7 {
+                0 => msix.set_control(random() as u16).unwrap(),
+                1 => msix
+                    .set_vector(SourceIndex((at & 0x7f) as usize), value as u16 & 0x7f)
+                    .unwrap(),
+                _ => {}
+            }
+        }
+    }
+}
