@@ -1,6 +1,8 @@
 //! An image file, read by position: a descriptor that came from elsewhere may share its
 //! file offset with other processes.
 
+use std::error::Error;
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -8,6 +10,43 @@ use std::path::Path;
 
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// What is wrong with a file, and which file it is.
+///
+/// The problem is part of the sentence, so the source is the problem's cause.
+#[derive(Debug)]
+pub struct FileError<P> {
+    what: &'static str,
+    name: String,
+    problem: P,
+}
+
+impl<P> FileError<P> {
+    pub(super) fn new(what: &'static str, name: String, problem: P) -> Self {
+        Self {
+            what,
+            name,
+            problem,
+        }
+    }
+
+    /// What is wrong.
+    pub fn problem(&self) -> &P {
+        &self.problem
+    }
+}
+
+impl<P: fmt::Display> fmt::Display for FileError<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.what, self.name, self.problem)
+    }
+}
+
+impl<P: Error> Error for FileError<P> {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.problem.source()
+    }
+}
 
 /// What is copied at once: small enough to stay in the cache.
 const CHUNK: usize = 256 << 10;

@@ -7,20 +7,12 @@ use std::path::Path;
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
-use super::image::{Image, ImageError};
+use super::image::{FileError, Image, ImageError};
 
 const PAGE: u64 = 4096;
 
 /// Why an initrd could not be used.
-#[derive(Debug, Error)]
-#[error("initrd {name} {problem}")]
-pub struct InitrdError {
-    /// The file, as it was named.
-    pub name: String,
-    /// What is wrong with it.
-    #[source]
-    pub problem: InitrdProblem,
-}
+pub type InitrdError = FileError<InitrdProblem>;
 
 /// What is wrong with an initrd.
 #[derive(Debug, Error)]
@@ -68,17 +60,12 @@ impl Initrd {
     }
 
     fn new(name: String, image: Result<Image, ImageError>) -> Result<Self, InitrdError> {
-        match image {
-            Ok(image) if image.size() > 0 => Ok(Self { name, image }),
-            Ok(_) => Err(InitrdError {
-                name,
-                problem: InitrdProblem::Empty,
-            }),
-            Err(problem) => Err(InitrdError {
-                name,
-                problem: problem.into(),
-            }),
-        }
+        let problem = match image {
+            Ok(image) if image.size() > 0 => return Ok(Self { name, image }),
+            Ok(_) => InitrdProblem::Empty,
+            Err(problem) => problem.into(),
+        };
+        Err(FileError::new("initrd", name, problem))
     }
 
     /// Copies it as high as it goes into `room`, and says where.
@@ -98,10 +85,7 @@ impl Initrd {
                 .copy(memory, "the initrd", 0, size, place.start)?;
             Ok(place)
         };
-        load().map_err(|problem| InitrdError {
-            name: self.name.clone(),
-            problem,
-        })
+        load().map_err(|problem| FileError::new("initrd", self.name.clone(), problem))
     }
 }
 

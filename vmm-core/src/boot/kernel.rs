@@ -8,22 +8,14 @@ use vm_memory::GuestMemoryMmap;
 
 use super::bzimage::BzImage;
 use super::elf::ElfKernel;
-use super::image::{Image, ImageError};
+use super::image::{FileError, Image, ImageError};
 
 /// Longest command line, without its final zero, that a Linux kernel keeps
 /// (`COMMAND_LINE_SIZE` of x86); PVH has no field for it.
 const PVH_COMMAND_LINE: u32 = 2047;
 
 /// Why a file is no kernel that can be started, or not in this machine.
-#[derive(Debug, Error)]
-#[error("kernel {name} {problem}")]
-pub struct KernelError {
-    /// The file, as it was named.
-    pub name: String,
-    /// What is wrong with it.
-    #[source]
-    pub problem: KernelProblem,
-}
+pub type KernelError = FileError<KernelProblem>;
 
 /// What is wrong with a kernel.
 #[derive(Debug, Error)]
@@ -146,7 +138,7 @@ impl Kernel {
                 image,
                 format,
             }),
-            Err(problem) => Err(KernelError { name, problem }),
+            Err(problem) => Err(FileError::new("kernel", name, problem)),
         }
     }
 
@@ -188,10 +180,7 @@ impl Kernel {
             Format::Elf(kernel) => kernel.load(&self.image, memory, ram_end),
             Format::BzImage(kernel) => kernel.load(&self.image, memory, ram_end),
         };
-        loaded.map_err(|problem| KernelError {
-            name: self.name.clone(),
-            problem,
-        })
+        loaded.map_err(|problem| FileError::new("kernel", self.name.clone(), problem))
     }
 }
 
@@ -246,10 +235,7 @@ mod tests {
             error.to_string(),
             "kernel /nowhere/vmlinuz cannot be opened"
         );
-        let mut cause: &dyn std::error::Error = &error;
-        while let Some(next) = cause.source() {
-            cause = next;
-        }
+        let cause = std::error::Error::source(&error).unwrap();
         assert!(cause.to_string().contains("No such file"), "{cause}");
     }
 

@@ -32,8 +32,8 @@ mod source;
 mod testing;
 mod zero_page;
 
-pub use image::ImageError;
-pub use initrd::Initrd;
+pub use image::{FileError, ImageError};
+pub use initrd::{Initrd, InitrdError, InitrdProblem};
 pub use kernel::{Kernel, KernelError, KernelProblem};
 pub use registers::{BootMode, EntryPoint};
 pub use source::{BootError, BootSource};

@@ -174,10 +174,11 @@ fn segment(selector: u16, descriptor: u64) -> kvm_segment {
 fn page_tables() -> impl Iterator<Item = Vec<u8>> {
     let pointers = PAGE_TABLES + PAGE;
     let directories = pointers + PAGE;
-    let table = |entries: Vec<u64>| {
-        let mut bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_le_bytes()).collect();
-        bytes.resize(PAGE as usize, 0);
-        bytes
+    let table = |entries: Vec<u64>| -> Vec<u8> {
+        let absent = ENTRIES - entries.len() as u64;
+        let absent = (0..absent).map(|_| 0);
+        let entries = entries.into_iter().chain(absent);
+        entries.flat_map(u64::to_le_bytes).collect()
     };
     let top = vec![pointers | PRESENT_WRITABLE];
     let second = (0..PAGE_DIRECTORIES)

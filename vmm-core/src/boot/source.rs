@@ -207,6 +207,25 @@ mod tests {
     }
 
     #[test]
+    fn an_image_that_shrank_is_an_error_at_the_next_start() {
+        let memory = memory(4);
+        for bytes in [elf(&ElfImage::default()), bzimage(&BzFile::default())] {
+            let image = file(&bytes);
+            let kernel = Kernel::from_file("k", image.try_clone().unwrap()).unwrap();
+            let source = BootSource::new(kernel, None, "").unwrap();
+            source.load(&memory, &acpi()).unwrap();
+            image.set_len(bytes.len() as u64 - 1).unwrap();
+            let error = source.load(&memory, &acpi()).unwrap_err();
+            let said = error.to_string();
+            assert!(
+                said.starts_with("kernel k cannot be read at byte"),
+                "{said}"
+            );
+            assert!(std::error::Error::source(&error).is_some());
+        }
+    }
+
+    #[test]
     fn an_initrd_that_meets_the_kernel_is_refused() {
         let memory = memory(4);
         let big = vec![1; 0x18_1000];

@@ -1,5 +1,7 @@
 //! DSDT: the devices that a guest cannot find by itself.
 
+use std::ops::Range;
+
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
     IO, If, Interrupt, Local, Memory32Fixed, Method, Name, NotEqual, Or, Package, Path,
@@ -7,7 +9,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, sdt::Sdt};
 
-use super::{AcpiConfig, SLEEP_TYPE_S5};
+use super::{AcpiConfig, SLEEP_TYPE_S5, field8, field16, field32};
 use crate::layout::{ECAM, MMIO32, PCI_CONFIG_PORT, RTC_IRQ, RTC_PORT, SERIAL_IRQ, SERIAL_PORT};
 
 /// With 64-bit integers.
@@ -54,21 +56,41 @@ fn name(path: &str, value: &dyn Aml) -> Name {
     Name::new(path.into(), value)
 }
 
-/// I/O ports from `range`, which is at a fixed address.
-fn ports(range: &std::ops::Range<u64>) -> IO {
-    let start = u16::try_from(range.start).unwrap_or(0);
-    let len = u8::try_from(range.end - range.start).unwrap_or(0);
-    IO::new(start, start, 1, len)
+/// I/O ports at a fixed place.
+struct Ports {
+    start: u16,
+    len: u8,
 }
+
+impl Ports {
+    const fn of(range: Range<u64>) -> Self {
+        Self {
+            start: field16(range.start),
+            len: field8(range.end - range.start),
+        }
+    }
+
+    fn resource(&self) -> IO {
+        IO::new(self.start, self.start, 1, self.len)
+    }
+}
+
+const CONFIG_PORTS: Ports = Ports::of(PCI_CONFIG_PORT);
+const SERIAL_PORTS: Ports = Ports::of(SERIAL_PORT);
+const CLOCK_PORTS: Ports = Ports::of(RTC_PORT);
+const WINDOW_START: u32 = field32(MMIO32.start);
+const WINDOW_LAST: u32 = field32(MMIO32.end - 1);
+const ECAM_START: u32 = field32(ECAM.start);
+const ECAM_LEN: u32 = field32(ECAM.end - ECAM.start);
 
 fn root_bridge(config: &AcpiConfig) -> Encoded {
     let bus = AddressSpace::<u16>::new_bus_number(0, 0);
-    let config_ports = ports(&PCI_CONFIG_PORT);
+    let config_ports = CONFIG_PORTS.resource();
     let window = AddressSpace::<u32>::new_memory(
         AddressSpaceCacheable::NotCacheable,
         true,
-        u32::try_from(MMIO32.start).unwrap_or(0),
-        u32::try_from(MMIO32.end - 1).unwrap_or(0),
+        WINDOW_START,
+        WINDOW_LAST,
         None,
     );
     let high_window = config.mmio64.as_ref().map(|range| {
@@ -136,14 +158,10 @@ fn pci_control() -> Encoded {
 fn fixed_devices() -> Encoded {
     let irq = |number| Interrupt::new(true, true, false, false, number);
     // Linux uses the configuration space only if a motherboard resource covers it.
-    let ecam = Memory32Fixed::new(
-        true,
-        u32::try_from(ECAM.start).unwrap_or(0),
-        u32::try_from(ECAM.end - ECAM.start).unwrap_or(0),
-    );
-    let serial_ports = ports(&SERIAL_PORT);
+    let ecam = Memory32Fixed::new(true, ECAM_START, ECAM_LEN);
+    let serial_ports = SERIAL_PORTS.resource();
     let serial_irq = irq(SERIAL_IRQ);
-    let clock_ports = ports(&RTC_PORT);
+    let clock_ports = CLOCK_PORTS.resource();
     let clock_irq = irq(RTC_IRQ);
     Encoded::of(&[
         &Device::new(

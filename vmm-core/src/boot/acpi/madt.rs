@@ -3,7 +3,7 @@
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::{Aml, AmlSink, sdt::Sdt};
 
-use super::TIMER_PIN;
+use super::{TIMER_PIN, field8, field32};
 use crate::layout::{IO_APIC, LOCAL_APIC, SCI_IRQ};
 
 const REVISION: u8 = 5;
@@ -19,21 +19,25 @@ const LOCAL_X2APIC_NMI: u8 = 10;
 const BUS_DEFAULT: u16 = 0;
 const LEVEL_ACTIVE_HIGH: u16 = 0b1101;
 
+const LOCAL_APIC_ADDRESS: u32 = field32(LOCAL_APIC);
+const IO_APIC_ADDRESS: u32 = field32(IO_APIC);
+/// ISA's number of the system control interrupt is that of its input.
+const SCI: u8 = field8(SCI_IRQ as u64);
+
 /// The largest id that a local APIC entry can have.
 const XAPIC_MAX: u32 = 254;
 
 /// The table for vCPUs of these APIC ids; a vCPU's place is its ACPI id.
 pub(super) fn table(apic_ids: &[u32]) -> Sdt {
     let mut body = Vec::new();
-    body.dword(u32::try_from(LOCAL_APIC).unwrap_or(0));
+    body.dword(LOCAL_APIC_ADDRESS);
     body.dword(PCAT_COMPAT);
     for (uid, &id) in (0..).zip(apic_ids) {
         processor(&mut body, uid, id);
     }
-    IoApic::new(0, u32::try_from(IO_APIC).unwrap_or(0), 0).to_aml_bytes(&mut body);
+    IoApic::new(0, IO_APIC_ADDRESS, 0).to_aml_bytes(&mut body);
     interrupt_override(&mut body, 0, TIMER_PIN, BUS_DEFAULT);
-    let sci = u8::try_from(SCI_IRQ).unwrap_or(0);
-    interrupt_override(&mut body, sci, SCI_IRQ, LEVEL_ACTIVE_HIGH);
+    interrupt_override(&mut body, SCI, SCI_IRQ, LEVEL_ACTIVE_HIGH);
     // On every processor, the NMI comes in by LINT1.
     body.vec(&[LOCAL_APIC_NMI, 6, 0xff, 0, 0, 1]);
     if apic_ids.iter().any(|&id| id > XAPIC_MAX) {

@@ -38,6 +38,9 @@ const OEM_REVISION: u32 = 1;
 /// Tables start at multiples of this; the FACS must.
 const ALIGNMENT: usize = 64;
 
+/// The FACS is the first table behind the root pointer.
+const FACS_ADDRESS: u32 = field32(RSDP + ALIGNMENT as u64);
+
 /// `SLP_TYP` of the `\_S5` object: what a guest writes to PM1 control to power off.
 pub const SLEEP_TYPE_S5: u8 = 0;
 
@@ -113,9 +116,10 @@ impl AcpiConfig {
         }
         // The root pointer comes last, but stands first.
         let mut image = vec![0; ALIGNMENT];
-        let facs = append(&mut image, &FACS::new());
+        // At FACS_ADDRESS.
+        append(&mut image, &FACS::new());
         let dsdt = append(&mut image, &dsdt::table(self));
-        let fadt = append(&mut image, &fixed::table(facs, dsdt));
+        let fadt = append(&mut image, &fixed::table(FACS_ADDRESS, dsdt));
         let madt = append(&mut image, &madt::table(&self.apic_ids));
         let mcfg = append(&mut image, &mcfg());
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -151,6 +155,28 @@ fn mcfg() -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     mcfg.add_ecam(ECAM.start, 0, 0, 0);
     mcfg
+}
+
+/// An address or number of [`crate::layout`] in a field of 32 bits; for constants, so
+/// that one that does not fit is found by the compiler.
+#[expect(clippy::cast_possible_truncation, reason = "asserted")]
+const fn field32(value: u64) -> u32 {
+    assert!(value <= u32::MAX as u64);
+    value as u32
+}
+
+/// The same in 16 bits.
+#[expect(clippy::cast_possible_truncation, reason = "asserted")]
+const fn field16(value: u64) -> u16 {
+    assert!(value <= u16::MAX as u64);
+    value as u16
+}
+
+/// The same in 8 bits.
+#[expect(clippy::cast_possible_truncation, reason = "asserted")]
+const fn field8(value: u64) -> u8 {
+    assert!(value <= u8::MAX as u64);
+    value as u8
 }
 
 /// A table with a header of our own, for those that the library lacks or fixes too much.
