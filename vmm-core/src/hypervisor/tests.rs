@@ -71,18 +71,18 @@ fn bench(code: &[u8]) -> Bench {
         .unwrap();
     let msrs = Vm::msrs(&kvm).unwrap();
     let vcpu = Vcpu::new(&kvm, &vm, 0, &guest_cpuid(&kvm, 0, 1).unwrap(), &msrs).unwrap();
-    let mut sregs = vcpu.fd().get_sregs().unwrap();
+    let mut sregs = vcpu.fd.get_sregs().unwrap();
     sregs.cs.base = 0;
     sregs.cs.selector = 0;
     sregs.idt.limit = 0;
     sregs.cr0 |= 1;
-    vcpu.fd().set_sregs(&sregs).unwrap();
+    vcpu.fd.set_sregs(&sregs).unwrap();
     let regs = kvm_bindings::kvm_regs {
         rip: CODE,
         rflags: 2,
         ..Default::default()
     };
-    vcpu.fd().set_regs(&regs).unwrap();
+    vcpu.fd.set_regs(&regs).unwrap();
     let vcpus = VcpuSet::start(
         vec![vcpu],
         &buses,

@@ -1,6 +1,6 @@
 //! What a machine is: the definition from which a core makes it.
 
-use std::os::fd::RawFd;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -36,12 +36,10 @@ pub struct MachineConfig {
     pub vhost_user: Vec<VhostUserConfig>,
     /// The KVM device.
     pub kvm: KvmSource,
-    /// Whether the machine waits for a resume instead of starting.
-    pub paused: bool,
 }
 
 /// Where the first serial port leads.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum SerialConfig {
     /// This process's terminal or pipes.
     Stdio,
@@ -50,16 +48,16 @@ pub enum SerialConfig {
     /// A file, for output only.
     File(PathBuf),
     /// An open socket or terminal, both ways.
-    Fd(RawFd),
+    Fd(OwnedFd),
 }
 
 /// Where KVM comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum KvmSource {
     /// A device to open.
     Path(PathBuf),
     /// An open device.
-    Fd(RawFd),
+    Fd(OwnedFd),
 }
 
 /// Why no machine can be made of a definition.
@@ -92,12 +90,16 @@ impl MachineConfig {
             return Err(ConfigError::Cpus { cpus: self.cpus });
         }
         if !((16 << 20)..=(1 << 40)).contains(&self.memory) {
-            return Err(ConfigError::Memory { memory: self.memory });
+            return Err(ConfigError::Memory {
+                memory: self.memory,
+            });
         }
         let mut ids: Vec<_> = self.vhost_user.iter().map(|device| &device.id).collect();
         ids.sort();
         match ids.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(ConfigError::DuplicateDevice { id: pair[0].clone() }),
+            Some(pair) => Err(ConfigError::DuplicateDevice {
+                id: pair[0].clone(),
+            }),
             None => Ok(()),
         }
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use api::Error;
 use api::core::{Control, Core, PATH, State};
 use tokio::runtime::Builder;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use zbus::{Guid, connection};
 
@@ -72,22 +73,69 @@ impl Control for Service {
     }
 }
 
-/// Serves `owner` on a thread of its own as long as the process lives.
-pub fn serve(owner: Owner, events: Events, state: watch::Receiver<State>) -> io::Result<()> {
+/// Serves `owner`, and the process's signals, on a thread of its own as long as the
+/// process lives.
+pub fn serve(
+    owner: Option<Owner>,
+    events: Events,
+    state: watch::Receiver<State>,
+) -> io::Result<()> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    let service = Service { events, state };
+    let signals = {
+        let _context = runtime.enter();
+        Signals::listen()?
+    };
+    let service = Service {
+        events: events.clone(),
+        state,
+    };
     let serve = move || {
+        runtime.spawn(signals.pass_on(events));
         runtime.block_on(async move {
             let result = match owner {
-                Owner::Listener(listener) => accept(listener, service).await,
-                Owner::Stream(stream) => connection(stream, service).await,
+                Some(Owner::Listener(listener)) => accept(listener, service).await,
+                Some(Owner::Stream(stream)) => connection(stream, service).await,
+                None => Ok(()),
             };
             if let Err(error) = result {
                 tracing::error!(%error, "the machine cannot be controlled any more");
             }
+            // Signals are still heard.
+            std::future::pending::<()>().await;
         });
     };
-    thread::Builder::new().name("control".into()).spawn(serve).map(drop)
+    thread::Builder::new()
+        .name("control".into())
+        .spawn(serve)
+        .map(drop)
+}
+
+/// What the host's administrator wants.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    power: Signal,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            // What `machinectl poweroff` sends.
+            power: signal(SignalKind::from_raw(nix::libc::SIGRTMIN() + 4))?,
+        })
+    }
+
+    async fn pass_on(mut self, events: Events) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => events.send(Event::Terminated),
+                _ = self.interrupt.recv() => events.send(Event::Terminated),
+                _ = self.power.recv() => events.send(Event::PowerButton),
+            }
+        }
+    }
 }
 
 async fn accept(listener: UnixListener, service: Service) -> zbus::Result<()> {
@@ -110,14 +158,20 @@ async fn connection(stream: UnixStream, service: Service) -> zbus::Result<()> {
     let mut state = service.state.clone();
     let guid = Guid::generate();
     let connection = connection::Builder::unix_stream(stream)
-        .server(guid)?
+        .server(guid)
         .p2p()
-        .serve_at(PATH, Core(service))?
+        .serve_at(PATH, Core(service))
         .build()
         .await?;
-    let core = connection.object_server().interface::<_, Core<Service>>(PATH).await?;
+    let core = connection
+        .object_server()
+        .interface::<_, Core<Service>>(PATH)
+        .await?;
     while state.changed().await.is_ok() {
-        core.get().await.state_changed(core.signal_emitter()).await?;
+        core.get()
+            .await
+            .state_changed(core.signal_emitter())
+            .await?;
     }
     Ok(())
 }

@@ -1,12 +1,14 @@
 //! What reaches the machine's main thread, from whom.
 
+use std::error::Error;
 use std::sync::mpsc::Sender;
 
-use api::Error;
 use tokio::sync::oneshot;
 
+use super::chain;
 use super::request::{Request, RequestSink};
 use crate::hypervisor::{Ended, VcpuEvents};
+use crate::transport::TroubleSink;
 
 /// Something that the main thread must act on.
 #[derive(Debug)]
@@ -15,15 +17,15 @@ pub enum Event {
     Guest(Request),
     /// A vCPU does not run on.
     Vcpu(u32, Ended),
-    /// A device in another process is lost for good.
-    DeviceLost {
+    /// A device does not work any more; its driver has been told.
+    Trouble {
         /// Which one.
         device: String,
-        /// What happened, as one sentence.
+        /// What happened, with its causes.
         why: String,
     },
     /// The owner wants something; it waits for the answer.
-    Command(Command, oneshot::Sender<Result<(), Error>>),
+    Command(Command, oneshot::Sender<Result<(), api::Error>>),
     /// The process was told to end.
     Terminated,
     /// The host was asked to press the power button.
@@ -66,6 +68,15 @@ impl Events {
 impl RequestSink for Events {
     fn request(&self, request: Request) {
         self.send(Event::Guest(request));
+    }
+}
+
+impl TroubleSink for Events {
+    fn trouble(&self, device: &str, error: &(dyn Error + 'static)) {
+        self.send(Event::Trouble {
+            device: device.into(),
+            why: chain(error),
+        });
     }
 }
 

@@ -18,26 +18,18 @@ pub enum Reason {
         /// For this.
         ended: Ended,
     },
-    /// A device is gone and does not come back.
-    DeviceLost {
-        /// Which one.
-        device: String,
-        /// What happened.
-        why: String,
-    },
     /// The core itself failed.
     Internal(String),
 }
 
 impl Reason {
     /// The exit status: 0 for an end that somebody asked for, 3 for a guest that cannot
-    /// go on, 4 for a lost device, 1 for anything else.
+    /// go on, 1 for anything else.
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::PoweredOff | Self::Terminated => 0,
             Self::Internal(_) => 1,
             Self::GuestFailed { .. } => 3,
-            Self::DeviceLost { .. } => 4,
         }
     }
 }
@@ -48,7 +40,6 @@ impl fmt::Display for Reason {
             Self::PoweredOff => write!(f, "the guest powered off"),
             Self::Terminated => write!(f, "terminated"),
             Self::GuestFailed { vcpu, ended } => write!(f, "vCPU {vcpu}: {ended}"),
-            Self::DeviceLost { device, why } => write!(f, "device {device} is lost: {why}"),
             Self::Internal(why) => write!(f, "{why}"),
         }
     }

@@ -18,9 +18,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::BusDevice;
 use crate::interrupt::{InterruptError, IrqLine};
@@ -183,7 +183,9 @@ impl SerialPort {
     /// # Errors
     /// There is no descriptor left for the event of [`SerialInput::room`].
     pub fn new(irq: Arc<dyn IrqLine>, output: Arc<OutputBuffer>) -> io::Result<Self> {
-        let room = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let room = Arc::new(EventFd::from_flags(
+            EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC,
+        )?);
         let uart = Serial::with_events(
             Interrupt(Arc::clone(&irq)),
             Room(Arc::clone(&room)),

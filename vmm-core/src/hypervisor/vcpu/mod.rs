@@ -28,6 +28,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use thiserror::Error;
 
 use super::{HypervisorError, Vm, refused};
+use crate::boot::EntryPoint;
 use crate::bus::Bus;
 
 pub use run::Ended;
@@ -121,9 +122,18 @@ impl Vcpu {
         self.id
     }
 
-    /// KVM's handle, for the first registers at boot.
-    pub fn fd(&self) -> &VcpuFd {
-        &self.fd
+    /// Makes the vCPU start a kernel.
+    pub fn enter_at(&self, entry: &EntryPoint) -> Result<(), HypervisorError> {
+        let sregs = self
+            .fd
+            .get_sregs()
+            .map_err(refused("tell a vCPU's control registers"))?;
+        self.fd
+            .set_sregs(&entry.sregs(&sregs))
+            .map_err(refused("set a vCPU's control registers"))?;
+        self.fd
+            .set_regs(&entry.regs())
+            .map_err(refused("set a vCPU's registers"))
     }
 
     /// Sets model-specific registers, skipping those that this KVM does not take.
