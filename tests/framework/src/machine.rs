@@ -150,6 +150,20 @@ impl Machine {
         &mut self.devices
     }
 
+    /// Starts the process of device `number` again, on its socket.
+    pub fn restart_device(&mut self, definition: &Definition, number: usize) -> Result<()> {
+        let device = definition
+            .devices
+            .get(number)
+            .context("there is no such device")?;
+        let socket = self.folder.path().join(format!("device{number}"));
+        // Nobody is left who listens there.
+        std::fs::remove_file(&socket).context("the device's socket is gone")?;
+        let listener = UnixListener::bind(&socket).context("no socket for a device")?;
+        self.devices[number] = start_device(device, listener)?.0;
+        Ok(())
+    }
+
     /// Waits for the end of the core.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         self.core.wait(DEADLINE)
