@@ -181,7 +181,7 @@ fn parse<T: FromStr<Err: Display>>(key: &str, value: &str) -> Result<T> {
 }
 
 /// One device of the form TYPE,key=value,…
-fn device(number: usize, text: &str) -> Result<VhostUserConfig> {
+fn device(number: usize, text: &str) -> Result<(VhostUserConfig, Endpoint)> {
     let mut words = text.split(',');
     let kind: DeviceKind = words
         .next()
@@ -189,11 +189,7 @@ fn device(number: usize, text: &str) -> Result<VhostUserConfig> {
         .parse()
         .map_err(|e| anyhow!("{e}"))?;
     let mut endpoint = None;
-    let mut config = VhostUserConfig::new(
-        kind,
-        format!("device{number}"),
-        Endpoint::Path(PathBuf::new()),
-    );
+    let mut config = VhostUserConfig::new(kind, format!("device{number}"));
     for word in words {
         let Some((key, value)) = word.split_once('=') else {
             bail!("{word} is not of the form key=value")
@@ -212,8 +208,7 @@ fn device(number: usize, text: &str) -> Result<VhostUserConfig> {
             ),
         }
     }
-    config.endpoint = endpoint.context("it needs socket=PATH or fd=N")?;
-    Ok(config)
+    Ok((config, endpoint.context("it needs socket=PATH or fd=N")?))
 }
 
 fn mac(text: &str) -> Result<[u8; 6]> {
@@ -240,7 +235,7 @@ mod tests {
 
     #[test]
     fn devices_are_named_by_their_settings() {
-        let config = device(3, "blk,socket=/run/d,queues=4").unwrap();
+        let (config, _) = device(3, "blk,socket=/run/d,queues=4").unwrap();
         assert_eq!((config.id.as_str(), config.queues), ("device3", Some(4)));
         let wrong = |text| format!("{:#}", device(0, text).unwrap_err());
         assert_eq!(wrong("blk"), "it needs socket=PATH or fd=N");

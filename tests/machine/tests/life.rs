@@ -10,9 +10,12 @@ use test_framework::machine::{DEADLINE, Definition, Device, Machine, make_image}
 use test_guest::{BlkMode, Report, Workload, command};
 use test_machine::{active, beat, finish, is_silent};
 
+/// Beats, and dirties memory, until it is told to stop.
 fn beating() -> Workload {
     Workload {
         heartbeat: 20,
+        span: 4,
+        dirty: 10,
         poweroff: true,
         ..Workload::default()
     }

@@ -28,7 +28,9 @@ use crate::hypervisor::{
 };
 use crate::memory::{Memory, Ram, prefault};
 use crate::pci::{BarAllocator, HostBridge, PciAddress, Root};
-use crate::remote::vhost_user::{VhostUserConfig, VhostUserDevice, VhostUserError, Watchdog};
+use crate::remote::vhost_user::{
+    Endpoint, VhostUserConfig, VhostUserDevice, VhostUserError, Watchdog,
+};
 use crate::transport::{TroubleSink, VirtioPciDevice, Wiring};
 
 impl Machine {
@@ -124,25 +126,19 @@ impl Machine {
 
 /// Reaches all back-ends at once; the first failure, in the order of the definition, counts.
 fn connect(
-    configs: Vec<VhostUserConfig>,
+    devices: Vec<(VhostUserConfig, Endpoint)>,
     memory: &Arc<Memory>,
 ) -> Result<Vec<Arc<VhostUserDevice>>, MachineError> {
-    let watchdog = Arc::new(Watchdog::start().map_err(MachineError::Control)?);
+    let watchdog = &Arc::new(Watchdog::start().map_err(MachineError::Control)?);
     thread::scope(|scope| {
-        let workers: Vec<_> = configs
-            .into_iter()
-            .map(|config| {
-                let id = config.id.clone();
-                let watchdog = &watchdog;
-                let worker =
-                    scope.spawn(move || VhostUserDevice::connect(config, memory, watchdog));
-                (id, worker)
-            })
-            .collect();
-        let join = |(device, worker): (String, thread::ScopedJoinHandle<'_, _>)| {
+        let connect = |(config, endpoint)| {
+            scope.spawn(move || VhostUserDevice::connect(config, endpoint, memory, watchdog))
+        };
+        let workers: Vec<_> = devices.into_iter().map(connect).collect();
+        let join = |worker: ScopedJoinHandle<'_, Result<_, VhostUserError>>| {
             worker
                 .join()
-                .unwrap_or(Err(VhostUserError::Away { device }))
+                .unwrap_or_else(|panic| resume_unwind(panic))
                 .map_err(MachineError::from)
         };
         workers.into_iter().map(join).collect()

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::memory::HugePages;
-use crate::remote::vhost_user::VhostUserConfig;
+use crate::remote::vhost_user::{Endpoint, VhostUserConfig};
 
 /// Most vCPUs of a machine.
 pub const MOST_VCPUS: u32 = 32;
@@ -32,8 +32,9 @@ pub struct MachineConfig {
     pub prefault: bool,
     /// Where the first serial port leads.
     pub serial: SerialConfig,
-    /// Devices in other processes, in the order of their PCI addresses.
-    pub vhost_user: Vec<VhostUserConfig>,
+    /// Devices in other processes, in the order of their PCI addresses, and how to
+    /// reach their back-ends.
+    pub vhost_user: Vec<(VhostUserConfig, Endpoint)>,
     /// The KVM device.
     pub kvm: KvmSource,
 }
@@ -94,7 +95,11 @@ impl MachineConfig {
                 memory: self.memory,
             });
         }
-        let mut ids: Vec<_> = self.vhost_user.iter().map(|device| &device.id).collect();
+        let mut ids: Vec<_> = self
+            .vhost_user
+            .iter()
+            .map(|(device, _)| &device.id)
+            .collect();
         ids.sort();
         match ids.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(pair) => Err(ConfigError::DuplicateDevice {
