@@ -1,1 +1,3 @@
-//! remote (being built).
+//! Devices in other processes.
+
+pub mod vhost_user;
