@@ -1,1 +1,19 @@
 //! What every Godwit device process stands on.
+//!
+//! A `dev-*` implements [`Device`] and [`Worker`], and calls the kit's `run`; the kit brings the socket, the
+//! vhost-user protocol, rings, dirty log, in-flight record, prefaulting, state streams, sandbox,
+//! metrics and readiness. Start reading at [`device`].
+
+pub mod device;
+pub mod memory;
+pub mod metrics;
+pub mod queue;
+mod session;
+
+pub use device::{
+    Assignment, Capabilities, ConfigError, ConfigWriter, Device, HostError, Interest, Kit,
+    MAX_QUEUE_SIZE, MAX_QUEUES, OptionError, Progress, Queues, Source, StateError, Worker,
+    WorkerError,
+};
+pub use queue::{Chain, Queue, QueueError, QueueFault, QueueIndex};
+pub use session::ConfigChange;
