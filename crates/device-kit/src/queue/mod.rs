@@ -205,6 +205,19 @@ impl Queue {
         self.answer(&[(head, written)])
     }
 
+    /// Gives up a request that cannot even be refused. The guest gets no answer; whoever calls
+    /// this reports the queue's error, which ends its service.
+    pub fn abandon(&mut self, chain: &mut Chain) {
+        self.release(chain.head());
+        chain.clear();
+    }
+
+    fn release(&mut self, head: u16) {
+        if std::mem::replace(&mut self.taken[usize::from(head)], false) {
+            self.in_flight -= 1;
+        }
+    }
+
     /// Answers several requests at once: the guest sees all of them or none. Each is the head of
     /// a chain and the bytes written to it.
     pub fn answer(&mut self, batch: &[(u16, u32)]) -> Result<(), QueueError> {
@@ -212,9 +225,7 @@ impl Queue {
         // Answered or not, the device is done with them. What could not be answered stays in the
         // in-flight record.
         for (head, _) in batch {
-            if std::mem::replace(&mut self.taken[usize::from(*head)], false) {
-                self.in_flight -= 1;
-            }
+            self.release(*head);
         }
         self.metrics.requests.inc_by(batch.len() as u64);
         published
