@@ -1,0 +1,357 @@
+//! What the device and its workers share.
+//!
+//! The driver's settings (features, control state) have one owner, [`Shared`], behind a lock that
+//! is taken only when they change or are looked at by the control thread. Workers use a [`View`]
+//! of them, made anew at each change; a worker sees by one atomic number that there is a newer
+//! one. A packet is handled by one view from its first byte to its last.
+//!
+//! Order rule: a change goes to the tap first, then to the state, then to the workers. A change
+//! that the tap refuses leaves everything as it was.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use device_kit::{ConfigChange, QueueIndex, StateError};
+
+use crate::config::NetConfig;
+use crate::config_space::ConfigSpace;
+use crate::control::{self, CommandError, ControlState, Limits};
+use crate::features::{Features, Offloads};
+use crate::filter::RxFilter;
+use crate::mac::MacAddress;
+use crate::metrics::Metrics;
+use crate::packet::HEADER_LEN;
+use crate::saved_state::NetState;
+use crate::tap::Tap;
+
+/// The features of a driver that accepted none yet: nothing but that it is not a legacy one.
+const UNTOLD: Features = Features::VERSION_1;
+
+/// The device, as every thread of the process sees it.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    tap: Tap,
+    mac: MacAddress,
+    mtu: Option<u16>,
+    config_change: ConfigChange,
+    metrics: Metrics,
+    state: Mutex<State>,
+    /// Number of the newest view.
+    newest: AtomicU64,
+}
+
+#[derive(Debug)]
+struct State {
+    features: Features,
+    control: ControlState,
+    /// Times that the device was reset.
+    epoch: u64,
+    /// The driver is still to be told that it shall announce itself: while rings are stopped,
+    /// nothing may be said to it.
+    announce_untold: bool,
+    view: Arc<View>,
+    /// What the tap was set to last.
+    tap_offloads: Offloads,
+    tap_header_len: usize,
+}
+
+/// The driver's settings, as workers use them.
+#[derive(Debug)]
+pub(crate) struct View {
+    /// Changes when the device is reset: what was kept for the driver before is void.
+    pub(crate) epoch: u64,
+    /// Bytes of the virtio header before each packet.
+    pub(crate) header_len: usize,
+    /// A packet may be put into several receive buffers.
+    pub(crate) mergeable: bool,
+    /// What the driver takes on.
+    pub(crate) offloads: Offloads,
+    /// Which packets the guest wants.
+    pub(crate) filter: RxFilter,
+    /// VLANs are filtered.
+    pub(crate) vlan_filter: bool,
+    /// The control queue, when the driver has one that comes here.
+    pub(crate) control_queue: Option<QueueIndex>,
+}
+
+/// What a queue is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Packets to the guest.
+    Rx,
+    /// Packets from the guest.
+    Tx,
+    /// Commands.
+    Control,
+}
+
+impl View {
+    fn new(features: Features, control: &ControlState, epoch: u64, pairs: u16) -> View {
+        // Without MQ the driver knows of one pair, whatever the device has (section 5.1.2).
+        let used_pairs = if features.contains(Features::MQ) { pairs } else { 1 };
+        View {
+            epoch,
+            header_len: features.header_len(),
+            mergeable: features.contains(Features::MRG_RXBUF),
+            offloads: control.effective_offloads(features),
+            filter: control.filter.clone(),
+            vlan_filter: features.contains(Features::CTRL_VLAN),
+            control_queue: features
+                .contains(Features::CTRL_VQ)
+                .then(|| QueueIndex::new(2 * used_pairs)),
+        }
+    }
+
+    /// What `queue` is for.
+    pub(crate) fn role(&self, queue: QueueIndex) -> Role {
+        if self.control_queue == Some(queue) {
+            Role::Control
+        } else if queue.get().is_multiple_of(2) {
+            Role::Rx
+        } else {
+            Role::Tx
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(config: NetConfig, metrics: Metrics, config_change: ConfigChange) -> Shared {
+        let control = ControlState::new(config.mac);
+        let features = UNTOLD;
+        let view = View::new(features, &control, 0, config.tap.pairs());
+        Shared {
+            tap: config.tap,
+            mac: config.mac,
+            mtu: config.mtu,
+            config_change,
+            metrics,
+            state: Mutex::new(State {
+                features,
+                control,
+                epoch: 0,
+                announce_untold: false,
+                view: Arc::new(view),
+                tap_offloads: Offloads::empty(),
+                tap_header_len: HEADER_LEN,
+            }),
+            newest: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn tap(&self) -> &Tap {
+        &self.tap
+    }
+
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// The features to offer.
+    pub(crate) fn offered(&self) -> Features {
+        let mut features = Features::MAC
+            | Features::STATUS
+            | Features::MRG_RXBUF
+            | Features::CTRL_VQ
+            | Features::CTRL_RX
+            | Features::CTRL_RX_EXTRA
+            | Features::CTRL_VLAN
+            | Features::CTRL_MAC_ADDR
+            | Features::GUEST_ANNOUNCE
+            | Features::of_tap(self.tap.possible_offloads());
+        features.set(
+            Features::CTRL_GUEST_OFFLOADS,
+            features.contains(Features::GUEST_CSUM),
+        );
+        features.set(Features::MQ, self.tap.pairs() > 1);
+        features.set(Features::MTU, self.mtu.is_some());
+        features
+    }
+
+    /// The driver accepted these.
+    pub(crate) fn accept(&self, features: Features) {
+        let mut state = self.lock();
+        if state.features == features {
+            return;
+        }
+        let control = state.control.clone();
+        if let Err(error) = self.apply(&mut state, features, &control) {
+            // Packets that need what could not be set are dropped and counted.
+            tracing::error!(tap = self.tap.name(), %error, "the tap does not take the driver's offloads");
+        }
+        self.publish(&mut state, features, control);
+    }
+
+    /// The configuration space now.
+    pub(crate) fn config_space(&self) -> ConfigSpace {
+        let state = self.lock();
+        ConfigSpace {
+            mac: state.control.filter.mac,
+            announce: state.control.announce && state.features.contains(Features::GUEST_ANNOUNCE),
+            max_pairs: self.tap.pairs(),
+            mtu: self.mtu.unwrap_or(0),
+        }
+    }
+
+    /// Carries out a command of the driver and returns the answer.
+    pub(crate) fn command(&self, command: &[u8]) -> u8 {
+        let mut state = self.lock();
+        let limits = Limits {
+            features: state.features,
+            pairs: self.tap.pairs(),
+        };
+        let done = match state.control.after(command, limits) {
+            Ok(next) => {
+                let features = state.features;
+                self.apply(&mut state, features, &next).map(|()| {
+                    self.publish(&mut state, features, next);
+                })
+            }
+            Err(error) => {
+                drop(state);
+                return self.refuse(&error);
+            }
+        };
+        match done {
+            Ok(()) => control::OK,
+            Err(error) => {
+                tracing::error!(tap = self.tap.name(), %error, "the tap does not take a command");
+                self.metrics.refused_command();
+                control::ERR
+            }
+        }
+    }
+
+    /// The answer to a command that makes no sense.
+    pub(crate) fn refuse(&self, error: &CommandError) -> u8 {
+        tracing::debug!(%error, "control command refused");
+        self.metrics.refused_command();
+        control::ERR
+    }
+
+    /// Tells the driver to announce itself, once after a move, when its rings run again.
+    pub(crate) fn tell_announce(&self) {
+        let mut state = self.lock();
+        if std::mem::take(&mut state.announce_untold)
+            && state.features.contains(Features::GUEST_ANNOUNCE)
+        {
+            drop(state);
+            self.config_change.notify();
+        }
+    }
+
+    /// What the driver made of the device.
+    pub(crate) fn save(&self) -> NetState {
+        NetState::from(&self.lock().control)
+    }
+
+    /// Takes over what the driver made of this device's twin.
+    pub(crate) fn load(&self, saved: NetState) -> Result<(), StateError> {
+        let mut control = saved.check(self.tap.pairs(), self.tap.possible_offloads())?;
+        // The network is to learn where the guest is now.
+        control.announce = true;
+        let mut state = self.lock();
+        let features = state.features;
+        self.apply(&mut state, features, &control).map_err(|error| {
+            StateError(format!(
+                "tap {} does not take {} queue pairs and the offloads ({error})",
+                self.tap.name(),
+                control.active_pairs
+            ))
+        })?;
+        state.announce_untold = true;
+        self.publish(&mut state, features, control);
+        Ok(())
+    }
+
+    /// Back to what it was when it was made.
+    pub(crate) fn reset(&self) {
+        let mut state = self.lock();
+        let (features, control) = (UNTOLD, ControlState::new(self.mac));
+        let done = self
+            .tap
+            .set_active(control.active_pairs)
+            .and_then(|()| self.apply(&mut state, features, &control));
+        if let Err(error) = done {
+            tracing::error!(tap = self.tap.name(), %error, "the tap was not reset");
+        }
+        state.epoch += 1;
+        state.announce_untold = false;
+        self.publish(&mut state, features, control);
+    }
+
+    /// Sets the tap to what the state is going to be.
+    fn apply(&self, state: &mut State, features: Features, next: &ControlState) -> io::Result<()> {
+        let offloads = next.effective_offloads(features);
+        if offloads != state.tap_offloads {
+            self.tap.set_offloads(offloads)?;
+            state.tap_offloads = offloads;
+        }
+        let header_len = features.header_len();
+        if header_len != state.tap_header_len {
+            self.tap.set_header_len(header_len)?;
+            state.tap_header_len = header_len;
+        }
+        // Without a control queue here, the front-end enables rings as it likes, and each worker
+        // attaches its queue when it is served.
+        if next.active_pairs != state.control.active_pairs
+            || features.contains(Features::CTRL_VQ) && !state.features.contains(Features::CTRL_VQ)
+        {
+            let attached = self.tap.set_active(next.active_pairs);
+            if attached.is_err() {
+                // As it was, as far as the tap lets itself be set.
+                let _ = self.tap.set_active(state.control.active_pairs);
+            }
+            attached?;
+        }
+        Ok(())
+    }
+
+    /// Takes the state over and shows it to the workers.
+    fn publish(&self, state: &mut State, features: Features, control: ControlState) {
+        state.features = features;
+        state.control = control;
+        state.view = Arc::new(View::new(
+            state.features,
+            &state.control,
+            state.epoch,
+            self.tap.pairs(),
+        ));
+        self.newest.fetch_add(1, Ordering::Release);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A worker's copy of the newest view.
+#[derive(Debug)]
+pub(crate) struct Viewer {
+    seen: u64,
+    view: Arc<View>,
+}
+
+impl Viewer {
+    pub(crate) fn new(shared: &Shared) -> Viewer {
+        let state = shared.lock();
+        Viewer {
+            seen: shared.newest.load(Ordering::Acquire),
+            view: Arc::clone(&state.view),
+        }
+    }
+
+    /// Takes the newest view; whether it is another than the last time.
+    pub(crate) fn refresh(&mut self, shared: &Shared) -> bool {
+        let changed = shared.newest.load(Ordering::Acquire) != self.seen;
+        if changed {
+            *self = Viewer::new(shared);
+        }
+        changed
+    }
+
+    /// The view that was taken last.
+    pub(crate) fn view(&self) -> &View {
+        &self.view
+    }
+}
