@@ -40,6 +40,8 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// The answer to `--print-capabilities`.
     const CAPABILITIES: Capabilities;
+    /// The `ioctl` requests that it makes inside the sandbox; all others fail there.
+    const IOCTLS: &'static [u32];
 
     /// Opens what the options name and makes the device. Called once, before the sandbox.
     ///

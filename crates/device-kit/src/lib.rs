@@ -1,13 +1,23 @@
 //! What every Godwit device process stands on.
 //!
-//! A `dev-*` implements [`Device`] and [`Worker`], and calls the kit's `run`; the kit brings the socket, the
+//! A `dev-*` implements [`Device`] and [`Worker`], and calls [`run`]; the kit brings the socket, the
 //! vhost-user protocol, rings, dirty log, in-flight record, prefaulting, state streams, sandbox,
 //! metrics and readiness. Start reading at [`device`].
 
 pub mod device;
+mod ending;
+mod features;
+mod listen;
 pub mod memory;
 pub mod metrics;
+mod metrics_server;
+mod options;
+mod program;
 pub mod queue;
+mod queue_thread;
+mod queue_threads;
+mod readiness;
+mod sandbox;
 mod session;
 
 pub use device::{
@@ -15,5 +25,7 @@ pub use device::{
     MAX_QUEUE_SIZE, MAX_QUEUES, OptionError, Progress, Queues, Source, StateError, Worker,
     WorkerError,
 };
+pub use listen::adopt;
+pub use program::run;
 pub use queue::{Chain, Queue, QueueError, QueueFault, QueueIndex};
 pub use session::ConfigChange;

@@ -34,7 +34,7 @@ const VERSION: u16 = 1;
 
 /// An in-flight file that cannot be used.
 #[derive(Debug, Error)]
-pub enum InflightError {
+pub(crate) enum InflightError {
     /// Written by a program with another layout.
     #[error("in-flight record of queue {queue} has layout version {version}, known is {VERSION}")]
     Version {

@@ -205,11 +205,34 @@ impl Queue {
         self.answer(&[(head, written)])
     }
 
+    /// Gives up a request that cannot even be refused. The guest gets no answer; whoever calls
+    /// this reports the queue's error, which ends its service.
+    pub fn abandon(&mut self, chain: &mut Chain) {
+        self.release(chain.head());
+        chain.clear();
+    }
+
+    fn release(&mut self, head: u16) {
+        if std::mem::replace(&mut self.taken[usize::from(head)], false) {
+            self.in_flight -= 1;
+        }
+    }
+
     /// Answers several requests at once: the guest sees all of them or none. Each is the head of
     /// a chain and the bytes written to it.
     pub fn answer(&mut self, batch: &[(u16, u32)]) -> Result<(), QueueError> {
+        let published = self.publish(batch);
+        // Answered or not, the device is done with them. What could not be answered stays in the
+        // in-flight record.
+        for (head, _) in batch {
+            self.release(*head);
+        }
+        self.metrics.requests.inc_by(batch.len() as u64);
+        published
+    }
+
+    fn publish(&mut self, batch: &[(u16, u32)]) -> Result<(), QueueError> {
         for (offset, (head, written)) in (0u16..).zip(batch) {
-            debug_assert!(self.taken[usize::from(*head)], "{head} was not taken");
             let slot = u64::from((self.next_used + Wrapping(offset)).0 % self.layout.size);
             let address = self.layout.used.0 + 4 + 8 * slot;
             // struct virtq_used_elem: le32 id, le32 len.
@@ -230,11 +253,6 @@ impl Queue {
         if let Some(record) = &mut self.record {
             record.answered(heads(), used.0);
         }
-        for head in heads() {
-            self.taken[usize::from(head)] = false;
-            self.in_flight -= 1;
-        }
-        self.metrics.requests.inc_by(u64::from(count));
         Ok(())
     }
 
@@ -378,6 +396,13 @@ impl Queue {
         self.layout = layout;
         self.memory = memory;
         self.check_layout()
+    }
+
+    /// The error of a ring whose memory was taken away.
+    pub(crate) fn lost(&self) -> QueueError {
+        self.error(QueueFault::RingMemory {
+            address: self.layout.descriptors.0,
+        })
     }
 
     /// The index of the next chain to be taken, which GET_VRING_BASE answers.
