@@ -13,7 +13,12 @@ use crate::tap::{MAX_PAIRS, Tap, TapError};
 pub(crate) struct Options {
     /// Tap interface that it is connected to; made, for as long as it runs, when there is none and
     /// this user may
-    #[arg(long, value_name = "NAME", conflicts_with = "tap_fd", required_unless_present = "tap_fd")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with = "tap_fd",
+        required_unless_present = "tap_fd"
+    )]
     tap: Option<String>,
 
     /// Open queues of one tap instead, one for each queue pair
@@ -89,7 +94,10 @@ fn adopt(fds: &[RawFd], pairs: Option<u16>) -> Result<Tap, OptionError> {
         return Err(bad(
             "--queue-pairs",
             pairs,
-            format!("--tap-fd names {} queues; name one for each pair", fds.len()),
+            format!(
+                "--tap-fd names {} queues; name one for each pair",
+                fds.len()
+            ),
         ));
     }
     let list = || {

@@ -1,11 +1,13 @@
 //! The configuration space: `struct virtio_net_config` (virtio 1.3, section 5.1.4).
 
-use virtio_bindings::virtio_net as net;
-
 use crate::mac::MacAddress;
 
 /// Bytes up to the last field of a feature that is offered.
 const LEN: usize = 12;
+
+/// Bits of `status`: VIRTIO_NET_S_LINK_UP, VIRTIO_NET_S_ANNOUNCE.
+const LINK_UP: u16 = 1;
+const ANNOUNCE: u16 = 2;
 
 /// The fields of the features that are offered.
 #[derive(Clone, Copy, Debug)]
@@ -22,8 +24,6 @@ pub(crate) struct ConfigSpace {
 
 impl ConfigSpace {
     fn bytes(self) -> [u8; LEN] {
-        const LINK_UP: u16 = net::VIRTIO_NET_S_LINK_UP as u16;
-        const ANNOUNCE: u16 = net::VIRTIO_NET_S_ANNOUNCE as u16;
         let status = LINK_UP | if self.announce { ANNOUNCE } else { 0 };
         let mut bytes = [0; LEN];
         bytes[..6].copy_from_slice(&self.mac.0);
@@ -61,10 +61,7 @@ mod tests {
     fn fields_are_where_the_driver_looks() {
         let mut data = [0xee; 16];
         SPACE.read(0, &mut data);
-        assert_eq!(
-            data,
-            [2, 1, 2, 3, 4, 5, 3, 0, 2, 1, 0xdc, 5, 0, 0, 0, 0]
-        );
+        assert_eq!(data, [2, 1, 2, 3, 4, 5, 3, 0, 2, 1, 0xdc, 5, 0, 0, 0, 0]);
     }
 
     #[test]

@@ -32,6 +32,8 @@ impl Device for NetDevice {
         about: "Serves a virtio network card by vhost-user, from a tap interface",
     };
 
+    const IOCTLS: &'static [u32] = &crate::tap::IOCTLS;
+
     fn open(options: Options, kit: &mut Kit<'_>) -> Result<Self, OptionError> {
         let config = NetConfig::open(options)?;
         tracing::info!(

@@ -77,9 +77,7 @@ impl<'a> Lead<'a> {
             net::VIRTIO_NET_HDR_GSO_NONE => true,
             net::VIRTIO_NET_HDR_GSO_TCPV4 => offloads.contains(Offloads::TSO4),
             net::VIRTIO_NET_HDR_GSO_TCPV6 => offloads.contains(Offloads::TSO6),
-            net::VIRTIO_NET_HDR_GSO_UDP_L4 => {
-                offloads.intersects(Offloads::USO4 | Offloads::USO6)
-            }
+            net::VIRTIO_NET_HDR_GSO_UDP_L4 => offloads.intersects(Offloads::USO4 | Offloads::USO6),
             _ => false,
         }
     }
@@ -121,7 +119,11 @@ mod tests {
         ] {
             let mut bytes = packet(flags, gso_type);
             let mut lead = Lead::new(&mut bytes, HEADER_LEN).unwrap();
-            assert_eq!(lead.fit_to(offloads), fits, "{flags} {gso_type} {offloads:?}");
+            assert_eq!(
+                lead.fit_to(offloads),
+                fits,
+                "{flags} {gso_type} {offloads:?}"
+            );
         }
     }
 

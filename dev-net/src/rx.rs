@@ -142,8 +142,10 @@ impl Receiver {
                 break;
             }
             if chain.writable_len() == 0 {
+                let head = chain.head();
+                queue.abandon(&mut chain);
                 return Err(queue.error(QueueFault::Request {
-                    head: chain.head(),
+                    head,
                     reason: "a receive buffer that cannot be written",
                 }));
             }
@@ -298,13 +300,14 @@ impl Receiver {
     }
 
     fn show_answers(&mut self, queue: &mut Queue) -> Result<(), QueueError> {
-        if !self.answers.is_empty() {
-            queue.answer(&self.answers)?;
-            self.answers.clear();
-            // Chains that were answered hold on to guest memory until they are dropped.
-            self.spare.clear();
+        if self.answers.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let shown = queue.answer(&self.answers);
+        self.answers.clear();
+        // Chains that were answered hold on to guest memory until they are dropped.
+        self.spare.clear();
+        shown
     }
 
     /// Returns the buffers that were not used to the ring, the last one first.

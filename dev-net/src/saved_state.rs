@@ -99,11 +99,7 @@ impl NetState {
     ///
     /// # Errors
     /// What this device cannot be, or what no device ever was.
-    pub(crate) fn check(
-        self,
-        pairs: u16,
-        possible: Offloads,
-    ) -> Result<ControlState, StateError> {
+    pub(crate) fn check(self, pairs: u16, possible: Offloads) -> Result<ControlState, StateError> {
         if !(1..=pairs).contains(&self.active_pairs) {
             return Err(StateError(format!(
                 "{} queue pairs are in use, this device has {pairs}",
@@ -234,10 +230,7 @@ mod tests {
             .check(4, Offloads::CSUM)
             .unwrap_err()
             .to_string();
-        assert_eq!(
-            error,
-            "offloads 0x102 are in use, the tap can do 0x2"
-        );
+        assert_eq!(error, "offloads 0x102 are in use, the tap can do 0x2");
     }
 
     #[test]

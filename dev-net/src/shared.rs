@@ -45,8 +45,6 @@ pub(crate) struct Shared {
 struct State {
     features: Features,
     control: ControlState,
-    /// Times that the device was reset.
-    epoch: u64,
     /// The driver is still to be told that it shall announce itself: while rings are stopped,
     /// nothing may be said to it.
     announce_untold: bool,
@@ -59,8 +57,6 @@ struct State {
 /// The driver's settings, as workers use them.
 #[derive(Debug)]
 pub(crate) struct View {
-    /// Changes when the device is reset: what was kept for the driver before is void.
-    pub(crate) epoch: u64,
     /// Bytes of the virtio header before each packet.
     pub(crate) header_len: usize,
     /// A packet may be put into several receive buffers.
@@ -87,11 +83,14 @@ pub(crate) enum Role {
 }
 
 impl View {
-    fn new(features: Features, control: &ControlState, epoch: u64, pairs: u16) -> View {
+    fn new(features: Features, control: &ControlState, pairs: u16) -> View {
         // Without MQ the driver knows of one pair, whatever the device has (section 5.1.2).
-        let used_pairs = if features.contains(Features::MQ) { pairs } else { 1 };
+        let used_pairs = if features.contains(Features::MQ) {
+            pairs
+        } else {
+            1
+        };
         View {
-            epoch,
             header_len: features.header_len(),
             mergeable: features.contains(Features::MRG_RXBUF),
             offloads: control.effective_offloads(features),
@@ -119,7 +118,7 @@ impl Shared {
     pub(crate) fn new(config: NetConfig, metrics: Metrics, config_change: ConfigChange) -> Shared {
         let control = ControlState::new(config.mac);
         let features = UNTOLD;
-        let view = View::new(features, &control, 0, config.tap.pairs());
+        let view = View::new(features, &control, config.tap.pairs());
         Shared {
             tap: config.tap,
             mac: config.mac,
@@ -129,7 +128,6 @@ impl Shared {
             state: Mutex::new(State {
                 features,
                 control,
-                epoch: 0,
                 announce_untold: false,
                 view: Arc::new(view),
                 tap_offloads: Offloads::empty(),
@@ -252,13 +250,14 @@ impl Shared {
         control.announce = true;
         let mut state = self.lock();
         let features = state.features;
-        self.apply(&mut state, features, &control).map_err(|error| {
-            StateError(format!(
-                "tap {} does not take {} queue pairs and the offloads ({error})",
-                self.tap.name(),
-                control.active_pairs
-            ))
-        })?;
+        self.apply(&mut state, features, &control)
+            .map_err(|error| {
+                StateError(format!(
+                    "tap {} does not take {} queue pairs and the offloads ({error})",
+                    self.tap.name(),
+                    control.active_pairs
+                ))
+            })?;
         state.announce_untold = true;
         self.publish(&mut state, features, control);
         Ok(())
@@ -275,7 +274,6 @@ impl Shared {
         if let Err(error) = done {
             tracing::error!(tap = self.tap.name(), %error, "the tap was not reset");
         }
-        state.epoch += 1;
         state.announce_untold = false;
         self.publish(&mut state, features, control);
     }
@@ -311,12 +309,7 @@ impl Shared {
     fn publish(&self, state: &mut State, features: Features, control: ControlState) {
         state.features = features;
         state.control = control;
-        state.view = Arc::new(View::new(
-            state.features,
-            &state.control,
-            state.epoch,
-            self.tap.pairs(),
-        ));
+        state.view = Arc::new(View::new(state.features, &state.control, self.tap.pairs()));
         self.newest.fetch_add(1, Ordering::Release);
     }
 

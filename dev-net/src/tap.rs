@@ -17,8 +17,9 @@ use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 
+pub(crate) use self::ioctl::IOCTLS;
+pub(crate) use self::open::TapError;
 use crate::features::Offloads;
-pub(crate) use open::TapError;
 
 /// Most queue pairs of a device.
 pub(crate) const MAX_PAIRS: u16 = 32;

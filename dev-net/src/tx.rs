@@ -86,7 +86,11 @@ impl Transmitter {
             if !queue.pop(&mut self.chain)? {
                 return Ok(Progress::Emptied);
             }
-            if self.send(queue, tap, view)? {
+            let sent = self.send(queue, tap, view);
+            if sent.is_err() {
+                queue.abandon(&mut self.chain);
+            }
+            if sent? {
                 self.answers.push((self.chain.head(), 0));
                 if self.answers.len() == BATCH {
                     self.show_answers(queue)?;
@@ -99,12 +103,7 @@ impl Transmitter {
     }
 
     /// Sends the packet of the chain, or drops one that cannot be; false when the tap has no room.
-    fn send(
-        &mut self,
-        queue: &Queue,
-        tap: &TapQueue,
-        view: &View,
-    ) -> Result<bool, WorkerError> {
+    fn send(&mut self, queue: &Queue, tap: &TapQueue, view: &View) -> Result<bool, WorkerError> {
         let len = self.chain.readable_len();
         let dropped = if len < view.header_len + ETHERNET_LEN {
             Some(Reason::Runt)
@@ -144,8 +143,8 @@ impl Transmitter {
     }
 
     fn show_answers(&mut self, queue: &mut Queue) -> Result<(), QueueError> {
-        queue.answer(&self.answers)?;
+        let shown = queue.answer(&self.answers);
         self.answers.clear();
-        Ok(())
+        shown
     }
 }

@@ -72,8 +72,10 @@ impl NetWorker {
     fn control(&mut self, queue: &mut Queue) -> Result<Progress, WorkerError> {
         self.shared.tell_announce();
         while queue.pop(&mut self.chain)? {
-            self.answer_command(queue)
-                .map_err(|fault| queue.error(fault))?;
+            if let Err(fault) = self.answer_command(queue) {
+                queue.abandon(&mut self.chain);
+                return Err(queue.error(fault).into());
+            }
             queue.complete(&mut self.chain, 1)?;
             self.viewer.refresh(&self.shared);
         }

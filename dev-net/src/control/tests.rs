@@ -63,10 +63,7 @@ fn mac_tables_are_taken_whole_or_count_as_all() {
     command.extend(table(&[[2, 0, 0, 0, 0, 7]]));
     command.extend(table(&[[1, 0, 0, 0, 0, 7], [1, 0, 0, 0, 0, 8]]));
     let filter = after(&command).unwrap().filter;
-    assert_eq!(
-        filter.unicast.entries,
-        [MacAddress([2, 0, 0, 0, 0, 7])]
-    );
+    assert_eq!(filter.unicast.entries, [MacAddress([2, 0, 0, 0, 0, 7])]);
     assert_eq!(filter.multicast.entries.len(), 2);
     assert!(!filter.multicast.overflow);
 

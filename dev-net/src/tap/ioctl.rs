@@ -20,6 +20,21 @@ mod raw {
     nix::ioctl_write_ptr_bad!(siocsifmtu, libc::SIOCSIFMTU, libc::ifreq);
 }
 
+/// Those that are made while the guest runs.
+pub(crate) const IOCTLS: [u32; 3] = [
+    request_number(libc::TUNSETOFFLOAD),
+    request_number(libc::TUNSETVNETHDRSZ),
+    request_number(libc::TUNSETQUEUE),
+];
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "ioctl numbers have 32 bits"
+)]
+const fn request_number(request: libc::Ioctl) -> u32 {
+    request as u32
+}
+
 /// Most bytes of an interface's name.
 pub(super) const MAX_NAME: usize = libc::IFNAMSIZ - 1;
 
@@ -109,8 +124,7 @@ pub(super) fn set_offloads(fd: BorrowedFd<'_>, offloads: Offloads) -> io::Result
 
 /// Sets the bytes of the virtio header.
 pub(super) fn set_header_len(fd: BorrowedFd<'_>, len: usize) -> io::Result<()> {
-    let len =
-        c_int::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let len = c_int::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     // SAFETY: a live descriptor and a number that outlives the call.
     unsafe { raw::tunsetvnethdrsz(fd.as_raw_fd(), &raw const len) }?;
     Ok(())

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Mutex;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use thiserror::Error;
 
 use super::{MAX_PAIRS, Tap, TapQueue, ioctl};
@@ -44,7 +44,9 @@ pub(crate) enum TapError {
         multi: bool,
     },
     /// It belongs to someone else.
-    #[error("no permission to use this tap; give it to this user when it is made (`ip tuntap add … user $USER`)")]
+    #[error(
+        "no permission to use this tap; give it to this user when it is made (`ip tuntap add … user $USER`)"
+    )]
     NotPermitted,
     /// Another process has it.
     #[error("busy: another process uses this tap; stop that process or name another tap")]
@@ -64,7 +66,9 @@ pub(crate) enum TapError {
     #[error("not a tap interface; name one that `ip tuntap show` lists as tap")]
     NotTap,
     /// A descriptor that was handed over is not open, or a standard one.
-    #[error("descriptor {0} is not open in this process, or is a standard stream; hand over open tap queues")]
+    #[error(
+        "descriptor {0} is not open in this process, or is a standard stream; hand over open tap queues"
+    )]
     NotOpen(RawFd),
     /// A descriptor that was handed over twice.
     #[error("descriptor {0} is named twice")]
@@ -155,8 +159,8 @@ impl Tap {
     ) -> Result<Tap, TapError> {
         let mut queues = vec![first];
         for _ in 1..pairs {
-            let queue = open_queue(name, multi)
-                .map_err(|error| name_error(name, pairs, existed, error))?;
+            let queue =
+                open_queue(name, multi).map_err(|error| name_error(name, pairs, existed, error))?;
             queues.push(queue);
         }
         if !existed {
@@ -182,7 +186,7 @@ impl Tap {
             if fds[..at].contains(fd) {
                 return Err(TapError::Twice(*fd));
             }
-            let queue = adopt_fd(*fd)?;
+            let queue = device_kit::adopt(*fd).ok_or(TapError::NotOpen(*fd))?;
             let (name, flags) =
                 ioctl::interface(queue.as_fd()).map_err(|_| TapError::NotTapQueue(*fd))?;
             let wanted = [
@@ -285,24 +289,9 @@ fn name_error(name: &str, pairs: u16, exists: bool, error: Errno) -> TapError {
     }
 }
 
-/// Takes ownership of a descriptor that this process was started with.
-fn adopt_fd(fd: RawFd) -> Result<OwnedFd, TapError> {
-    if fd <= libc::STDERR_FILENO {
-        return Err(TapError::NotOpen(fd));
-    }
-    // SAFETY: F_GETFD only looks whether the number is an open descriptor.
-    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-        return Err(TapError::NotOpen(fd));
-    }
-    // SAFETY: it is open, it was handed over on the command line for this use, and each number is
-    // taken once.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(())
 }
 
