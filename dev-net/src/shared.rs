@@ -49,6 +49,8 @@ struct State {
     /// nothing may be said to it.
     announce_untold: bool,
     view: Arc<View>,
+    /// Pairs that the driver does not use are detached from the tap.
+    settled: bool,
     /// What the tap was set to last.
     tap_offloads: Offloads,
     tap_header_len: usize,
@@ -69,6 +71,8 @@ pub(crate) struct View {
     pub(crate) vlan_filter: bool,
     /// The control queue, when the driver has one that comes here.
     pub(crate) control_queue: Option<QueueIndex>,
+    /// Pairs that the driver does not use are detached from the tap.
+    pub(crate) settled: bool,
 }
 
 /// What a queue is for.
@@ -83,7 +87,7 @@ pub(crate) enum Role {
 }
 
 impl View {
-    fn new(features: Features, control: &ControlState, pairs: u16) -> View {
+    fn new(features: Features, control: &ControlState, pairs: u16, settled: bool) -> View {
         // Without MQ the driver knows of one pair, whatever the device has (section 5.1.2).
         let used_pairs = if features.contains(Features::MQ) {
             pairs
@@ -99,6 +103,7 @@ impl View {
             control_queue: features
                 .contains(Features::CTRL_VQ)
                 .then(|| QueueIndex::new(2 * used_pairs)),
+            settled,
         }
     }
 
@@ -118,7 +123,9 @@ impl Shared {
     pub(crate) fn new(config: NetConfig, metrics: Metrics, config_change: ConfigChange) -> Shared {
         let control = ControlState::new(config.mac);
         let features = UNTOLD;
-        let view = View::new(features, &control, config.tap.pairs());
+        let pairs = config.tap.pairs();
+        let settled = pairs == 1;
+        let view = View::new(features, &control, pairs, settled);
         Shared {
             tap: config.tap,
             mac: config.mac,
@@ -129,6 +136,7 @@ impl Shared {
                 features,
                 control,
                 announce_untold: false,
+                settled,
                 view: Arc::new(view),
                 tap_offloads: Offloads::empty(),
                 tap_header_len: HEADER_LEN,
@@ -177,6 +185,7 @@ impl Shared {
             // Packets that need what could not be set are dropped and counted.
             tracing::error!(tap = self.tap.name(), %error, "the tap does not take the driver's offloads");
         }
+        self.unsettle(&mut state);
         self.publish(&mut state, features, control);
     }
 
@@ -201,9 +210,9 @@ impl Shared {
         let done = match state.control.after(command, limits) {
             Ok(next) => {
                 let features = state.features;
-                self.apply(&mut state, features, &next).map(|()| {
-                    self.publish(&mut state, features, next);
-                })
+                self.apply(&mut state, features, &next)
+                    .and_then(|()| self.set_pairs(&mut state, next.active_pairs))
+                    .map(|()| self.publish(&mut state, features, next))
             }
             Err(error) => {
                 drop(state);
@@ -253,12 +262,13 @@ impl Shared {
         self.apply(&mut state, features, &control)
             .map_err(|error| {
                 StateError(format!(
-                    "tap {} does not take {} queue pairs and the offloads ({error})",
+                    "tap {} does not take {} queue pairs and their offloads ({error})",
                     self.tap.name(),
                     control.active_pairs
                 ))
             })?;
         state.announce_untold = true;
+        self.unsettle(&mut state);
         self.publish(&mut state, features, control);
         Ok(())
     }
@@ -267,14 +277,12 @@ impl Shared {
     pub(crate) fn reset(&self) {
         let mut state = self.lock();
         let (features, control) = (UNTOLD, ControlState::new(self.mac));
-        let done = self
-            .tap
-            .set_active(control.active_pairs)
-            .and_then(|()| self.apply(&mut state, features, &control));
-        if let Err(error) = done {
+        if let Err(error) = self.apply(&mut state, features, &control) {
             tracing::error!(tap = self.tap.name(), %error, "the tap was not reset");
         }
         state.announce_untold = false;
+        self.tap.release_claims();
+        self.unsettle(&mut state);
         self.publish(&mut state, features, control);
     }
 
@@ -290,26 +298,55 @@ impl Shared {
             self.tap.set_header_len(header_len)?;
             state.tap_header_len = header_len;
         }
-        // Without a control queue here, the front-end enables rings as it likes, and each worker
-        // attaches its queue when it is served.
-        if next.active_pairs != state.control.active_pairs
-            || features.contains(Features::CTRL_VQ) && !state.features.contains(Features::CTRL_VQ)
-        {
-            let attached = self.tap.set_active(next.active_pairs);
-            if attached.is_err() {
-                // As it was, as far as the tap lets itself be set.
-                let _ = self.tap.set_active(state.control.active_pairs);
-            }
-            attached?;
+        Ok(())
+    }
+
+    /// The driver said how many pairs it uses.
+    fn set_pairs(&self, state: &mut State, pairs: u16) -> io::Result<()> {
+        if pairs != state.control.active_pairs {
+            self.tap.attach(pairs)?;
+            self.tap.detach_after(pairs)?;
+            state.settled = true;
         }
         Ok(())
+    }
+
+    /// It is open again which pairs are used.
+    fn unsettle(&self, state: &mut State) {
+        state.settled = self.tap.pairs() == 1;
+    }
+
+    /// The driver's first receive buffers are there: had it meant to use more pairs, it would have
+    /// said so by now. Not done earlier, because it takes milliseconds, which a driver that is
+    /// about to use all pairs need not wait, nor a machine that is moving in.
+    pub(crate) fn settle(&self) {
+        let mut state = self.lock();
+        if state.settled {
+            return;
+        }
+        let detached = if state.view.control_queue.is_some() {
+            self.tap.detach_after(state.control.active_pairs)
+        } else {
+            self.tap.detach_unclaimed()
+        };
+        if let Err(error) = detached {
+            tracing::error!(tap = self.tap.name(), %error, "unused queues of the tap stay attached");
+        }
+        state.settled = true;
+        let (features, control) = (state.features, state.control.clone());
+        self.publish(&mut state, features, control);
     }
 
     /// Takes the state over and shows it to the workers.
     fn publish(&self, state: &mut State, features: Features, control: ControlState) {
         state.features = features;
         state.control = control;
-        state.view = Arc::new(View::new(state.features, &state.control, self.tap.pairs()));
+        state.view = Arc::new(View::new(
+            state.features,
+            &state.control,
+            self.tap.pairs(),
+            state.settled,
+        ));
         self.newest.fetch_add(1, Ordering::Release);
     }
 

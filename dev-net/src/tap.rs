@@ -1,8 +1,12 @@
 //! A tap interface and its queues.
 //!
 //! A queue of a tap is a descriptor; each serves one queue pair of the device. A queue can be
-//! detached: it stays open, and the kernel gives it no packet. What it still held is lost then, so
-//! queues are detached only when the driver gives them up, never because a ring stops.
+//! detached: it stays open, and the kernel gives it no packet. Two facts rule when that is done:
+//! - what a queue still held is lost when it is detached, so this is done when the driver does not
+//!   use a pair, never because a ring stops;
+//! - detaching takes a grace period of the kernel (milliseconds, under a lock that all interfaces
+//!   share), attaching takes microseconds. So queues stay attached as they are opened, and those
+//!   that are not used are detached once it is known which those are.
 //!
 //! Queues are attached in ascending order and detached in descending order: the kernel fills the
 //! place of a detached queue with the last one, and their order would change otherwise.
@@ -13,7 +17,7 @@ mod open;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
@@ -36,7 +40,14 @@ pub(crate) struct Tap {
 #[derive(Debug)]
 pub(crate) struct TapQueue {
     fd: OwnedFd,
-    attached: Mutex<bool>,
+    state: Mutex<QueueState>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct QueueState {
+    attached: bool,
+    /// Its pair is served, at the wish of a front-end that has the control queue itself.
+    claimed: bool,
 }
 
 /// How a read or a write ended.
@@ -81,31 +92,63 @@ impl Tap {
         ioctl::set_header_len(self.queues[0].as_fd(), len)
     }
 
-    /// Attaches the first `pairs` queues and detaches the others.
-    pub(crate) fn set_active(&self, pairs: u16) -> io::Result<()> {
-        let (active, idle) = self.queues.split_at(usize::from(pairs));
-        idle.iter().rev().try_for_each(TapQueue::detach)?;
-        active.iter().try_for_each(TapQueue::attach)
+    /// Attaches the first `pairs` queues.
+    pub(crate) fn attach(&self, pairs: u16) -> io::Result<()> {
+        let mut used = self.queues.iter().take(usize::from(pairs));
+        used.try_for_each(|queue| queue.set_attached(&mut queue.lock(), true))
+    }
+
+    /// Detaches all but the first `pairs` queues.
+    pub(crate) fn detach_after(&self, pairs: u16) -> io::Result<()> {
+        let mut idle = self.queues.iter().skip(usize::from(pairs)).rev();
+        idle.try_for_each(|queue| queue.set_attached(&mut queue.lock(), false))
+    }
+
+    /// Detaches all queues that nobody claimed.
+    pub(crate) fn detach_unclaimed(&self) -> io::Result<()> {
+        for queue in self.queues.iter().rev() {
+            let mut state = queue.lock();
+            if !state.claimed {
+                queue.set_attached(&mut state, false)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets all claims.
+    pub(crate) fn release_claims(&self) {
+        for queue in &self.queues {
+            queue.lock().claimed = false;
+        }
     }
 }
 
 impl TapQueue {
-    /// Lets the kernel give it packets.
-    pub(crate) fn attach(&self) -> io::Result<()> {
-        self.set_attached(true)
+    fn new(fd: OwnedFd, attached: bool) -> TapQueue {
+        let claimed = false;
+        TapQueue {
+            fd,
+            state: Mutex::new(QueueState { attached, claimed }),
+        }
     }
 
-    fn detach(&self) -> io::Result<()> {
-        self.set_attached(false)
+    /// Attaches it, and keeps it attached until the claims are released.
+    pub(crate) fn claim(&self) -> io::Result<()> {
+        let mut state = self.lock();
+        state.claimed = true;
+        self.set_attached(&mut state, true)
     }
 
-    fn set_attached(&self, wanted: bool) -> io::Result<()> {
-        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        if *attached != wanted {
+    fn set_attached(&self, state: &mut QueueState, wanted: bool) -> io::Result<()> {
+        if state.attached != wanted {
             ioctl::set_queue_attached(self.as_fd(), wanted)?;
-            *attached = wanted;
+            state.attached = wanted;
         }
         Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the next packet, its header first. What the vectors have no room for is cut off.

@@ -7,7 +7,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use device_kit::{
-    Chain, HostError, Interest, Progress, Queue, QueueFault, Queues, Source, Worker, WorkerError,
+    Chain, HostError, Interest, Progress, Queue, QueueError, QueueFault, Queues, Source, Worker,
+    WorkerError,
 };
 
 use crate::control::{CommandError, MAX_COMMAND};
@@ -28,8 +29,8 @@ pub(crate) struct NetWorker {
     pair: u16,
     rx: Receiver,
     tx: Transmitter,
-    /// The pair's tap queue is attached, as far as this worker has to see to it.
-    attached: bool,
+    /// The pair's tap queue is claimed, where the front-end has the control queue itself.
+    claimed: bool,
     command: Vec<u8>,
     chain: Chain,
 }
@@ -41,7 +42,7 @@ impl NetWorker {
             pair,
             rx: Receiver::new(shared.metrics().queue(pair, Direction::Rx)),
             tx: Transmitter::new(shared.metrics().queue(pair, Direction::Tx)),
-            attached: false,
+            claimed: false,
             command: Vec::new(),
             chain: Chain::default(),
             shared,
@@ -50,18 +51,26 @@ impl NetWorker {
 
     /// A front-end that keeps the control queue to itself enables the rings of the pairs that are
     /// in use: then a pair is in use when its ring is served.
-    fn attach(&mut self) -> Result<(), HostError> {
-        if self.attached || self.viewer.view().control_queue.is_some() {
+    fn claim(&mut self) -> Result<(), HostError> {
+        if self.claimed || self.viewer.view().control_queue.is_some() {
             return Ok(());
         }
-        self.tap().attach().map_err(|error| {
+        self.tap().claim().map_err(|error| {
             let tap = self.shared.tap().name();
-            HostError::new(
-                format!("queue {} of tap {tap} cannot be attached", self.pair),
-                error,
-            )
+            let what = format!("queue {} of tap {tap} cannot be attached", self.pair);
+            HostError::new(what, error)
         })?;
-        self.attached = true;
+        self.claimed = true;
+        Ok(())
+    }
+
+    /// Sees to it that unused pairs are detached, when the first receive buffers are there.
+    fn settle(&mut self, queue: &mut Queue) -> Result<(), QueueError> {
+        if !self.viewer.view().settled && self.pair == 0 && queue.pop(&mut self.chain)? {
+            queue.unpop(&mut self.chain);
+            self.shared.settle();
+            self.viewer.refresh(&self.shared);
+        }
         Ok(())
     }
 
@@ -128,11 +137,12 @@ impl Worker for NetWorker {
 
     fn process(&mut self, queue: &mut Queue) -> Result<Progress, WorkerError> {
         if self.viewer.refresh(&self.shared) {
-            self.attached = false;
+            self.claimed = false;
         }
         match self.viewer.view().role(queue.index()) {
             Role::Rx => {
-                self.attach()?;
+                self.claim()?;
+                self.settle(queue)?;
                 let tap = self.shared.tap().queue(self.pair);
                 self.rx.process(queue, tap, self.viewer.view())
             }

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Mutex;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -212,7 +211,7 @@ impl Tap {
         Tap::new(tap.unwrap_or_default(), queues)
     }
 
-    /// Brings queues to the state in which a device starts: no offloads, one pair active.
+    /// Brings queues to the state in which a device starts: no offloads, the first attached.
     fn new(name: String, queues: Vec<(OwnedFd, bool)>) -> Result<Tap, TapError> {
         for (fd, _) in &queues {
             set_nonblocking(fd.as_fd()).map_err(failed("set a tap queue non-blocking"))?;
@@ -229,15 +228,12 @@ impl Tap {
             name,
             queues: queues
                 .into_iter()
-                .map(|(fd, attached)| TapQueue {
-                    fd,
-                    attached: Mutex::new(attached),
-                })
+                .map(|(fd, attached)| TapQueue::new(fd, attached))
                 .collect(),
             possible,
         };
-        tap.set_active(1)
-            .map_err(failed("attach and detach the tap's queues"))?;
+        tap.attach(1)
+            .map_err(failed("attach the tap's first queue"))?;
         Ok(tap)
     }
 }
