@@ -1,1 +1,3 @@
 //! Starts and drives Godwit's processes in tests.
+
+pub mod frontend;
