@@ -66,7 +66,7 @@ bootstrap() {
         --aptopt='APT::Install-Recommends "false"' --aptopt='APT::Sandbox::User "root"' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt=force-unsafe-io \
-        --include=systemd-sysv,udev,dbus,kmod,procps,iproute2,iputils-ping,busybox-static,socat \
+        --include=systemd-sysv,udev,dbus,kmod,procps,iproute2,iputils-ping,busybox-static,socat,e2fsprogs \
         "$SUITE" "$root" "${lines[@]}"
     cp /etc/resolv.conf "$root/etc/resolv.conf"
 }

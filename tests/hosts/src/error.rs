@@ -1,12 +1,13 @@
 //! What can go wrong with an emulated host.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
 /// Why a host could not be prepared, started or used.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 pub enum Error {
     /// A file or process operation of this machine failed.
     #[error("{action} {path} failed")]
@@ -134,6 +135,19 @@ pub enum Error {
         /// The output of host and guest.
         output: String,
     },
+}
+
+/// What a test prints that unwraps it: logs with their lines, and the causes.
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")?;
+        let mut error: &dyn std::error::Error = self;
+        while let Some(cause) = error.source() {
+            write!(f, ": {cause}")?;
+            error = cause;
+        }
+        Ok(())
+    }
 }
 
 impl Error {

@@ -9,6 +9,7 @@ use crate::host::Host;
 use crate::job::Output;
 use crate::{Error, Result};
 
+const COMMON_SCRIPT: &str = include_str!("linux_guest/common.sh");
 const IO_SCRIPT: &str = include_str!("linux_guest/io.sh");
 const DEBIAN_SCRIPT: &str = include_str!("linux_guest/debian.sh");
 
@@ -22,24 +23,26 @@ const DEADLINE: Duration = Duration::from_secs(150);
 pub struct Launch {
     /// Serves the disk on `BLK_SOCKET`.
     pub disk: String,
-    /// Serves the network on `NET_SOCKET`; empty if the VMM opens the tap itself.
-    pub network: String,
+    /// Serves the network on `NET_SOCKET`; none if the VMM opens the tap itself.
+    pub network: Option<String>,
     /// Runs the guest with its serial console on standard output, with two vCPUs, through a
     /// reboot, until it powers off; then its exit status is 0.
     pub vmm: String,
 }
 
 impl Launch {
-    fn script(&self, body: &str) -> String {
+    fn script(&self, workload: &str) -> String {
+        // The shell replaces itself by the program, so that killing the one ends the other.
         format!(
-            "start_disk() {{ exec {}; }}\nstart_network() {{ {}; }}\nrun_vmm() {{ {}; }}\n{body}",
+            "start_disk() {{ exec {}; }}\n\
+             start_network() {{ exec {}; }}\n\
+             run_vmm() {{ {}; }}\n\
+             NETWORK_PROCESS={}\n\
+             {COMMON_SCRIPT}\n{workload}",
             self.disk,
-            if self.network.is_empty() {
-                "exit 0".to_owned()
-            } else {
-                format!("exec {}", self.network)
-            },
-            self.vmm
+            self.network.as_deref().unwrap_or_default(),
+            self.vmm,
+            if self.network.is_some() { "yes" } else { "" },
         )
     }
 }

@@ -9,9 +9,9 @@ fn qemu() -> Launch {
     Launch {
         disk: "qemu-storage-daemon \
                --blockdev driver=file,node-name=disk,filename=$DISK \
-               --export type=vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path=$BLK_SOCKET"
+               --export type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues=2,addr.type=unix,addr.path=$BLK_SOCKET"
             .to_owned(),
-        network: String::new(),
+        network: None,
         vmm: "qemu-system-x86_64 -accel kvm -machine q35,memory-backend=ram -cpu host -smp 2 -m 512 \
               -object memory-backend-memfd,id=ram,size=512M,share=on \
               -nodefaults -no-user-config -display none -serial stdio \
