@@ -116,12 +116,17 @@ impl Host {
     /// All hosts wake up as the same one; this makes them differ.
     fn give_identity(&mut self, options: &HostOptions) -> Result<()> {
         let HostOptions { name, number, .. } = options;
-        self.run(&format!(
+        let mut commands = format!(
             "hostname {name} && echo {name} >/etc/hostname &&
              tr -d - </proc/sys/kernel/random/uuid >/etc/machine-id &&
-             ip link set lan0 address 52:54:00:08:00:{number:02x} &&
-             ip addr add 10.8.0.{number}/24 dev lan0 && ip link set lan0 up"
-        ))?;
+             ip link set lan0 address 52:54:00:08:00:{number:02x}"
+        );
+        // Without a wire nobody would take what the interface sends.
+        if !matches!(options.wire, Wire::None) {
+            commands +=
+                &format!(" && ip addr add 10.8.0.{number}/24 dev lan0 && ip link set lan0 up");
+        }
+        self.run(&commands)?;
         Ok(())
     }
 
