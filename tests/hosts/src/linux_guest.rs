@@ -18,7 +18,8 @@ const DEADLINE: Duration = Duration::from_secs(150);
 
 /// Shell commands that start the processes of a machine. They run in the host and find in the
 /// environment `DISK` (raw image), `TAP` (interface, up), `BLK_SOCKET` and `NET_SOCKET` (where to
-/// listen), `KERNEL`, `INITRD` and `CMDLINE` (as one word).
+/// listen), `KERNEL` (bzImage), `KERNEL_ELF` (the same kernel as ELF with a PVH note), `INITRD` and
+/// `CMDLINE` (as one word).
 #[derive(Clone, Debug)]
 pub struct Launch {
     /// Serves the disk on `BLK_SOCKET`.

@@ -7,7 +7,7 @@ prepare() {
     work=$(mktemp -d /run/machine.XXXXXX)
     cd "$work" || exit
     export TAP=tap0 BLK_SOCKET=$work/blk NET_SOCKET=$work/net
-    export KERNEL=/opt/guest/vmlinuz INITRD=/opt/guest/initrd
+    export KERNEL=/opt/guest/vmlinuz KERNEL_ELF=/opt/guest/vmlinux INITRD=/opt/guest/initrd
     ip tuntap add "$TAP" mode tap vnet_hdr
     ip addr add $ADDRESS/24 dev "$TAP"
     ip link set "$TAP" up
