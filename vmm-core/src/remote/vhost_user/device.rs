@@ -19,7 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::channel::Channel;
 use super::config::{adopt, connect_to, system};
 use super::inflight::Inflight;
-use super::negotiation::{self, LOG_ALL, Negotiated};
+use super::negotiation::{self, Negotiated};
 use super::queues::{self, QueuePlan};
 use super::session::{Session, Wanted};
 use super::{
@@ -153,7 +153,8 @@ impl VhostUserDevice {
     }
 
     /// Gives the device a new back-end on a connected socket, in the place of the one it
-    /// has or had, and sets everything up in it.
+    /// had, and sets everything up in it. An old one that still serves the rings must be
+    /// stopped first, with [`VirtioDevice::stop`]: two would serve them for a moment.
     pub fn reconnect_with(&self, socket: OwnedFd) -> Result<(), VhostUserError> {
         let stream = adopt(self.shared.id(), socket)?;
         self.shared.attach(stream)
@@ -167,11 +168,6 @@ impl VhostUserDevice {
             .map_err(|e| system(self.shared.id(), "make a dirty log", e))?;
         let log = Arc::new(log);
         if let Phase::Connected(session) = &mut state.phase {
-            let able =
-                session.has(Protocol::LOG_SHMFD) && session.negotiated.features & LOG_ALL != 0;
-            if !able {
-                return Err(self.shared.unsupported("a dirty log in shared memory"));
-            }
             let result = session.set_log(state.wanted.as_ref(), &state.regions, Some(&log));
             self.shared.settle(state, result)?;
         }
@@ -455,7 +451,7 @@ impl Shared {
         let result = self.set_up(state, stream);
         match &result {
             Ok(()) => tracing::info!(device = self.id(), "the back-end is back"),
-            Err(error) if error.ends_connection() => {}
+            Err(error) if error.may_pass() => {}
             Err(error) => {
                 if let Some(notifier) = self.notifier.get() {
                     notifier.trouble(error);
@@ -464,7 +460,7 @@ impl Shared {
         }
         self.wake_monitor();
         match result {
-            Err(error) if !error.ends_connection() => {
+            Err(error) if !error.may_pass() => {
                 let cause = Arc::new(error);
                 state.phase = Phase::Failed(Arc::clone(&cause));
                 Err(VhostUserError::Failed {
