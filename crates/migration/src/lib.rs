@@ -1,1 +1,12 @@
 //! Lifecycle states, saved-state frames and wire messages of Godwit's migration.
+//!
+//! What processes of a machine must agree on, and no policy:
+//! - [`state`]: the eight states of a device, and which transitions there are;
+//! - [`schema`]: which bytes are the state of which unit, and the names of units;
+//! - [`frame`]: how saved state travels and how it is known to be whole;
+//! - [`channel`]: the pipe or socket that it travels on, with a deadline.
+
+pub mod channel;
+pub mod frame;
+pub mod schema;
+pub mod state;

@@ -1,1 +1,13 @@
-//! Benchmarks: tables for people, one JSON form for programs.
+//! Benchmarks: every one speaks one form, a table for people and JSON for programs.
+//!
+//! All times are of one run on one machine; only ratios of the same run prove anything.
+
+mod boot;
+mod machine;
+mod peer;
+mod report;
+mod statistics;
+
+pub use boot::{Boot, BootPreset};
+pub use report::{Goal, Report};
+pub use statistics::Summary;

@@ -1,1 +1,17 @@
-//! Starts and drives Godwit's processes in tests.
+//! Starts and drives Godwit's processes, for tests, benchmarks and the demo.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`programs`] | where the built programs are |
+//! | [`process`] | one program: started, listened to, ended with its owner |
+//! | [`console`] | what a guest prints, and what it is told |
+//! | [`machine`] | a core with its device processes |
+//! | [`network`] | a network of the test's own, with a tap and an echo service |
+//!
+//! Every wait has a deadline, and no process outlives the value that stands for it.
+
+pub mod console;
+pub mod machine;
+pub mod network;
+pub mod process;
+pub mod programs;

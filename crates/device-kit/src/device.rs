@@ -1,0 +1,268 @@
+//! What a device is to the kit: the traits that a `dev-*` implements, and nothing of vhost-user.
+//!
+//! A device process consists of one [`Device`] and its [`Worker`]s. The kit drives both:
+//!
+//! ```text
+//!  process start            Device::open       everything that options name is opened here
+//!                           Device::workers    io_uring instances and the like are made here
+//!  ── sandbox ──────────────────────────────── from here on nothing can be opened ────────────
+//!  front-end connects       features, accept_features, read_config, write_config
+//!  a ring starts            (its queue thread) Worker::start once, then Worker::process
+//!  dirty logging starts     Device::prepare
+//!  a ring stops             no more Worker::process; Worker::ready until nothing is in flight
+//!  all rings are stopped    Device::save or Device::load
+//!  front-end resets         Device::reset
+//!  front-end goes           rings stop as above; the device stays and waits for the next one
+//! ```
+//!
+//! Threads: the methods of [`Device`] are called by the control thread (`save` and `load` by a
+//! state thread while every ring is stopped), those of one [`Worker`] by one queue thread. What
+//! both need is shared by the device in its own way, usually an `Arc` made in `open`.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use migration::schema::Schema;
+use prometheus_client::registry::Registry;
+use thiserror::Error;
+
+use crate::queue::{Queue, QueueError, QueueIndex};
+use crate::session::ConfigChange;
+
+/// A device, whatever front-end it serves.
+pub trait Device: Sized + Send + Sync + 'static {
+    /// Its own command-line options.
+    type Options: clap::Args;
+    /// What serves its queues.
+    type Worker: Worker;
+    /// What travels when it moves: what it was doing, never what it is.
+    type SavedState: Schema;
+
+    /// The answer to `--print-capabilities`.
+    const CAPABILITIES: Capabilities;
+    /// The `ioctl` requests that it makes inside the sandbox; all others fail there.
+    const IOCTLS: &'static [u32];
+
+    /// Opens what the options name and makes the device. Called once, before the sandbox.
+    ///
+    /// # Errors
+    /// What a person can act on: the option, its value, what to do.
+    fn open(options: Self::Options, kit: &mut Kit<'_>) -> Result<Self, OptionError>;
+
+    /// Makes the workers, and says which queues each of them serves; every queue has one worker.
+    /// Called once, before the sandbox; the methods of the workers are called inside it.
+    fn workers(&self) -> Result<Vec<Assignment<Self::Worker>>, HostError>;
+
+    /// Its number of virtqueues, the control queue included; at most [`MAX_QUEUES`].
+    fn queue_count(&self) -> u16;
+
+    /// Most entries of one ring: a power of two, at most [`MAX_QUEUE_SIZE`].
+    fn max_queue_size(&self) -> u16;
+
+    /// The device's own feature bits (0 to 23, and 50 onwards). The kit adds the ring's and
+    /// vhost-user's.
+    fn features(&self) -> u64;
+
+    /// The front-end accepted these of all features offered. May come more than once, also while
+    /// rings run.
+    fn accept_features(&self, features: u64);
+
+    /// Fills `data` from `offset` of the configuration space; zeroes past its end.
+    fn read_config(&self, offset: u32, data: &mut [u8]);
+
+    /// Writes `data` to `offset` of the configuration space.
+    fn write_config(
+        &self,
+        offset: u32,
+        data: &[u8],
+        writer: ConfigWriter,
+    ) -> Result<(), ConfigError>;
+
+    /// Dirty logging began: a move may follow. The costly part of saving belongs here.
+    fn prepare(&self);
+
+    /// What it was doing. Every ring is stopped and drained.
+    fn save(&self) -> Result<Self::SavedState, StateError>;
+
+    /// Goes on from where its twin stopped. Every ring is stopped. The state is hostile: it is
+    /// checked before any of it is taken over.
+    fn load(&self, state: Self::SavedState) -> Result<(), StateError>;
+
+    /// Back to what it was after `open`. Every ring is stopped and drained.
+    fn reset(&self);
+}
+
+/// Most queues of a device.
+pub const MAX_QUEUES: u16 = 128;
+/// Most entries of a ring.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// What serves one or more queues, on a thread of its own.
+pub trait Worker: Send + 'static {
+    /// Called once on its thread, before anything else.
+    fn start(&mut self) -> Result<(), HostError>;
+
+    /// Names the descriptors besides the queues' kicks that it waits for now. Called before every
+    /// wait, so that what is waited for can follow what is there to do.
+    fn wait_for(&self, interest: &mut Interest);
+
+    /// One of those descriptors is ready. `queues` are those of this worker that are served now,
+    /// also those that are being stopped; completions are answered here.
+    fn ready(&mut self, source: Source, queues: &mut Queues<'_>) -> Result<(), WorkerError>;
+
+    /// Takes requests from `queue` until there are none. Called after every wait for each queue
+    /// that is served and not being stopped, also when it was not kicked.
+    fn process(&mut self, queue: &mut Queue) -> Result<Progress, WorkerError>;
+}
+
+/// How [`Worker::process`] left a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// `pop` said that there is nothing: the guest's next request must kick.
+    Emptied,
+    /// Requests may be left on purpose, for want of a packet or of room: the worker waits for a
+    /// descriptor instead, or has requests in flight whose end will bring it here.
+    Held,
+}
+
+/// A worker and its queues.
+#[derive(Debug)]
+pub struct Assignment<W> {
+    /// The worker.
+    pub worker: W,
+    /// The queues that it serves.
+    pub queues: Vec<QueueIndex>,
+}
+
+/// The queues of one worker that are served at the moment.
+#[derive(Debug)]
+pub struct Queues<'a> {
+    pub(crate) queues: &'a mut [Option<Queue>],
+}
+
+impl Queues<'_> {
+    /// The queue with this number, if it is served by this worker and running or being stopped.
+    pub fn get(&mut self, index: QueueIndex) -> Option<&mut Queue> {
+        self.iter().find(|queue| queue.index() == index)
+    }
+
+    /// All of them.
+    pub fn iter(&mut self) -> impl Iterator<Item = &mut Queue> {
+        self.queues.iter_mut().flatten()
+    }
+}
+
+/// A descriptor that a worker waits for, by a number of its own choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source(pub u32);
+
+/// The descriptors that a worker waits for, besides kicks.
+#[derive(Debug, Default)]
+pub struct Interest {
+    pub(crate) entries: Vec<(Source, RawFd, libc::c_short)>,
+}
+
+impl Interest {
+    /// Waits until `fd` can be read.
+    pub fn readable(&mut self, source: Source, fd: BorrowedFd<'_>) {
+        self.entries.push((source, fd.as_raw_fd(), libc::POLLIN));
+    }
+
+    /// Waits until `fd` can be written.
+    pub fn writable(&mut self, source: Source, fd: BorrowedFd<'_>) {
+        self.entries.push((source, fd.as_raw_fd(), libc::POLLOUT));
+    }
+}
+
+/// Who writes to the configuration space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfigWriter {
+    /// The guest's driver: only what the specification lets it write.
+    Driver,
+    /// The front-end, for a machine that moves in: read-only fields too.
+    Migration,
+}
+
+/// What the kit lends to a device while it is made.
+#[derive(Debug)]
+pub struct Kit<'a> {
+    /// Where the device registers counters of its own; the prefix is there already.
+    pub registry: &'a mut Registry,
+    /// Tells the front-end that the configuration space changed.
+    pub config_change: ConfigChange,
+}
+
+/// What `--print-capabilities` prints, by vhost-user.json.
+#[derive(Clone, Copy, Debug)]
+pub struct Capabilities {
+    /// `block`, `net`, …
+    pub device_type: &'static str,
+    /// Optional features of the command line: `read-only`, `blk-file`.
+    pub features: &'static [&'static str],
+    /// The program's name.
+    pub program: &'static str,
+    /// One line of what it is.
+    pub about: &'static str,
+}
+
+/// An option whose value cannot be used: one line with the option, the value and what to do.
+#[derive(Debug, Error)]
+#[error("{option} {value}: {problem}")]
+pub struct OptionError {
+    /// The option as it is written: `--blk-file`.
+    pub option: &'static str,
+    /// Its value.
+    pub value: String,
+    /// What is wrong, and what to do.
+    pub problem: String,
+}
+
+/// A configuration write that is refused.
+#[derive(Debug, Error)]
+#[error("{len} bytes at offset {offset} of the configuration space cannot be written: {reason}")]
+pub struct ConfigError {
+    /// First byte.
+    pub offset: u32,
+    /// Number of bytes.
+    pub len: usize,
+    /// Why.
+    pub reason: &'static str,
+}
+
+/// A state that cannot be saved, or that cannot be taken over.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct StateError(pub String);
+
+/// Something that failed on this host: not the guest's fault, and nothing a queue can be blamed
+/// for. The process ends, and its successor takes up what was in flight.
+#[derive(Debug, Error)]
+#[error("{what}")]
+pub struct HostError {
+    /// What was tried, with its values.
+    pub what: String,
+    /// Why it failed.
+    #[source]
+    pub source: io::Error,
+}
+
+impl HostError {
+    /// An error of what was tried.
+    pub fn new(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        HostError {
+            what: what.into(),
+            source: source.into(),
+        }
+    }
+}
+
+/// Why a worker could not go on.
+#[derive(Debug, Error)]
+pub enum WorkerError {
+    /// The guest broke a ring: this queue is served no longer.
+    #[error(transparent)]
+    Guest(#[from] QueueError),
+    /// The host failed: the process ends.
+    #[error(transparent)]
+    Host(#[from] HostError),
+}

@@ -1,0 +1,327 @@
+//! One front-end, from its connection to its end.
+//!
+//! The messages are read and answered by the `vhost` crate's `BackendReqHandler`, for which
+//! [`Session`] is the handler ([`handler`]). `vhost-user-backend`'s daemon is not used: it has no
+//! in-flight tracking and no state that outlives a connection, loses the dirty log with each memory
+//! table, holds its lock while it drains, and cannot be ended while a front-end is silent.
+//!
+//! Order rules:
+//! - A ring is started, stopped and moved by its queue thread; the control thread waits for it,
+//!   and for nothing else of the data path.
+//! - Rings use only memory of the table in force. A new table reaches every queue thread before
+//!   its message is answered, so that the front-end may then take the old memory away.
+//! - When a session ends, however it ends, its rings are stopped and drained first. Then nothing
+//!   of it is left: memory, descriptors, log and in-flight file are its own.
+
+mod config_change;
+mod connection;
+mod error;
+mod handler;
+mod lifecycle;
+mod transfer;
+mod vring;
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use migration::schema::UnitId;
+use migration::state::DeviceState;
+
+pub use self::config_change::ConfigChange;
+pub(crate) use self::connection::{Connection, serve};
+use self::error::SessionError;
+use self::lifecycle::Lifecycle;
+use self::transfer::{Direction, Transfer, TransferError};
+use self::vring::Vring;
+use crate::device::Device;
+use crate::ending::chain;
+use crate::features::{EVENT_IDX, INDIRECT_DESC, LOG_ALL};
+use crate::memory::{DirtyLog, Memory, Prefault, PrefaultMode};
+use crate::metrics::Metrics;
+use crate::queue::{InflightFile, Queue, QueueIndex, RingLayout};
+use crate::queue_threads::QueueThreads;
+
+/// Requests that take longer than this to end when a ring stops are reported.
+const STOP_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What outlives a session.
+#[derive(Debug)]
+pub(crate) struct Services<D> {
+    pub(crate) device: Arc<D>,
+    pub(crate) queues: QueueThreads,
+    pub(crate) unit: UnitId,
+    pub(crate) prefault: PrefaultMode,
+    pub(crate) metrics: Metrics,
+    pub(crate) config_change: ConfigChange,
+}
+
+/// One front-end being served.
+pub(crate) struct Session<D> {
+    services: Arc<Services<D>>,
+    state: Mutex<State>,
+}
+
+/// What this front-end has said.
+struct State {
+    features: u64,
+    protocol_features: u64,
+    memory: Arc<Memory>,
+    prefault: Option<Prefault>,
+    log: Arc<DirtyLog>,
+    inflight: Option<InflightFile>,
+    vrings: Vec<Vring>,
+    transfer: Option<Transfer>,
+    life: Lifecycle,
+}
+
+impl<D: Device> Session<D> {
+    pub(crate) fn new(services: Arc<Services<D>>) -> Self {
+        let log = Arc::new(DirtyLog::default());
+        let max_size = services.device.max_queue_size();
+        let vrings = (0..services.device.queue_count())
+            .map(|index| Vring::new(QueueIndex::new(index), max_size))
+            .collect();
+        Session {
+            state: Mutex::new(State {
+                features: 0,
+                protocol_features: 0,
+                memory: Arc::new(Memory::empty(Arc::clone(&log))),
+                prefault: None,
+                log,
+                inflight: None,
+                vrings,
+                transfer: None,
+                life: Lifecycle::new(),
+            }),
+            services,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Protocol features in force.
+    fn protocol_features(&self) -> u64 {
+        self.state().protocol_features
+    }
+
+    /// Brings a ring to what the front-end wants of it.
+    fn update_ring(&self, state: &mut State, at: usize) -> Result<(), SessionError> {
+        let vring = &state.vrings[at];
+        match (vring.wanted(), vring.running) {
+            (true, false) => self.start_ring(state, at),
+            (false, true) => self.stop_rings(state, &[at]),
+            _ => Ok(()),
+        }
+    }
+
+    fn start_ring(&self, state: &mut State, at: usize) -> Result<(), SessionError> {
+        let running = if state.logging() {
+            DeviceState::PreCopy
+        } else {
+            DeviceState::Running
+        };
+        state.life.go(running)?;
+        let layout = state.layout(at)?;
+        let vring = &mut state.vrings[at];
+        let record = state
+            .inflight
+            .as_ref()
+            .map(|file| file.queue(vring.index, vring.size))
+            .transpose()?;
+        let metrics = self.services.metrics.queue(vring.index);
+        let started = Queue::start(
+            vring.index,
+            layout,
+            vring.base,
+            Arc::clone(&state.memory),
+            record,
+            metrics.clone(),
+        );
+        match started {
+            Ok(queue) => {
+                self.services.queues.start(queue, vring.events()?)?;
+                vring.running = true;
+            }
+            Err(error) => {
+                // The guest's doing: the ring stays without service, the front-end with one.
+                tracing::warn!(%error, "ring cannot be started");
+                metrics.broken.inc();
+                vring.kick = None;
+            }
+        }
+        state.settle()
+    }
+
+    /// Stops rings, all at once, and waits until nothing of them is in flight.
+    fn stop_rings(&self, state: &mut State, rings: &[usize]) -> Result<(), SessionError> {
+        let mut waiting = Vec::new();
+        for &at in rings {
+            let vring = &state.vrings[at];
+            if vring.running {
+                waiting.push((at, self.services.queues.stop(vring.index)?));
+            }
+        }
+        for (at, answer) in waiting {
+            let vring = &mut state.vrings[at];
+            vring.base =
+                answer
+                    .recv_timeout(STOP_DEADLINE)
+                    .map_err(|_| SessionError::StopTimeout {
+                        queue: vring.index,
+                        seconds: STOP_DEADLINE.as_secs(),
+                    })?;
+            vring.running = false;
+        }
+        state.settle()
+    }
+
+    fn stop_all(&self, state: &mut State) -> Result<(), SessionError> {
+        let all: Vec<usize> = (0..state.vrings.len()).collect();
+        self.stop_rings(state, &all)
+    }
+
+    /// Makes this the memory of all rings.
+    fn use_memory(&self, state: &mut State, memory: Memory) -> Result<(), SessionError> {
+        let memory = Arc::new(memory);
+        state.memory = Arc::clone(&memory);
+        let layouts: Vec<(QueueIndex, Option<RingLayout>)> = (0..state.vrings.len())
+            .filter(|at| state.vrings[*at].running)
+            .map(|at| (state.vrings[at].index, state.layout(at).ok()))
+            .collect();
+        self.services.queues.set_memory(&memory, &layouts)?;
+        let mapped = i64::try_from(memory.size()).unwrap_or(i64::MAX);
+        self.services.metrics.memory.set(mapped);
+        state.prefault = Some(Prefault::start(memory, self.services.prefault));
+        Ok(())
+    }
+
+    /// Turns the log on or off as features and bitmap say.
+    fn update_log(&self, state: &mut State) -> Result<(), SessionError> {
+        let was_on = state.log.is_on();
+        let on = state.logging();
+        state.log.set_on(on);
+        if on && !was_on {
+            self.services.device.prepare();
+        }
+        if state.life.state().runs() {
+            state.life.go(if on {
+                DeviceState::PreCopy
+            } else {
+                DeviceState::Running
+            })?;
+        }
+        Ok(())
+    }
+
+    fn start_transfer(&self, direction: Direction, fd: OwnedFd) -> Result<(), String> {
+        let mut state = self.state();
+        if state.transfer.is_some() {
+            return Err("the one before is not checked yet".to_owned());
+        }
+        if let Some(vring) = state.vrings.iter().find(|vring| vring.running) {
+            return Err(format!("queue {} still runs", vring.index));
+        }
+        let to = match direction {
+            Direction::Save => DeviceState::StopCopy,
+            Direction::Load => DeviceState::Resuming,
+        };
+        state.life.go(to).map_err(|error| error.to_string())?;
+        let device = Arc::clone(&self.services.device);
+        match Transfer::start(direction, device, self.services.unit.clone(), fd) {
+            Ok(transfer) => {
+                state.transfer = Some(transfer);
+                Ok(())
+            }
+            Err(error) => {
+                state.life.reset();
+                Err(chain(&error))
+            }
+        }
+    }
+
+    fn check_transfer(&self) -> Result<(), String> {
+        let mut state = self.state();
+        let Some(transfer) = state.transfer.take() else {
+            return Err("there was none".to_owned());
+        };
+        let direction = transfer.direction;
+        let outcome = transfer.finish();
+        self.account(&mut state, direction, outcome)
+    }
+
+    fn account(
+        &self,
+        state: &mut State,
+        direction: Direction,
+        outcome: Result<u64, TransferError>,
+    ) -> Result<(), String> {
+        match (direction, outcome) {
+            (Direction::Save, Ok(_)) => self.services.metrics.states_saved.inc(),
+            (Direction::Load, Ok(_)) => self.services.metrics.states_loaded.inc(),
+            (Direction::Save, Err(error)) => {
+                // Saving changes nothing: the device can go on where it was.
+                state.life.reset();
+                return Err(chain(&error));
+            }
+            (Direction::Load, Err(error)) => {
+                state.life.fail();
+                return Err(chain(&error));
+            }
+        };
+        state
+            .life
+            .go(DeviceState::Stop)
+            .map_err(|error| error.to_string())
+    }
+
+    /// Ends the session: nothing of it is in flight afterwards.
+    ///
+    /// # Errors
+    /// When requests do not end; then only the end of the process helps.
+    pub(crate) fn end(&self) -> Result<(), SessionError> {
+        let mut state = self.state();
+        self.services.config_change.set_channel(None);
+        if let Some(transfer) = state.transfer.take() {
+            let direction = transfer.direction;
+            let outcome = transfer.abandon();
+            if let Err(error) = self.account(&mut state, direction, outcome) {
+                tracing::warn!(%error, "state transfer was cut off by the end of the session");
+            }
+        }
+        self.stop_all(&mut state)?;
+        state.prefault = None;
+        state.memory = Arc::new(Memory::empty(Arc::clone(&state.log)));
+        self.services.metrics.memory.set(0);
+        Ok(())
+    }
+}
+
+impl State {
+    /// Whether writes are to be logged.
+    fn logging(&self) -> bool {
+        self.features & LOG_ALL != 0 && self.log.has_bitmap()
+    }
+
+    fn running(&self) -> bool {
+        self.vrings.iter().any(|vring| vring.running)
+    }
+
+    fn layout(&self, at: usize) -> Result<RingLayout, SessionError> {
+        self.vrings[at].layout(
+            &self.memory,
+            self.features & EVENT_IDX != 0,
+            self.features & INDIRECT_DESC != 0,
+        )
+    }
+
+    /// Without a running ring the device is stopped.
+    fn settle(&mut self) -> Result<(), SessionError> {
+        if self.life.state().runs() && !self.running() {
+            self.life.go(DeviceState::Stop)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,105 @@
+//! Saved state on its way, in a thread of its own: SET_DEVICE_STATE_FD starts it, and
+//! CHECK_DEVICE_STATE asks for its end. The control thread answers meanwhile.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
+
+use migration::channel::{Cancel, StateChannel};
+use migration::frame::{FrameError, FrameReader, FrameWriter};
+use migration::schema::UnitId;
+use thiserror::Error;
+
+use crate::device::{Device, StateError};
+
+/// A peer that does not take or give all of the state within this time is given up.
+const CHANNEL_DEADLINE: Duration = Duration::from_secs(60);
+/// The thread ends within this time after the channel did.
+const END_DEADLINE: Duration = Duration::from_secs(70);
+
+/// Which way the state goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    Save,
+    Load,
+}
+
+#[derive(Debug, Error)]
+pub(super) enum TransferError {
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error(transparent)]
+    Device(#[from] StateError),
+    #[error("the state thread cannot be started")]
+    Thread(#[from] std::io::Error),
+    #[error("the state thread did not end within {} s", END_DEADLINE.as_secs())]
+    Timeout,
+    #[error("the state thread died")]
+    Died,
+}
+
+/// A transfer that was started and not yet checked.
+#[derive(Debug)]
+pub(super) struct Transfer {
+    pub(super) direction: Direction,
+    cancel: Cancel,
+    result: Receiver<Result<u64, TransferError>>,
+}
+
+impl Transfer {
+    pub(super) fn start<D: Device>(
+        direction: Direction,
+        device: Arc<D>,
+        unit: UnitId,
+        fd: OwnedFd,
+    ) -> Result<Self, TransferError> {
+        let cancel = Cancel::new()?;
+        let channel_end = StateChannel::new(fd, CHANNEL_DEADLINE, cancel.clone());
+        let (report, result) = channel();
+        let work = move || {
+            let outcome = match direction {
+                Direction::Save => save(&*device, &unit, channel_end),
+                Direction::Load => load(&*device, &unit, channel_end),
+            };
+            // Nobody listens when the front-end went away meanwhile.
+            let _ = report.send(outcome);
+        };
+        thread::Builder::new().name("state".into()).spawn(work)?;
+        Ok(Transfer {
+            direction,
+            cancel,
+            result,
+        })
+    }
+
+    /// Waits for its end; returns the bytes moved.
+    pub(super) fn finish(self) -> Result<u64, TransferError> {
+        match self.result.recv_timeout(END_DEADLINE) {
+            Ok(outcome) => outcome,
+            Err(RecvTimeoutError::Timeout) => Err(TransferError::Timeout),
+            Err(RecvTimeoutError::Disconnected) => Err(TransferError::Died),
+        }
+    }
+
+    /// Ends it early and waits for that.
+    pub(super) fn abandon(self) -> Result<u64, TransferError> {
+        self.cancel.cancel();
+        self.finish()
+    }
+}
+
+fn save<D: Device>(device: &D, unit: &UnitId, channel: StateChannel) -> Result<u64, TransferError> {
+    let state = device.save()?;
+    let (_, len) = FrameWriter::begin(channel, unit, &state)?.finish()?;
+    Ok(len)
+}
+
+fn load<D: Device>(device: &D, unit: &UnitId, channel: StateChannel) -> Result<u64, TransferError> {
+    let mut reader = FrameReader::begin(channel)?;
+    let state = reader.structured::<D::SavedState>(unit)?;
+    let len = reader.finish()?;
+    device.load(state)?;
+    Ok(len)
+}

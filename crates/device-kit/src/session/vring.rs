@@ -1,0 +1,99 @@
+//! What the front-end has said about one ring.
+
+use std::os::fd::OwnedFd;
+
+use super::error::SessionError;
+use crate::memory::Memory;
+use crate::queue::{QueueIndex, RingLayout};
+use crate::queue_thread::RingEvents;
+
+/// Ring addresses, as the front-end's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct UserAddresses {
+    pub(super) descriptors: u64,
+    pub(super) available: u64,
+    pub(super) used: u64,
+}
+
+/// A ring runs while it is enabled and has addresses and a kick descriptor.
+#[derive(Debug)]
+pub(super) struct Vring {
+    pub(super) index: QueueIndex,
+    pub(super) size: u16,
+    pub(super) addresses: Option<UserAddresses>,
+    /// Next chain to be taken, while it does not run.
+    pub(super) base: u16,
+    pub(super) enabled: bool,
+    pub(super) kick: Option<OwnedFd>,
+    pub(super) call: Option<OwnedFd>,
+    pub(super) error: Option<OwnedFd>,
+    pub(super) running: bool,
+}
+
+impl Vring {
+    pub(super) fn new(index: QueueIndex, max_size: u16) -> Self {
+        Vring {
+            index,
+            size: max_size,
+            addresses: None,
+            base: 0,
+            enabled: false,
+            kick: None,
+            call: None,
+            error: None,
+            running: false,
+        }
+    }
+
+    /// Whether it is to run.
+    pub(super) fn wanted(&self) -> bool {
+        self.enabled && self.kick.is_some() && self.addresses.is_some()
+    }
+
+    /// Where it lies in guest memory.
+    pub(super) fn layout(
+        &self,
+        memory: &Memory,
+        event_idx: bool,
+        indirect: bool,
+    ) -> Result<RingLayout, SessionError> {
+        let user = self.addresses.unwrap_or(UserAddresses {
+            descriptors: 0,
+            available: 0,
+            used: 0,
+        });
+        let translate = |part, address| {
+            memory.guest_address(address).ok_or(SessionError::Address {
+                queue: self.index,
+                part,
+                address,
+            })
+        };
+        Ok(RingLayout {
+            size: self.size,
+            descriptors: translate("descriptor table", user.descriptors)?,
+            available: translate("available ring", user.available)?,
+            used: translate("used ring", user.used)?,
+            event_idx,
+            indirect,
+        })
+    }
+
+    /// Copies of its descriptors, for its thread.
+    pub(super) fn events(&self) -> Result<RingEvents, SessionError> {
+        let copy = |fd: &Option<OwnedFd>| {
+            fd.as_ref()
+                .map(OwnedFd::try_clone)
+                .transpose()
+                .map_err(|source| SessionError::Event {
+                    queue: self.index,
+                    source,
+                })
+        };
+        Ok(RingEvents {
+            kick: copy(&self.kick)?,
+            call: copy(&self.call)?,
+            error: copy(&self.error)?,
+        })
+    }
+}

@@ -1,0 +1,3 @@
+//! Other programs that run the same guest beside ours.
+
+pub(crate) mod qemu;

@@ -1,0 +1,246 @@
+//! A machine: a core and the processes that are its devices.
+
+use std::fs::File;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use api::core::{CoreProxy, State};
+use tempfile::TempDir;
+use test_guest::Workload;
+use tokio::runtime::Runtime;
+use zbus::connection;
+
+use crate::console::Console;
+use crate::process::{Launch, Process};
+use crate::programs::program;
+
+/// How long any single thing may take on a slow and busy computer.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A device of a machine.
+#[derive(Clone, Debug)]
+pub enum Device {
+    /// A block device on a raw image.
+    Blk {
+        /// The image.
+        image: PathBuf,
+        /// Queues.
+        queues: u16,
+    },
+    /// A network device on a tap.
+    Net {
+        /// The tap.
+        tap: String,
+        /// Queue pairs.
+        pairs: u16,
+    },
+}
+
+/// A machine to start.
+#[derive(Clone, Debug)]
+pub struct Definition {
+    /// Kernel; the bundled guest by default.
+    pub kernel: PathBuf,
+    /// Its command line.
+    pub cmdline: String,
+    /// vCPUs.
+    pub cpus: u32,
+    /// MiB of RAM.
+    pub memory_mib: u64,
+    /// Devices, in order.
+    pub devices: Vec<Device>,
+    /// More options of the core.
+    pub options: Vec<String>,
+}
+
+impl Definition {
+    /// The bundled guest with this to do, one vCPU and 64 MiB.
+    pub fn of(workload: &Workload) -> Self {
+        Self {
+            kernel: test_guest::program().to_owned(),
+            cmdline: workload.to_string(),
+            cpus: 1,
+            memory_mib: 64,
+            devices: Vec::new(),
+            options: Vec::new(),
+        }
+    }
+}
+
+/// An image of `mib` MiB of zeroes at `path`.
+pub fn make_image(path: &Path, mib: u64) -> Result<()> {
+    let image = File::create(path).with_context(|| format!("no image at {}", path.display()))?;
+    image
+        .set_len(mib << 20)
+        .with_context(|| format!("{mib} MiB do not fit at {}", path.display()))
+}
+
+/// A machine that runs.
+#[derive(Debug)]
+pub struct Machine {
+    /// Our end of its console.
+    pub console: Console,
+    /// When the first of its processes was started.
+    pub started: Instant,
+    core: Process,
+    devices: Vec<Process>,
+    control: PathBuf,
+    runtime: Runtime,
+    folder: TempDir,
+}
+
+impl Machine {
+    /// Starts the processes of a machine, all at once.
+    pub fn start(definition: &Definition) -> Result<Self> {
+        let folder = TempDir::new().context("no folder for sockets")?;
+        let started = Instant::now();
+        let mut core = Launch::new(&program("godwit-vmm")?)
+            .option("--kernel", &definition.kernel)
+            .option("--cmdline", &definition.cmdline)
+            .option("--cpus", definition.cpus.to_string())
+            .option("--memory", format!("{}M", definition.memory_mib));
+        let mut devices = Vec::new();
+        for (number, device) in definition.devices.iter().enumerate() {
+            let socket = folder.path().join(format!("device{number}"));
+            // The device takes over a socket that listens already, so nobody has to wait.
+            let listener = UnixListener::bind(&socket).context("no socket for a device")?;
+            let (process, kind) = start_device(device, listener)?;
+            devices.push(process);
+            let value = format!("{kind},socket={},id=device{number}", socket.display());
+            core = core.option("--vhost-user", value);
+        }
+        let (ours, theirs) = UnixStream::pair().context("no console")?;
+        let console = core.inherit(theirs.into());
+        let control = folder.path().join("control");
+        core = core
+            .option("--serial", format!("fd={console}"))
+            .option("--control-socket", &control);
+        for option in &definition.options {
+            core = core.arg(option);
+        }
+        let core = core.start()?;
+        let runtime = Runtime::new().context("no runtime")?;
+        let console = Console::new(ours)?;
+        Ok(Self {
+            console,
+            started,
+            core,
+            devices,
+            control,
+            runtime,
+            folder,
+        })
+    }
+
+    /// Where its sockets are.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The core's process.
+    pub fn core(&mut self) -> &mut Process {
+        &mut self.core
+    }
+
+    /// The processes of its devices, in order.
+    pub fn devices(&mut self) -> &mut [Process] {
+        &mut self.devices
+    }
+
+    /// Starts the process of device `number` again, on its socket.
+    pub fn restart_device(&mut self, definition: &Definition, number: usize) -> Result<()> {
+        let device = definition
+            .devices
+            .get(number)
+            .context("there is no such device")?;
+        let socket = self.folder.path().join(format!("device{number}"));
+        // Nobody is left who listens there.
+        std::fs::remove_file(&socket).context("the device's socket is gone")?;
+        let listener = UnixListener::bind(&socket).context("no socket for a device")?;
+        self.devices[number] = start_device(device, listener)?.0;
+        Ok(())
+    }
+
+    /// Waits for the end of the core.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        self.core.wait(DEADLINE)
+    }
+
+    /// Waits for the end of the core, which must be a good one.
+    pub fn wait_for_power_off(&mut self) -> Result<()> {
+        let status = self.wait()?;
+        if !status.success() {
+            bail!("the core ended with {status}: {}", self.core.stderr());
+        }
+        Ok(())
+    }
+
+    /// Stops vCPUs and devices.
+    pub fn pause(&self) -> Result<()> {
+        self.call(async |core| core.pause().await)
+    }
+
+    /// Starts them again.
+    pub fn resume(&self) -> Result<()> {
+        self.call(async |core| core.resume().await)
+    }
+
+    /// Boots again.
+    pub fn reset(&self) -> Result<()> {
+        self.call(async |core| core.reset().await)
+    }
+
+    /// Presses the power button.
+    pub fn power_button(&self) -> Result<()> {
+        self.call(async |core| core.power_button().await)
+    }
+
+    /// Ends the machine.
+    pub fn terminate(&self) -> Result<()> {
+        self.call(async |core| core.terminate().await)
+    }
+
+    /// Where it is in its life.
+    pub fn state(&self) -> Result<State> {
+        self.call(async |core| Ok(core.state().await?))
+    }
+
+    fn call<T>(&self, call: impl AsyncFnOnce(CoreProxy<'_>) -> Result<T, api::Error>) -> Result<T> {
+        let work = async {
+            let stream = UnixStream::connect(&self.control).with_context(|| {
+                format!("the core does not listen; it said: {}", self.core.stderr())
+            })?;
+            let connection = connection::Builder::unix_stream(stream)
+                .p2p()
+                .build()
+                .await?;
+            let core = CoreProxy::new(&connection).await?;
+            anyhow::Ok(call(core).await?)
+        };
+        self.runtime
+            .block_on(async { tokio::time::timeout(DEADLINE, work).await })
+            .context("the core did not answer")?
+    }
+}
+
+fn start_device(device: &Device, listener: UnixListener) -> Result<(Process, &'static str)> {
+    let (name, kind) = match device {
+        Device::Blk { .. } => ("godwit-blk", "blk"),
+        Device::Net { .. } => ("godwit-net", "net"),
+    };
+    let mut launch = Launch::new(&program(name)?);
+    let socket = launch.inherit(listener.into());
+    launch = launch.option("--fd", socket.to_string());
+    launch = match device {
+        Device::Blk { image, queues } => launch
+            .option("--blk-file", image)
+            .option("--num-queues", queues.to_string()),
+        Device::Net { tap, pairs } => launch
+            .option("--tap", tap)
+            .option("--queue-pairs", pairs.to_string()),
+    };
+    Ok((launch.start()?, kind))
+}

@@ -1,0 +1,65 @@
+//! Saved state of what KVM keeps: the VM's chips and clock, and each vCPU.
+//!
+//! KVM's own structures are its ABI and go as bytes; absent ones were not to be had
+//! from the KVM that saved.
+
+use kvm_bindings::{
+    Xsave, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use serde::{Deserialize, Serialize};
+
+use super::HypervisorError;
+
+/// Interrupt controllers, timer chip and clock of a VM.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct VmSavedState {
+    /// kvmclock's time.
+    pub clock: Option<kvm_clock_data>,
+    /// 8259 master and slave, I/O APIC.
+    pub irqchips: Vec<kvm_irqchip>,
+    /// 8254.
+    pub pit: Option<kvm_pit_state2>,
+}
+
+impl VmSavedState {
+    /// Refuses what KVM cannot have said.
+    pub(super) fn check(&self) -> Result<(), HypervisorError> {
+        let invalid = |why| {
+            Err(HypervisorError::InvalidState {
+                what: "interrupt controllers",
+                why,
+            })
+        };
+        if self.irqchips.len() > 3 {
+            return invalid(format!("{} of them, there are 3", self.irqchips.len()));
+        }
+        match self.irqchips.iter().find(|chip| chip.chip_id > 2) {
+            Some(chip) => invalid(format!("number {}, the last is 2", chip.chip_id)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// One vCPU.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VcpuSavedState {
+    /// Runnable, halted, waiting for INIT or SIPI.
+    pub mp_state: kvm_mp_state,
+    /// General registers.
+    pub regs: kvm_regs,
+    /// Segments, control registers.
+    pub sregs: kvm_sregs,
+    /// FPU and vector registers, as XSAVE lays them out.
+    pub xsave: Xsave,
+    /// Extended control registers.
+    pub xcrs: Option<kvm_xcrs>,
+    /// Debug registers.
+    pub debugregs: kvm_debugregs,
+    /// Local APIC.
+    pub lapic: kvm_lapic_state,
+    /// Pending exceptions, interrupts, NMI.
+    pub events: kvm_vcpu_events,
+    /// Model-specific registers: index, value.
+    pub msrs: Vec<(u32, u64)>,
+}

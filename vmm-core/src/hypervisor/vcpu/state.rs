@@ -1,0 +1,165 @@
+//! Saving and restoring one vCPU.
+
+use kvm_bindings::{Msrs, Xsave, kvm_msr_entry, kvm_xsave};
+
+use super::Vcpu;
+use crate::hypervisor::saved_state::VcpuSavedState;
+use crate::hypervisor::{HypervisorError, refused};
+
+/// More registers than any KVM lists: a longer saved list is refused.
+const MOST_MSRS: usize = 4096;
+
+impl Vcpu {
+    /// Everything KVM knows of the vCPU. It must be paused.
+    pub fn save(&self) -> Result<VcpuSavedState, HypervisorError> {
+        Ok(VcpuSavedState {
+            mp_state: self
+                .fd
+                .get_mp_state()
+                .map_err(refused("tell a vCPU's run state"))?,
+            regs: self
+                .fd
+                .get_regs()
+                .map_err(refused("tell a vCPU's registers"))?,
+            sregs: self
+                .fd
+                .get_sregs()
+                .map_err(refused("tell a vCPU's control registers"))?,
+            xsave: self.save_xsave()?,
+            xcrs: self.fd.get_xcrs().ok(),
+            debugregs: self
+                .fd
+                .get_debug_regs()
+                .map_err(refused("tell a vCPU's debug registers"))?,
+            lapic: self.fd.get_lapic().map_err(refused("tell a local APIC"))?,
+            events: self
+                .fd
+                .get_vcpu_events()
+                .map_err(refused("tell a vCPU's events"))?,
+            msrs: self.save_msrs()?,
+        })
+    }
+
+    /// Takes a saved state over. The vCPU must be paused.
+    ///
+    /// Control registers come before model-specific ones, those before the local APIC
+    /// (its base is one of them), events and run state last.
+    pub fn restore(&self, state: &VcpuSavedState) -> Result<(), HypervisorError> {
+        if state.msrs.len() > MOST_MSRS {
+            return Err(HypervisorError::InvalidState {
+                what: "model-specific registers",
+                why: format!("{} of them", state.msrs.len()),
+            });
+        }
+        if let Some(xcrs) = &state.xcrs {
+            self.fd
+                .set_xcrs(xcrs)
+                .map_err(refused("set a vCPU's extended control registers"))?;
+        }
+        self.restore_xsave(&state.xsave)?;
+        self.fd
+            .set_sregs(&state.sregs)
+            .map_err(refused("set a vCPU's control registers"))?;
+        self.fd
+            .set_regs(&state.regs)
+            .map_err(refused("set a vCPU's registers"))?;
+        self.set_msrs(&state.msrs)?;
+        self.fd
+            .set_lapic(&state.lapic)
+            .map_err(refused("set a local APIC"))?;
+        self.fd
+            .set_debug_regs(&state.debugregs)
+            .map_err(refused("set a vCPU's debug registers"))?;
+        self.fd
+            .set_vcpu_events(&state.events)
+            .map_err(refused("set a vCPU's events"))?;
+        self.fd
+            .set_mp_state(state.mp_state)
+            .map_err(refused("set a vCPU's run state"))
+    }
+
+    fn save_msrs(&self) -> Result<Vec<(u32, u64)>, HypervisorError> {
+        let entry = |&index: &u32| kvm_msr_entry {
+            index,
+            ..Default::default()
+        };
+        let mut saved = Vec::with_capacity(self.msrs.len());
+        let mut rest = &self.msrs[..];
+        while !rest.is_empty() {
+            let entries: Vec<_> = rest.iter().take(256).map(entry).collect();
+            let Ok(mut list) = Msrs::from_entries(&entries) else {
+                break;
+            };
+            let got = self
+                .fd
+                .get_msrs(&mut list)
+                .map_err(refused("tell model-specific registers"))?;
+            saved.extend(
+                list.as_slice()[..got]
+                    .iter()
+                    .map(|msr| (msr.index, msr.data)),
+            );
+            // KVM stops at one that is listed and still not readable: that one is left out.
+            rest = &rest[got + usize::from(got < entries.len())..];
+        }
+        Ok(saved)
+    }
+
+    /// Words of an XSAVE area beyond the 4 KiB that every KVM has.
+    fn xsave_extra_words(&self) -> usize {
+        self.xsave_bytes
+            .saturating_sub(size_of::<kvm_xsave>())
+            .div_ceil(4)
+    }
+
+    fn save_xsave(&self) -> Result<Xsave, HypervisorError> {
+        let mut xsave = Xsave::new(self.xsave_extra_words()).map_err(|error| {
+            HypervisorError::InvalidState {
+                what: "vector registers",
+                why: format!("{error:?}"),
+            }
+        })?;
+        #[expect(
+            unsafe_code,
+            reason = "the kernel writes as many bytes as it said it would"
+        )]
+        // SAFETY: the area has the size that KVM_CAP_XSAVE2 named.
+        let got = unsafe { self.fd.get_xsave2(&mut xsave) };
+        if got.is_err() {
+            // A KVM without KVM_GET_XSAVE2 has the 4 KiB only.
+            let fixed = self
+                .fd
+                .get_xsave()
+                .map_err(refused("tell a vCPU's vector registers"))?;
+            xsave = Xsave::new(0).map_err(|error| HypervisorError::InvalidState {
+                what: "vector registers",
+                why: format!("{error:?}"),
+            })?;
+            #[expect(
+                unsafe_code,
+                reason = "the wrapper gives its header away only as unsafe"
+            )]
+            // SAFETY: the length field stays as it is.
+            unsafe {
+                xsave.as_mut_fam_struct().xsave = fixed;
+            }
+        }
+        Ok(xsave)
+    }
+
+    fn restore_xsave(&self, xsave: &Xsave) -> Result<(), HypervisorError> {
+        let (has, wants) = (xsave.as_slice().len(), self.xsave_extra_words());
+        if has < wants {
+            return Err(HypervisorError::InvalidState {
+                what: "vector registers",
+                why: format!("{has} words beyond 4 KiB, this KVM reads {wants}"),
+            });
+        }
+        #[expect(
+            unsafe_code,
+            reason = "the kernel reads as many bytes as it said it would"
+        )]
+        // SAFETY: the area is at least as long as KVM_CAP_XSAVE2 named.
+        unsafe { self.fd.set_xsave2(xsave) }.map_err(refused("set a vCPU's vector registers"))
+    }
+}

@@ -1,0 +1,181 @@
+//! Making a machine of its definition.
+//!
+//! Back-ends are reached all at once, while KVM makes the VM: each takes its time to
+//! answer, and none waits for another.
+
+use std::panic::resume_unwind;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread::{self, ScopedJoinHandle};
+
+use api::core::State;
+use tokio::sync::watch;
+
+use super::config::{KvmSource, MachineConfig};
+use super::console::Console;
+use super::control::{self, Owner};
+use super::error::MachineError;
+use super::event::Events;
+use super::platform::Platform;
+use super::request::RequestSink;
+use super::{Machine, VCPU_DEADLINE};
+use crate::boot::acpi::AcpiConfig;
+use crate::boot::{BootSource, Initrd, Kernel};
+use crate::bus::Bus;
+use crate::hypervisor::{
+    Interrupts, MemorySlots, Vcpu, VcpuBuses, VcpuEvents, VcpuSet, Vm, guest_cpuid, open_kvm,
+};
+use crate::memory::{Memory, Ram, prefault};
+use crate::pci::{BarAllocator, HostBridge, PciAddress, Root};
+use crate::remote::vhost_user::{
+    Endpoint, VhostUserConfig, VhostUserDevice, VhostUserError, Watchdog,
+};
+use crate::transport::{TroubleSink, VirtioPciDevice, Wiring};
+
+impl Machine {
+    /// Makes a machine whose guest has not run yet, under the control of `owner`.
+    ///
+    /// # Errors
+    /// The definition is impossible, or something that it names is not to be had; then
+    /// nothing is left behind.
+    pub fn new(config: MachineConfig, owner: Option<Owner>) -> Result<Self, MachineError> {
+        config.check()?;
+        let kernel = Kernel::open(&config.kernel)?;
+        let initrd = config.initrd.as_deref().map(Initrd::open).transpose()?;
+        let boot = BootSource::new(kernel, initrd, &config.cmdline)?;
+        let kvm = match config.kvm {
+            KvmSource::Path(path) => open_kvm(&path, None)?,
+            KvmSource::Fd(fd) => open_kvm(Path::new("the inherited descriptor"), Some(fd))?,
+        };
+
+        let (sender, inbox) = channel();
+        let events = Events::new(sender);
+        let requests: Arc<dyn RequestSink> = Arc::new(events.clone());
+        let memory = Arc::new(Memory::default());
+        let ((vm, ram), devices) = thread::scope(|scope| {
+            let devices = scope.spawn(|| connect(config.vhost_user, &memory));
+            let vm = Vm::new(&kvm).map_err(MachineError::from);
+            let ram = Ram::allocate(config.memory, config.hugepages).map_err(MachineError::from);
+            let devices = devices.join().unwrap_or_else(|panic| resume_unwind(panic));
+            Ok::<_, MachineError>(((vm?, ram?), devices?))
+        })?;
+        let vm = Arc::new(vm);
+        memory.subscribe(Arc::new(MemorySlots::new(&vm)))?;
+        for device in &devices {
+            memory.subscribe(Arc::clone(device) as _)?;
+        }
+        lay_out(&memory, &ram, config.prefault)?;
+
+        let interrupts = Arc::new(Interrupts::new(&vm)?);
+        let buses = VcpuBuses {
+            ports: Arc::new(Bus::default()),
+            mmio: Arc::new(Bus::default()),
+        };
+        let platform = Platform::new(&buses.ports, &interrupts, &requests, config.memory)?;
+        let root = Arc::new(Root::new(Arc::clone(&requests)));
+        root.install(&buses.ports, &buses.mmio)?;
+        let bridge = Arc::new(HostBridge::default());
+        root.insert(PciAddress::HOST_BRIDGE, Arc::clone(&bridge) as _)?;
+        let wiring = Wiring {
+            bars: Arc::new(BarAllocator::new().map_err(crate::transport::TransportError::from)?),
+            mmio: Arc::clone(&buses.mmio),
+            router: interrupts,
+            doorbells: Arc::clone(&vm) as _,
+            trouble: Arc::new(events.clone()) as Arc<dyn TroubleSink>,
+        };
+        let devices = plug(devices, &root, &wiring)?;
+
+        let msrs = Vm::msrs(&kvm)?;
+        let mut vcpus = Vec::new();
+        for id in 0..config.cpus {
+            let cpuid = guest_cpuid(&kvm, id, config.cpus)?;
+            vcpus.push(Vcpu::new(&kvm, &vm, id, &cpuid, &msrs)?);
+        }
+        let vcpu_events: Arc<dyn VcpuEvents> = Arc::new(events.clone());
+        let vcpus = VcpuSet::start(vcpus, &buses, &vcpu_events)?;
+        let mut pristine = (vm.save()?, vcpus.each(VCPU_DEADLINE, |vcpu| vcpu.save())?);
+        // Time goes on across a reset.
+        pristine.0.clock = None;
+
+        let console = Console::start(&config.serial, &platform.serial, &platform.output)?;
+        let (state, watcher) = watch::channel(State::Paused);
+        control::serve(owner, events, watcher).map_err(MachineError::Control)?;
+        let machine = Self {
+            events: inbox,
+            state,
+            memory,
+            vm,
+            vcpus,
+            devices,
+            root,
+            bridge,
+            platform,
+            console,
+            boot,
+            acpi: AcpiConfig {
+                apic_ids: (0..config.cpus).collect(),
+                mmio64: None,
+            },
+            pristine,
+        };
+        machine.load()?;
+        Ok(machine)
+    }
+}
+
+/// Reaches all back-ends at once; the first failure, in the order of the definition, counts.
+fn connect(
+    devices: Vec<(VhostUserConfig, Endpoint)>,
+    memory: &Arc<Memory>,
+) -> Result<Vec<Arc<VhostUserDevice>>, MachineError> {
+    let watchdog = &Arc::new(Watchdog::start().map_err(MachineError::Control)?);
+    thread::scope(|scope| {
+        let connect = |(config, endpoint)| {
+            scope.spawn(move || VhostUserDevice::connect(config, endpoint, memory, watchdog))
+        };
+        let workers: Vec<_> = devices.into_iter().map(connect).collect();
+        let join = |worker: ScopedJoinHandle<'_, Result<_, VhostUserError>>| {
+            worker
+                .join()
+                .unwrap_or_else(|panic| resume_unwind(panic))
+                .map_err(MachineError::from)
+        };
+        workers.into_iter().map(join).collect()
+    })
+}
+
+/// Makes the RAM the guest's, in one transaction.
+fn lay_out(memory: &Memory, ram: &Ram, all_present: bool) -> Result<(), MachineError> {
+    let regions = ram.regions().map_err(|source| MachineError::Map {
+        what: "mapped",
+        source,
+    })?;
+    if all_present {
+        prefault(&regions).map_err(|source| MachineError::Map {
+            what: "prefaulted",
+            source,
+        })?;
+    }
+    let mut layout = memory.begin();
+    for region in regions {
+        layout.add(region)?;
+    }
+    Ok(layout.commit()?)
+}
+
+/// Puts the devices on the PCI bus.
+fn plug(
+    devices: Vec<Arc<VhostUserDevice>>,
+    root: &Root,
+    wiring: &Wiring,
+) -> Result<Vec<Arc<VirtioPciDevice>>, MachineError> {
+    let mut plugged = Vec::with_capacity(devices.len());
+    for (index, device) in devices.into_iter().enumerate() {
+        let address = PciAddress::of_device(index).ok_or(MachineError::TooManyDevices)?;
+        let device = VirtioPciDevice::new(device, wiring)?;
+        root.insert(address, Arc::clone(&device) as _)?;
+        plugged.push(device);
+    }
+    Ok(plugged)
+}

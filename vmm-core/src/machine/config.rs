@@ -1,0 +1,111 @@
+//! What a machine is: the definition from which a core makes it.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::memory::HugePages;
+use crate::remote::vhost_user::{Endpoint, VhostUserConfig};
+
+/// Most vCPUs of a machine.
+pub const MOST_VCPUS: u32 = 32;
+
+/// A machine.
+#[derive(Debug)]
+pub struct MachineConfig {
+    /// Its name, in messages.
+    pub name: String,
+    /// Kernel image: bzImage or ELF with a PVH note.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Number of vCPUs, 1 to [`MOST_VCPUS`].
+    pub cpus: u32,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// Pages behind the RAM.
+    pub hugepages: Option<HugePages>,
+    /// Whether all RAM is made present before the guest starts.
+    pub prefault: bool,
+    /// Where the first serial port leads.
+    pub serial: SerialConfig,
+    /// Devices in other processes, in the order of their PCI addresses, and how to
+    /// reach their back-ends.
+    pub vhost_user: Vec<(VhostUserConfig, Endpoint)>,
+    /// The KVM device.
+    pub kvm: KvmSource,
+}
+
+/// Where the first serial port leads.
+#[derive(Debug)]
+pub enum SerialConfig {
+    /// This process's terminal or pipes.
+    Stdio,
+    /// Nowhere.
+    Null,
+    /// A file, for output only.
+    File(PathBuf),
+    /// An open socket or terminal, both ways.
+    Fd(OwnedFd),
+}
+
+/// Where KVM comes from.
+#[derive(Debug)]
+pub enum KvmSource {
+    /// A device to open.
+    Path(PathBuf),
+    /// An open device.
+    Fd(OwnedFd),
+}
+
+/// Why no machine can be made of a definition.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// vCPUs.
+    #[error("{cpus} vCPUs are not possible: give 1 to {MOST_VCPUS}")]
+    Cpus {
+        /// vCPUs asked for.
+        cpus: u32,
+    },
+    /// Memory.
+    #[error("{memory} bytes of memory are not possible: give at least 16M and at most 1T")]
+    Memory {
+        /// Bytes asked for.
+        memory: u64,
+    },
+    /// Two devices of one name.
+    #[error("two devices are named {id}: give each an id of its own")]
+    DuplicateDevice {
+        /// The name.
+        id: String,
+    },
+}
+
+impl MachineConfig {
+    /// Refuses a definition that cannot work, before anything is opened or started.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if !(1..=MOST_VCPUS).contains(&self.cpus) {
+            return Err(ConfigError::Cpus { cpus: self.cpus });
+        }
+        if !((16 << 20)..=(1 << 40)).contains(&self.memory) {
+            return Err(ConfigError::Memory {
+                memory: self.memory,
+            });
+        }
+        let mut ids: Vec<_> = self
+            .vhost_user
+            .iter()
+            .map(|(device, _)| &device.id)
+            .collect();
+        ids.sort();
+        match ids.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(ConfigError::DuplicateDevice {
+                id: pair[0].clone(),
+            }),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! What can go wrong with a machine.
+
+use std::io;
+
+use api::Error as CallError;
+use thiserror::Error;
+
+use super::chain;
+use super::config::ConfigError;
+use crate::boot::{BootError, InitrdError, KernelError};
+use crate::bus::BusError;
+use crate::hypervisor::{HypervisorError, VcpuError};
+use crate::interrupt::InterruptError;
+use crate::memory::{LayoutError, RamError};
+use crate::pci::RootError;
+use crate::remote::vhost_user::VhostUserError;
+use crate::transport::TransportError;
+
+/// Why a machine could not be started, or did not do what it was told.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// The definition.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The initial RAM disk.
+    #[error(transparent)]
+    Initrd(#[from] InitrdError),
+    /// What the kernel finds when it starts.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// RAM.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// RAM cannot be mapped or made present.
+    #[error("guest memory cannot be {what}")]
+    Map {
+        /// `mapped` or `prefaulted`.
+        what: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The memory layout.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// KVM.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// vCPUs.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// Interrupts.
+    #[error(transparent)]
+    Interrupt(#[from] InterruptError),
+    /// A bus.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The PCI bus.
+    #[error(transparent)]
+    Pci(#[from] RootError),
+    /// A device's transport.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// A device in another process.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
+    /// More devices than a bus holds.
+    #[error("the PCI bus holds {} devices, no more", crate::pci::MAX_DEVICES)]
+    TooManyDevices,
+    /// The threads and descriptors by which the machine is controlled.
+    #[error("the machine cannot be controlled")]
+    Control(#[source] io::Error),
+    /// The serial port.
+    #[error("serial port to {to} cannot be had")]
+    Serial {
+        /// Where it leads.
+        to: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// As the owner hears it.
+impl From<MachineError> for CallError {
+    fn from(error: MachineError) -> Self {
+        let text = chain(&error);
+        match error {
+            MachineError::Vcpu(VcpuError::Deadline { .. }) => Self::TimedOut(text),
+            MachineError::Transport(_) | MachineError::VhostUser(_) => Self::DeviceFailed(text),
+            _ => Self::Internal(text),
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! What reaches the machine's main thread, from whom.
+
+use std::error::Error;
+use std::sync::mpsc::Sender;
+
+use tokio::sync::oneshot;
+
+use super::chain;
+use super::request::{Request, RequestSink};
+use crate::hypervisor::{Ended, VcpuEvents};
+use crate::transport::TroubleSink;
+
+/// Something that the main thread must act on.
+#[derive(Debug)]
+pub enum Event {
+    /// The guest wants something of its machine.
+    Guest(Request),
+    /// A vCPU does not run on.
+    Vcpu(u32, Ended),
+    /// A device does not work any more; its driver has been told.
+    Trouble {
+        /// Which one.
+        device: String,
+        /// What happened, with its causes.
+        why: String,
+    },
+    /// The owner wants something; it waits for the answer.
+    Command(Command, oneshot::Sender<Result<(), api::Error>>),
+    /// The process was told to end.
+    Terminated,
+    /// The host was asked to press the power button.
+    PowerButton,
+}
+
+/// What an owner can want, see [`api::core::Control`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Stop vCPUs and devices.
+    Pause,
+    /// Start them again.
+    Resume,
+    /// Boot again.
+    Reset,
+    /// Press the power button.
+    PowerButton,
+    /// End at once.
+    Terminate,
+}
+
+/// Sends events to the main thread. Sending never blocks, and what comes after the
+/// machine's end is dropped.
+#[derive(Clone, Debug)]
+pub struct Events(Sender<Event>);
+
+impl Events {
+    /// Into `sender`'s channel.
+    pub fn new(sender: Sender<Event>) -> Self {
+        Self(sender)
+    }
+
+    /// Tells the main thread.
+    pub fn send(&self, event: Event) {
+        // A receiver that is gone has ended the machine already.
+        let _ = self.0.send(event);
+    }
+}
+
+impl RequestSink for Events {
+    fn request(&self, request: Request) {
+        self.send(Event::Guest(request));
+    }
+}
+
+impl TroubleSink for Events {
+    fn trouble(&self, device: &str, error: &(dyn Error + 'static)) {
+        self.send(Event::Trouble {
+            device: device.into(),
+            why: chain(error),
+        });
+    }
+}
+
+impl VcpuEvents for Events {
+    fn ended(&self, vcpu: u32, ended: Ended) {
+        self.send(Event::Vcpu(vcpu, ended));
+    }
+}

@@ -1,0 +1,248 @@
+//! The command line of `godwit-vmm`.
+#![expect(unsafe_code, reason = "descriptors are inherited by number")]
+
+use std::fmt::Display;
+use std::os::fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::Parser;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use vmm_core::machine::config::{KvmSource, MachineConfig, SerialConfig};
+use vmm_core::machine::control::Owner;
+use vmm_core::memory::HugePages;
+use vmm_core::remote::vhost_user::{Endpoint, VhostUserConfig};
+use vmm_core::transport::DeviceKind;
+
+/// One virtual machine, whose devices are other processes.
+#[derive(Debug, Parser)]
+#[command(name = "godwit-vmm", version)]
+pub struct Options {
+    /// Name of the machine, in messages
+    #[arg(long, default_value = "machine")]
+    name: String,
+    /// Kernel: a bzImage (vmlinuz), or an ELF file with a PVH note (vmlinux)
+    #[arg(long, value_name = "PATH")]
+    kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "PATH")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(
+        long,
+        default_value = "",
+        value_name = "TEXT",
+        allow_hyphen_values = true
+    )]
+    cmdline: String,
+    /// Number of vCPUs
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// RAM, with K, M, G or T
+    #[arg(long, default_value = "512M", value_name = "SIZE", value_parser = size)]
+    memory: u64,
+    /// Puts RAM on huge pages of 2M or 1G
+    #[arg(long, value_name = "SIZE", value_parser = huge_pages)]
+    hugepages: Option<HugePages>,
+    /// Makes all RAM present before the guest starts
+    #[arg(long)]
+    prefault: bool,
+    /// A device: TYPE,socket=PATH|fd=N[,id=NAME][,queues=N][,queue-size=N][,mac=MAC][,tag=TAG]
+    #[arg(long = "vhost-user", value_name = "DEVICE")]
+    vhost_user: Vec<String>,
+    /// Where the first serial port leads: stdio, null, file=PATH or fd=N
+    #[arg(long, default_value = "stdio", value_name = "WHERE")]
+    serial: String,
+    /// Listens here for the machine's owner (D-Bus, peer to peer)
+    #[arg(long, value_name = "PATH", conflicts_with = "control_fd")]
+    control_socket: Option<PathBuf>,
+    /// An inherited connection to the machine's owner
+    #[arg(long, value_name = "N")]
+    control_fd: Option<RawFd>,
+    /// The KVM device
+    #[arg(
+        long,
+        default_value = "/dev/kvm",
+        value_name = "PATH",
+        conflicts_with = "kvm_fd"
+    )]
+    kvm: PathBuf,
+    /// An inherited KVM device
+    #[arg(long, value_name = "N")]
+    kvm_fd: Option<RawFd>,
+    /// Does not start the guest before it is resumed
+    #[arg(long)]
+    pub paused: bool,
+}
+
+impl Options {
+    /// The machine that they define, and who controls it.
+    pub fn into_machine(self) -> Result<(MachineConfig, Option<Owner>)> {
+        let owner = match (&self.control_socket, self.control_fd) {
+            (Some(path), _) => Some(Owner::Listener(listen(path)?)),
+            (None, Some(fd)) => Some(Owner::Stream(UnixStream::from(inherited(
+                "--control-fd",
+                fd,
+            )?))),
+            (None, None) => None,
+        };
+        let kvm = match self.kvm_fd {
+            Some(fd) => KvmSource::Fd(inherited("--kvm-fd", fd)?),
+            None => KvmSource::Path(self.kvm),
+        };
+        let mut vhost_user = Vec::new();
+        for (number, text) in self.vhost_user.iter().enumerate() {
+            vhost_user.push(device(number, text).with_context(|| format!("--vhost-user {text}"))?);
+        }
+        let config = MachineConfig {
+            name: self.name,
+            kernel: self.kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+            cpus: self.cpus,
+            memory: self.memory,
+            hugepages: self.hugepages,
+            prefault: self.prefault,
+            serial: serial(&self.serial)?,
+            vhost_user,
+            kvm,
+        };
+        Ok((config, owner))
+    }
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" | "KiB" => 10,
+        "M" | "MiB" => 20,
+        "G" | "GiB" => 30,
+        "T" | "TiB" => 40,
+        unit => return Err(format!("{unit} is no unit: give K, M, G or T")),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("{digits:?} is no number"))?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "this is more than there can be".into())
+}
+
+fn huge_pages(text: &str) -> Result<HugePages, String> {
+    match text {
+        "2M" => Ok(HugePages::Size2M),
+        "1G" => Ok(HugePages::Size1G),
+        _ => Err("give 2M or 1G".into()),
+    }
+}
+
+fn serial(text: &str) -> Result<SerialConfig> {
+    Ok(match text.split_once('=') {
+        None if text == "stdio" => SerialConfig::Stdio,
+        None if text == "null" => SerialConfig::Null,
+        Some(("file", path)) => SerialConfig::File(path.into()),
+        Some(("fd", number)) => SerialConfig::Fd(inherited("--serial fd", parse("fd", number)?)?),
+        _ => bail!("--serial {text}: give stdio, null, file=PATH or fd=N"),
+    })
+}
+
+/// A socket for the owner; one that a dead machine left behind is replaced.
+fn listen(path: &Path) -> Result<UnixListener> {
+    let said = || format!("--control-socket {}", path.display());
+    if UnixStream::connect(path).is_ok() {
+        bail!("{}: another program listens there", said());
+    }
+    if path.exists() {
+        std::fs::remove_file(path).with_context(said)?;
+    }
+    UnixListener::bind(path).with_context(said)
+}
+
+/// Takes over descriptor `number`, which must be open.
+fn inherited(option: &str, number: RawFd) -> Result<OwnedFd> {
+    if number < 3 {
+        bail!("{option} {number}: give a descriptor from 3 on");
+    }
+    // SAFETY: it is only asked whether it is open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
+        .map_err(|_| anyhow!("{option} {number}: there is no such open descriptor"))?;
+    // SAFETY: it is open, and the command line gives it to this process.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+fn parse<T: FromStr<Err: Display>>(key: &str, value: &str) -> Result<T> {
+    value
+        .parse()
+        .map_err(|error| anyhow!("{key}={value}: {error}"))
+}
+
+/// One device of the form TYPE,key=value,…
+fn device(number: usize, text: &str) -> Result<(VhostUserConfig, Endpoint)> {
+    let mut words = text.split(',');
+    let kind: DeviceKind = words
+        .next()
+        .unwrap_or_default()
+        .parse()
+        .map_err(|e| anyhow!("{e}"))?;
+    let mut endpoint = None;
+    let mut config = VhostUserConfig::new(kind, format!("device{number}"));
+    for word in words {
+        let Some((key, value)) = word.split_once('=') else {
+            bail!("{word} is not of the form key=value")
+        };
+        match key {
+            "socket" => endpoint = Some(Endpoint::Path(value.into())),
+            "fd" => endpoint = Some(Endpoint::Connected(inherited("fd", parse(key, value)?)?)),
+            "id" => config.id = value.into(),
+            "queues" => config.queues = Some(parse(key, value)?),
+            "queue-size" => config.queue_size = parse(key, value)?,
+            "config-size" => config.config_size = Some(parse(key, value)?),
+            "tag" => config.tag = Some(value.into()),
+            "mac" => config.mac = Some(mac(value)?),
+            _ => bail!(
+                "{key} is no setting of a device: there are socket, fd, id, queues, queue-size, config-size, tag, mac"
+            ),
+        }
+    }
+    Ok((config, endpoint.context("it needs socket=PATH or fd=N")?))
+}
+
+fn mac(text: &str) -> Result<[u8; 6]> {
+    let bytes: Result<Vec<_>, _> = text
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16))
+        .collect();
+    let bytes = bytes.ok().and_then(|bytes| bytes.try_into().ok());
+    bytes.with_context(|| format!("mac={text}: give six hexadecimal bytes, as 52:54:00:12:34:56"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(size("512M"), Ok(512 << 20));
+        assert_eq!(size("4096"), Ok(4096));
+        assert!(size("1Q").is_err());
+        assert!(size("G").is_err());
+        assert!(size("99999999999T").is_err());
+    }
+
+    #[test]
+    fn devices_are_named_by_their_settings() {
+        let (config, _) = device(3, "blk,socket=/run/d,queues=4").unwrap();
+        assert_eq!((config.id.as_str(), config.queues), ("device3", Some(4)));
+        let wrong = |text| format!("{:#}", device(0, text).unwrap_err());
+        assert_eq!(wrong("blk"), "it needs socket=PATH or fd=N");
+        assert!(wrong("toaster,socket=/x").contains("toaster"));
+        assert!(wrong("blk,socket=/x,size=3").starts_with("size is no setting"));
+        assert!(wrong("blk,socket=/x,queues=many").starts_with("queues=many: "));
+        assert!(wrong("blk,fd=999").contains("no such open descriptor"));
+        assert!(wrong("net,socket=/x,mac=1:2").contains("six hexadecimal bytes"));
+    }
+}

@@ -1,0 +1,46 @@
+//! `cargo xtask bench NAME`.
+
+use anyhow::Result;
+use clap::Subcommand;
+use test_bench::{Boot, BootPreset, Report};
+use test_framework::{network, programs};
+
+use crate::cargo;
+
+/// A benchmark.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Start of the processes to the guest's first instruction and first disk read.
+    Boot {
+        /// Which machines.
+        #[arg(long, value_enum, default_value = "all")]
+        preset: BootPreset,
+        /// Runs of each.
+        #[arg(long, default_value_t = 10)]
+        runs: usize,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Runs a benchmark on release builds and prints what it says.
+pub fn bench(bench: &Bench) -> Result<()> {
+    let built = cargo::build(true)?;
+    programs::use_folder(built);
+    match *bench {
+        Bench::Boot { preset, runs, json } => {
+            network::enter()?;
+            print(&Boot { preset, runs }.run()?, json)
+        }
+    }
+}
+
+fn print(report: &Report, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report)?);
+    } else {
+        println!("{report}");
+    }
+    Ok(())
+}

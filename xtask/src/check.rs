@@ -1,0 +1,44 @@
+//! What a change must pass.
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::cargo::{command, run};
+use crate::{rules, tools};
+
+/// Runs all tests.
+pub fn test(nextest: &[String]) -> Result<()> {
+    tools::install_for_tests()?;
+    run(command("cargo", &["nextest", "run", "--workspace"]).args(nextest))?;
+    run(&mut command(
+        "cargo",
+        &["test", "--quiet", "--doc", "--workspace"],
+    ))
+}
+
+/// Format, lints, docs, rules, tests.
+pub fn check() -> Result<()> {
+    let start = Instant::now();
+    tools::install_for_tests()?;
+    run(&mut command("cargo", &["fmt", "--all", "--check"]))?;
+    rules::check()?;
+    run(&mut command(
+        "cargo",
+        &[
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ],
+    ))?;
+    run(
+        command("cargo", &["doc", "--workspace", "--no-deps", "--quiet"])
+            .env("RUSTDOCFLAGS", "-D warnings"),
+    )?;
+    test(&[])?;
+    println!("all checks passed in {} s", start.elapsed().as_secs());
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! What the tests need besides cargo, and how it gets here.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Result, bail};
+
+use crate::cargo::{command, run};
+
+/// A program and the Debian package that has it.
+struct Tool {
+    program: &'static str,
+    package: &'static str,
+}
+
+/// What the tests run besides our own programs.
+const TOOLS: [Tool; 3] = [
+    Tool {
+        program: "qemu-system-x86_64",
+        package: "qemu-system-x86",
+    },
+    Tool {
+        program: "ip",
+        package: "iproute2",
+    },
+    Tool {
+        program: "cc",
+        package: "gcc",
+    },
+];
+
+/// Installs what the tests lack, or says what to install.
+pub fn install_for_tests() -> Result<()> {
+    let missing: Vec<_> = TOOLS
+        .iter()
+        .filter(|tool| !is_there(tool.program))
+        .collect();
+    let packages: Vec<_> = missing.iter().map(|tool| tool.package).collect();
+    if !packages.is_empty() {
+        if !nix::unistd::geteuid().is_root() || !is_there("apt-get") {
+            let programs: Vec<_> = missing.iter().map(|tool| tool.program).collect();
+            bail!(
+                "the tests need {}: install them (on Debian: sudo apt-get install {})",
+                programs.join(", "),
+                packages.join(" ")
+            );
+        }
+        run(&mut command("apt-get", &["update", "-qq"]))?;
+        let mut install = command(
+            "apt-get",
+            &["install", "-y", "-qq", "--no-install-recommends"],
+        );
+        run(install
+            .args(packages)
+            .env("DEBIAN_FRONTEND", "noninteractive"))?;
+    }
+    cargo_tool("cargo-nextest")?;
+    if !Path::new("/dev/kvm").exists() {
+        bail!("the tests need /dev/kvm: is KVM there (modprobe kvm_intel or kvm_amd)?");
+    }
+    Ok(())
+}
+
+/// Installs a cargo subcommand from crates.io if it is not there.
+pub fn cargo_tool(name: &str) -> Result<()> {
+    if is_there(name) {
+        return Ok(());
+    }
+    run(&mut command(
+        "cargo",
+        &["install", "--locked", "--quiet", name],
+    ))
+}
+
+fn is_there(program: &str) -> bool {
+    let probe = Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    probe.is_ok()
+}
