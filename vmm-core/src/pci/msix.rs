@@ -102,6 +102,8 @@ impl Source {
 /// The vectors of one function.
 pub struct Msix {
     router: Arc<dyn MsiRouter>,
+    /// How many vectors.
+    count: u16,
     vectors: Vec<Vector>,
     sources: Vec<Source>,
     enabled: bool,
@@ -128,8 +130,9 @@ impl Msix {
                 })
             })
             .collect::<Result<_, MsixError>>()?;
+        let count = vectors;
         let vectors = router
-            .allocate(vectors.into())?
+            .allocate(count.into())?
             .into_iter()
             .map(|gsi| Vector {
                 gsi,
@@ -140,6 +143,7 @@ impl Msix {
             .collect();
         Ok(Self {
             router,
+            count,
             vectors,
             sources,
             enabled: false,
@@ -149,11 +153,11 @@ impl Msix {
 
     /// Appends the capability to `header`: table and pending bits are in `bar`.
     pub fn add_capability(&self, header: &mut Header, bar: BarIndex) -> Result<u8, ConfigError> {
-        let control = (self.vectors.len() - 1) as u16;
         let mut body = [0; 10];
-        body[..2].copy_from_slice(&control.to_le_bytes());
+        body[..2].copy_from_slice(&(self.count - 1).to_le_bytes());
         body[2..6].copy_from_slice(&(bar as u32).to_le_bytes());
-        body[6..].copy_from_slice(&(PBA_OFFSET as u32 | bar as u32).to_le_bytes());
+        let [a, b, c, d, ..] = (PBA_OFFSET | bar as u64).to_le_bytes();
+        body[6..].copy_from_slice(&[a, b, c, d]);
         let writable = (CONTROL_ENABLE | CONTROL_FUNCTION_MASK).to_le_bytes();
         header.add_capability(CAPABILITY, &body, &writable)
     }
@@ -240,8 +244,8 @@ impl Msix {
             return 0;
         };
         match index % 4 {
-            0 => vector.message.address as u32 & !3,
-            1 => (vector.message.address >> 32) as u32,
+            0 => low(vector.message.address) & !3,
+            1 => low(vector.message.address >> 32),
             2 => vector.message.data,
             _ => vector.masked.into(),
         }
@@ -409,6 +413,12 @@ impl Msix {
     }
 }
 
+/// The lower half.
+fn low(value: u64) -> u32 {
+    let [a, b, c, d, ..] = value.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}
+
 impl Drop for Msix {
     fn drop(&mut self) {
         self.enabled = false;
@@ -427,6 +437,8 @@ impl Drop for Msix {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::cast_possible_truncation, reason = "values made to be cut off")]
+
     use super::super::testing::FakeRouter;
     use super::*;
 

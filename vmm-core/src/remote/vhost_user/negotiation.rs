@@ -161,7 +161,7 @@ mod tests {
     fn offered(kind: DeviceKind, features: u64, protocol: Protocol, control: bool) -> u64 {
         let config = VhostUserConfig::new(kind, "dev");
         let plan = QueuePlan {
-            queues: 1,
+            counted: 1,
             rings: 2 + u16::from(control),
             served: 2,
             has_control: control,

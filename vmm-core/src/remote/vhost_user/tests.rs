@@ -422,7 +422,8 @@ fn a_hostile_inflight_buffer_is_refused() {
 #[test]
 fn answers_of_no_known_form_end_the_connection() {
     let config = Protocol::CONFIG.bits();
-    let cases: [(fn() -> Answer, &str); 5] = [
+    type Case = (fn() -> Answer, &'static str);
+    let cases: [Case; 5] = [
         (
             || Answer::Body(vec![0; 12 + 20]),
             "impossible answer to GET_CONFIG: 20 of 60 bytes of configuration",

@@ -54,7 +54,7 @@ pub(super) fn serve(mut answer: impl FnMut(&mut Request) -> Answer + Send + 'sta
 
 /// A message with its header.
 pub(super) fn message(code: u32, flags: u32, body: &[u8]) -> Vec<u8> {
-    let words = [code, flags, body.len() as u32];
+    let words = [code, flags, u32::try_from(body.len()).unwrap()];
     let mut bytes: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
     bytes.extend(body);
     bytes
