@@ -8,7 +8,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockError, Weak};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError, Weak,
+};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -31,6 +33,10 @@ use crate::transport::{
     ActivatedQueue, DeviceError, DeviceKind, DeviceNotifier, RingBase, StoppedQueue, VirtioDevice,
 };
 
+/// So many back-ends in a row may go away while they are set up, before the driver is
+/// told to start anew.
+const MAX_FAILURES: u32 = 5;
+
 /// See the module's header.
 enum Phase {
     Connected(Box<Session>),
@@ -48,6 +54,8 @@ struct State {
     unwritten: BTreeMap<u32, Vec<u8>>,
     /// The back-end has state that a reset must clear.
     touched: bool,
+    /// Back-ends in a row that went away while they were set up.
+    failures: u32,
 }
 
 /// What the monitor has to look at.
@@ -131,6 +139,7 @@ impl VhostUserDevice {
                 log: None,
                 unwritten: BTreeMap::new(),
                 touched: false,
+                failures: 0,
             }),
             wake,
             ended: AtomicBool::new(false),
@@ -411,29 +420,47 @@ impl Shared {
             Err(TryLockError::WouldBlock) => return,
         };
         self.config_stale.store(false, Ordering::Release);
-        if self.read_config_again(&mut state).is_ok()
-            && let Some(notifier) = self.notifier.get()
-        {
-            notifier.config_changed();
+        match self.fetch_config(&mut state) {
+            Ok(Some(bytes)) => self.change_config(bytes),
+            Ok(None) => {}
+            // What went wrong with the connection is noted; the rest is the old
+            // configuration, which stays.
+            Err(error) => tracing::warn!(%error, "a changed configuration is not known"),
         }
     }
 
-    fn read_config_again(&self, state: &mut State) -> Result<(), VhostUserError> {
+    /// The configuration as the back-end has it, if there is one.
+    fn fetch_config(&self, state: &mut State) -> Result<Option<Vec<u8>>, VhostUserError> {
         let Phase::Connected(session) = &mut state.phase else {
-            return Ok(());
+            return Ok(None);
         };
         let negotiated = session.negotiated;
-        let read = device_config::read(
-            &mut session.connection,
-            &self.config,
-            &self.plan,
-            &negotiated,
-        );
-        let read = read.map(|bytes| {
-            *self.bytes.write().unwrap_or_else(PoisonError::into_inner) = bytes;
-        });
+        let connection = &mut session.connection;
+        let read = device_config::read(connection, &self.config, &self.plan, &negotiated);
         self.note(state, &read);
-        read
+        read.map(Some)
+    }
+
+    /// Puts a new configuration in place and tells the driver.
+    fn change_config(&self, bytes: Vec<u8>) {
+        let mut bytes = Some(bytes);
+        let mut change = || {
+            if let Some(bytes) = bytes.take() {
+                self.set_config(bytes);
+            }
+        };
+        match self.notifier.get() {
+            Some(notifier) => notifier.config_changed(&mut change),
+            None => change(),
+        }
+    }
+
+    fn config_bytes(&self) -> RwLockReadGuard<'_, Vec<u8>> {
+        self.bytes.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_config(&self, bytes: Vec<u8>) {
+        *self.bytes.write().unwrap_or_else(PoisonError::into_inner) = bytes;
     }
 
     /// One attempt to find the back-end where it was.
@@ -444,23 +471,28 @@ impl Shared {
     }
 
     /// Puts a back-end into the place of the one that was there. One that cannot take it
-    /// is an error for good; one that goes away again is not.
+    /// is an error for good; one that goes away again is not, but what makes several go
+    /// away is taken for what the driver wants of them.
     fn attach(&self, stream: UnixStream) -> Result<(), VhostUserError> {
         let state = &mut *self.state();
         state.phase = Phase::Away;
         let result = self.set_up(state, stream);
-        match &result {
-            Ok(()) => tracing::info!(device = self.id(), "the back-end is back"),
-            Err(error) if error.may_pass() => {}
-            Err(error) => {
-                if let Some(notifier) = self.notifier.get() {
-                    notifier.trouble(error);
-                }
+        let result = match result {
+            Ok(()) => {
+                state.failures = 0;
+                tracing::info!(device = self.id(), "the back-end is back");
+                Ok(())
             }
-        }
-        self.wake_monitor();
-        match result {
-            Err(error) if !error.may_pass() => {
+            Err(error) if error.may_pass() => {
+                state.phase = Phase::Away;
+                state.failures += 1;
+                if state.failures == MAX_FAILURES && state.wanted.take().is_some() {
+                    self.report(&error);
+                }
+                Err(error)
+            }
+            Err(error) => {
+                self.report(&error);
                 let cause = Arc::new(error);
                 state.phase = Phase::Failed(Arc::clone(&cause));
                 Err(VhostUserError::Failed {
@@ -468,7 +500,15 @@ impl Shared {
                     source: cause,
                 })
             }
-            other => other,
+        };
+        self.wake_monitor();
+        result
+    }
+
+    /// The driver and the machine are told that the device does not work.
+    fn report(&self, error: &VhostUserError) {
+        if let Some(notifier) = self.notifier.get() {
+            notifier.trouble(error);
         }
     }
 
@@ -489,12 +529,15 @@ impl Shared {
             session.set_log(None, &state.regions, Some(log))?;
         }
         state.phase = Phase::Connected(Box::new(session));
-        let started = self
-            .read_config_again(state)
-            .and_then(|()| self.start(state));
+        let bytes = self.fetch_config(state)?;
+        let started = self.start(state);
         self.note(state, &started);
         started?;
         state.unwritten.clear();
+        let same = |bytes: &Vec<u8>| *bytes == *self.config_bytes();
+        if let Some(bytes) = bytes.filter(|bytes| !same(bytes)) {
+            self.change_config(bytes);
+        }
         // What the guest rang for, and what the back-end used before it could say so.
         for queue in state.wanted.iter().flat_map(|w| &w.queues) {
             for event in [&queue.kick, &queue.call] {
@@ -547,7 +590,12 @@ impl Shared {
                 Ok(())
             }
             // A driver may write what is read-only; nothing changes then.
-            Ok(()) | Err(VhostUserError::Refused { .. }) => self.read_config_again(state),
+            Ok(()) | Err(VhostUserError::Refused { .. }) => {
+                if let Some(bytes) = self.fetch_config(state)? {
+                    self.set_config(bytes);
+                }
+                Ok(())
+            }
             Err(error) => Err(error),
         }
     }
@@ -597,11 +645,7 @@ impl VirtioDevice for VhostUserDevice {
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
-        let bytes = self
-            .shared
-            .bytes
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
+        let bytes = self.shared.config_bytes();
         for (i, byte) in data.iter_mut().enumerate() {
             *byte = bytes.get(offset as usize + i).copied().unwrap_or(0);
         }

@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -27,7 +28,8 @@ const MIB: u64 = 1 << 20;
 #[derive(Default)]
 struct Notes(Mutex<Vec<String>>);
 impl DeviceNotifier for Notes {
-    fn config_changed(&self) {
+    fn config_changed(&self, change: &mut dyn FnMut()) {
+        change();
         self.0.lock().unwrap().push("config changed".into());
     }
     fn trouble(&self, error: &(dyn Error + 'static)) {
@@ -664,4 +666,122 @@ fn a_listener_has_a_name() {
     let machine = Machine::on(&backend);
     assert_eq!(LayoutListener::name(&*machine.device), "device disk0");
     assert_eq!(VirtioDevice::name(&*machine.device), "disk0");
+}
+#[test]
+fn back_ends_that_cannot_stand_a_ring_are_not_tried_for_ever() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk0.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::spawn(move || {
+        while let Ok((stream, _)) = listener.accept() {
+            raw::serve_on(stream, |request| match request.code {
+                9 => Answer::HangUp,
+                _ => raw::blk(request, Protocol::CONFIG.bits()),
+            });
+        }
+    });
+    let machine = Machine::new(Endpoint::Path(path), blk());
+    let queues = vec![machine.queue(0, 0)];
+    machine.device.activate(1 << 32, queues).unwrap();
+    let told = machine.notes.wait_for(1);
+    assert!(
+        told[0].starts_with("device disk0: the back-end hung up at "),
+        "{told:?}"
+    );
+    eventually(|| machine.device.is_connected());
+}
+
+#[test]
+fn no_answer_panics() {
+    let mut seed = 3_u64;
+    let mut random = move || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        seed >> 24
+    };
+    for round in 0..200 {
+        let mut wild = random() % 12;
+        let mut next = random();
+        let backend = raw::serve(move |request| {
+            next = next
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(round);
+            let bytes = next.to_le_bytes().repeat(9);
+            let usual = raw::blk(request, u64::MAX);
+            match (wild, usual) {
+                (0, Answer::Body(_)) => match next >> 62 {
+                    0 => Answer::Bytes(bytes),
+                    1 => Answer::HangUp,
+                    _ => Answer::Body(bytes[..(next >> 40) as usize % 72].to_vec()),
+                },
+                (_, usual) => {
+                    wild = wild.saturating_sub(1);
+                    usual
+                }
+            }
+        });
+        let mut config = blk();
+        config.deadline = Duration::from_millis(20);
+        if let Ok(device) = connect(config, backend) {
+            // Whatever comes of it: it comes.
+            let _ = device.start_log();
+            let _ = device.activate(1 << 32, Vec::new());
+            let _ = device.stop();
+            let _ = device.reset();
+        }
+    }
+}
+
+/// With a back-end that nobody here wrote, where there is one.
+#[test]
+fn qemu_storage_daemon_serves_a_disk_and_returns() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk0.sock");
+    let image = folder.path().join("image");
+    File::create(&image).unwrap().set_len(64 * MIB).unwrap();
+    let start = || {
+        let file = format!("driver=file,node-name=disk,filename={}", image.display());
+        let export = format!(
+            "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues=4,\
+             addr.type=unix,addr.path={}",
+            path.display()
+        );
+        let daemon = Command::new("qemu-storage-daemon")
+            .args(["--blockdev", &file, "--export", &export])
+            .spawn();
+        let Ok(daemon) = daemon else {
+            println!("qemu-storage-daemon is not installed: nothing was tested");
+            return None;
+        };
+        eventually(|| UnixStream::connect(&path).is_ok());
+        Some(daemon)
+    };
+    let Some(mut daemon) = start() else { return };
+    let mut config = blk();
+    config.deadline = Duration::from_secs(10);
+    let machine = Machine::new(Endpoint::Path(path.clone()), config);
+    let mut sectors = [0; 8];
+    machine.device.read_config(0, &mut sectors);
+    assert_eq!(u64::from_le_bytes(sectors), 64 * MIB / 512);
+    assert_eq!(machine.device.queues(), 4);
+    machine.activate();
+    machine.device.start_log().unwrap();
+    machine.device.stop_log().unwrap();
+    let stopped = machine.device.stop().unwrap();
+    assert_eq!(
+        (stopped[0].base, stopped[1].base),
+        (RingBase(0), RingBase(5))
+    );
+    machine.activate();
+
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    eventually(|| !machine.device.is_connected());
+    std::fs::remove_file(&path).unwrap();
+    let mut daemon = start().unwrap();
+    eventually(|| machine.device.is_connected());
+    assert_eq!(machine.device.stop().unwrap().len(), 2);
+    machine.device.reset().unwrap();
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    assert!(machine.notes.0.lock().unwrap().is_empty());
 }

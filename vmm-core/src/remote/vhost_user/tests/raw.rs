@@ -25,8 +25,17 @@ pub(super) enum Answer {
 }
 
 /// The front-end's end of a connection to `answer`.
-pub(super) fn serve(mut answer: impl FnMut(&mut Request) -> Answer + Send + 'static) -> OwnedFd {
-    let (ours, mut theirs) = UnixStream::pair().unwrap();
+pub(super) fn serve(answer: impl FnMut(&mut Request) -> Answer + Send + 'static) -> OwnedFd {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    serve_on(theirs, answer);
+    ours.into()
+}
+
+/// Answers on a connection, in a thread.
+pub(super) fn serve_on(
+    mut theirs: UnixStream,
+    mut answer: impl FnMut(&mut Request) -> Answer + Send + 'static,
+) {
     thread::spawn(move || {
         loop {
             let mut header = [0; 12];
@@ -49,7 +58,6 @@ pub(super) fn serve(mut answer: impl FnMut(&mut Request) -> Answer + Send + 'sta
             }
         }
     });
-    ours.into()
 }
 
 /// A message with its header.
