@@ -73,6 +73,14 @@ fn region(gpa: u64) -> Region {
 
 fn blk() -> VhostUserConfig {
     let mut config = VhostUserConfig::new(DeviceKind::BLK, "disk0");
+    // Nothing here takes long, but the machine may be busy.
+    config.deadline = Duration::from_secs(20);
+    config
+}
+
+/// For back-ends that are silent.
+fn impatient() -> VhostUserConfig {
+    let mut config = blk();
     config.deadline = Duration::from_millis(300);
     config
 }

@@ -150,9 +150,7 @@ fn qemu_storage_daemon_serves_a_disk_and_returns() {
         Some(daemon)
     };
     let Some(mut daemon) = start() else { return };
-    let mut config = blk();
-    config.deadline = Duration::from_secs(10);
-    let machine = Machine::new(Endpoint::Path(path.clone()), config);
+    let machine = Machine::new(Endpoint::Path(path.clone()), blk());
     let mut sectors = [0; 8];
     machine.device.read_config(0, &mut sectors);
     assert_eq!(u64::from_le_bytes(sectors), 64 * MIB / 512);

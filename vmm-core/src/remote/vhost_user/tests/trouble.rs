@@ -25,7 +25,9 @@ fn silence_is_an_error_that_names_device_message_and_deadline() {
             silent_at: Some(message),
             ..Behaviour::default()
         });
-        let silent = connect(blk(), backend.pair()).map(|_| ()).unwrap_err();
+        let silent = connect(impatient(), backend.pair())
+            .map(|_| ())
+            .unwrap_err();
         let expected = format!("device disk0: no answer to {message} within 300 ms");
         assert_eq!(silent.to_string(), expected);
     }
@@ -38,7 +40,7 @@ fn silence_at_work_is_an_error_too() {
         ("GET_VRING_BASE", "GET_VRING_BASE"),
     ] {
         let backend = FakeBackend::default();
-        let machine = Machine::on(&backend);
+        let machine = Machine::new(Endpoint::Connected(backend.pair()), impatient());
         backend.behaviour.lock().unwrap().silent_at = Some(message);
         let queues = vec![machine.queue(0, 0)];
         let started = machine.device.activate(1 << 32, queues);
