@@ -5,6 +5,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use device_kit::OptionError;
 use nix::errno::Errno;
@@ -178,6 +180,10 @@ fn block_device(file: &File) -> Result<(u64, u32), Errno> {
     Ok((size, sector.unwrap_or(512)))
 }
 
+/// How long another process may still hold the lock. One that was killed keeps it until its last
+/// request is over, and its successor starts at once.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Takes an open-file-description lock on the whole image: it lives as long as the open file does,
 /// and ends with this process however that ends.
 fn lock(file: &File, read_only: bool) -> Result<(), String> {
@@ -193,7 +199,16 @@ fn lock(file: &File, read_only: bool) -> Result<(), String> {
         l_len: 0,
         l_pid: 0,
     };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&range)) {
+    let end = Instant::now() + LOCK_PATIENCE;
+    let result = loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&range)) {
+            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            result => break result,
+        }
+    };
+    match result {
         Ok(_) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => Err(
             "is locked by another process; stop the machine that uses it, or use --read-only in \

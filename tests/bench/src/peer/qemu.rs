@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use test_framework::console::Console;
 use test_framework::machine::Device;
 use test_framework::process::{Launch, Process};
@@ -57,6 +57,7 @@ pub(crate) fn microvm(
                     "-device",
                     format!("virtio-blk-pci,drive=d{number},disable-legacy=on"),
                 ),
+            Device::Foreign { kind, .. } => bail!("QEMU has no {kind} of its own to compare"),
             Device::Net { tap, .. } => launch
                 .option(
                     "-netdev",
