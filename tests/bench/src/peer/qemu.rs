@@ -51,7 +51,7 @@ pub(crate) fn microvm(
             Device::Blk { image, .. } => launch
                 .option(
                     "-drive",
-                    format!("if=none,id=d{number},format=raw,file={}", image.display()),
+                    format!("if=none,id=d{number},format=raw,file.locking=off,file.filename={}", image.display()),
                 )
                 .option(
                     "-device",
