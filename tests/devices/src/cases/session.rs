@@ -104,7 +104,8 @@ pub(crate) fn memory_changes_while_running<S: Subject>() -> Result<()> {
 
 pub(crate) fn memory_slots_come_and_go<S: Subject>() -> Result<()> {
     let (mut subject, mut machine) = running::<S>()?;
-    let more = GuestRam::new(0x1_0000_0000, 1 << 20)?.region()?;
+    let ram = GuestRam::new(0x1_0000_0000, 1 << 20)?;
+    let more = ram.region()?;
     for _ in 0..5 {
         subject.load(&mut machine)?;
         machine.connection.frontend().add_mem_region(&more)?;
