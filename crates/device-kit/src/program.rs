@@ -105,6 +105,10 @@ fn parse<D: Device>() -> Result<CommandLine<D::Options>, clap::Error> {
     let matches = CommandLine::<D::Options>::command()
         .name(D::CAPABILITIES.program)
         .about(D::CAPABILITIES.about)
+        .after_help(
+            "Environment:\n  GODWIT_LOG     log level: error, warn, info, debug, trace [default: info]\n  \
+             NOTIFY_SOCKET, WATCHDOG_USEC\n                 set by systemd",
+        )
         .try_get_matches()?;
     CommandLine::from_arg_matches(&matches)
 }
