@@ -273,10 +273,11 @@ impl Shared {
         Ok(())
     }
 
-    /// Back to what it was when it was made.
+    /// Back to what it was when it was made, but for the features: the next driver's are told when
+    /// they differ.
     pub(crate) fn reset(&self) {
         let mut state = self.lock();
-        let (features, control) = (UNTOLD, ControlState::new(self.mac));
+        let (features, control) = (state.features, ControlState::new(self.mac));
         if let Err(error) = self.apply(&mut state, features, &control) {
             tracing::error!(tap = self.tap.name(), %error, "the tap was not reset");
         }
