@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use test_framework::frontend::{Buffer, DeviceSpec, Machine, PATIENCE};
 use vm_memory::GuestAddress;
 
-use crate::subject::Subject;
+use crate::subject::{Subject, options};
 use host::{ETHERTYPE, Host, TAP};
 
 mod host;
@@ -68,6 +68,14 @@ impl Net {
             commands: BTreeMap::new(),
             counter: 0,
         })
+    }
+
+    /// A machine with all queues of this device, whose driver accepts also `features`.
+    fn machine(&self, features: u64) -> Result<Machine> {
+        let mut options = options(self);
+        options.features |= features;
+        options.queues = 2 * self.pairs + 1;
+        Machine::start(options)
     }
 
     /// A frame that is like no other.
