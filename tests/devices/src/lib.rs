@@ -27,6 +27,7 @@ macro_rules! conformance {
                 program: metrics_are_openmetrics;
                 program: readiness_is_told;
                 session: features_are_offered_and_kept_to;
+                session: back_end_channel_is_taken;
                 session: data_moves;
                 session: data_moves_without_event_idx;
                 session: front_end_reconnects;

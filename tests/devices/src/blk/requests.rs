@@ -40,7 +40,17 @@ fn only_the_cache_mode_can_be_written() -> Result<()> {
     let (_blk, mut machine) = blk()?;
     machine.connection.set_config(32, &[0])?;
     assert_eq!(machine.connection.config(32, 1)?, [0]);
-    assert!(machine.connection.set_config(0, &[1; 8]).is_err());
+    let before = machine.connection.config(0, 60)?;
+    for (offset, data) in [
+        (0, [1; 8].as_slice()),
+        (32, &[2]),
+        (32, &[1, 1]),
+        (59, &[1; 8]),
+    ] {
+        machine.connection.set_config(offset, data)?;
+        let after = machine.connection.config(0, 60)?;
+        assert_eq!(after, before, "{data:?} at {offset} had an effect");
+    }
     Ok(())
 }
 

@@ -67,8 +67,10 @@ pub(crate) fn disabled_rings_rest<S: Subject>() -> Result<()> {
 
 pub(crate) fn killed_under_load_loses_nothing<S: Subject>() -> Result<()> {
     let (mut subject, mut machine) = running::<S>()?;
-    for _ in 0..10 {
+    for round in 0..16 {
         subject.load(&mut machine)?;
+        // At another point of its work each time.
+        std::thread::sleep(Duration::from_micros(50 * round));
         machine.process.kill()?;
         machine.replace_process()?;
         // Each request is answered once: an answer too many is an error of the ring.

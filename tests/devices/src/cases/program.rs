@@ -42,13 +42,15 @@ pub(crate) fn capabilities_are_json<S: Subject>() -> Result<()> {
 }
 
 pub(crate) fn no_socket_is_an_error<S: Subject>() -> Result<()> {
-    let said = refused::<S>(&S::new()?.spec().arguments)?;
+    let subject = S::new()?;
+    let said = refused::<S>(&subject.spec().arguments)?;
     ensure!(said.contains("--socket-path"), "{said}");
     Ok(())
 }
 
 pub(crate) fn two_sockets_are_an_error<S: Subject>() -> Result<()> {
-    let mut arguments = S::new()?.spec().arguments;
+    let subject = S::new()?;
+    let mut arguments = subject.spec().arguments;
     arguments.extend(["--fd=3".to_owned(), "--socket-path=/tmp/x".to_owned()]);
     let said = refused::<S>(&arguments)?;
     ensure!(said.contains("cannot be used with"), "{said}");
@@ -65,7 +67,8 @@ pub(crate) fn socket_in_use_is_refused<S: Subject>() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("socket");
     let _listener = UnixListener::bind(&path)?;
-    let mut arguments = S::new()?.spec().arguments;
+    let subject = S::new()?;
+    let mut arguments = subject.spec().arguments;
     arguments.push(format!("--socket-path={}", path.display()));
     let said = refused::<S>(&arguments)?;
     ensure!(said.contains("another process listens there"), "{said}");
@@ -74,7 +77,8 @@ pub(crate) fn socket_in_use_is_refused<S: Subject>() -> Result<()> {
 }
 
 pub(crate) fn folder_that_is_missing_is_named<S: Subject>() -> Result<()> {
-    let mut arguments = S::new()?.spec().arguments;
+    let subject = S::new()?;
+    let mut arguments = subject.spec().arguments;
     arguments.push("--socket-path=/no/such/folder/socket".to_owned());
     let said = refused::<S>(&arguments)?;
     ensure!(
@@ -85,8 +89,9 @@ pub(crate) fn folder_that_is_missing_is_named<S: Subject>() -> Result<()> {
 }
 
 pub(crate) fn descriptor_that_is_no_socket_is_refused<S: Subject>() -> Result<()> {
+    let subject = S::new()?;
     for fd in ["0", "999", "-1"] {
-        let mut arguments = S::new()?.spec().arguments;
+        let mut arguments = subject.spec().arguments;
         arguments.push(format!("--fd={fd}"));
         let said = refused::<S>(&arguments)?;
         ensure!(said.contains(&format!("--fd {fd}: ")), "{said}");

@@ -1,5 +1,7 @@
 //! Sessions: negotiation, data, reconnection, memory, reset, termination.
 
+use std::os::unix::net::{UnixDatagram, UnixStream};
+
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use test_framework::frontend::{GuestRam, Machine};
@@ -38,6 +40,23 @@ pub(crate) fn features_are_offered_and_kept_to<S: Subject>() -> Result<()> {
     // A feature that was not offered ends the session.
     let refused = connection.frontend().set_features(offered | packed);
     ensure!(refused.is_err(), "packed rings were accepted");
+    Ok(())
+}
+
+pub(crate) fn back_end_channel_is_taken<S: Subject>() -> Result<()> {
+    let (mut subject, mut machine) = running::<S>()?;
+    let (_ours, theirs) = UnixStream::pair()?;
+    machine
+        .connection
+        .frontend()
+        .set_backend_request_fd(&theirs)?;
+    subject.exchange(&mut machine)?;
+    let datagram = UnixDatagram::unbound()?;
+    let refused = machine
+        .connection
+        .frontend()
+        .set_backend_request_fd(&datagram);
+    ensure!(refused.is_err(), "a datagram socket was accepted");
     Ok(())
 }
 
@@ -104,7 +123,8 @@ pub(crate) fn memory_changes_while_running<S: Subject>() -> Result<()> {
 
 pub(crate) fn memory_slots_come_and_go<S: Subject>() -> Result<()> {
     let (mut subject, mut machine) = running::<S>()?;
-    let more = GuestRam::new(0x1_0000_0000, 1 << 20)?.region()?;
+    let ram = GuestRam::new(0x1_0000_0000, 1 << 20)?;
+    let more = ram.region()?;
     for _ in 0..5 {
         subject.load(&mut machine)?;
         machine.connection.frontend().add_mem_region(&more)?;

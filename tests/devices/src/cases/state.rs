@@ -42,8 +42,7 @@ pub(crate) fn state_is_refused_while_running<S: Subject>() -> Result<()> {
         ensure!(started.is_err(), "{direction:?} was accepted");
         drop(ours);
     }
-    let log = machine.process.log();
-    ensure!(log.contains("still runs"), "{log}");
+    machine.process.wait_log("still runs")?;
     subject.exchange(&mut machine)?;
     machine.stop_rings()?;
     machine.connection.load(&state)?;
@@ -119,8 +118,9 @@ pub(crate) fn failed_load_needs_a_reset<S: Subject>() -> Result<()> {
     let (mut subject, mut machine, state) = saved::<S>()?;
     ensure!(machine.connection.load(&state[..20]).is_err());
     ensure!(machine.start_rings().is_err(), "it runs on half a state");
-    let log = machine.process.log();
-    ensure!(log.contains("cannot go from Error to Running"), "{log}");
+    machine
+        .process
+        .wait_log("cannot go from Error to Running")?;
     machine.reconnect_roughly()?;
     machine.reset()?;
     subject.exchange(&mut machine)

@@ -91,6 +91,15 @@ impl DeviceProcess {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Waits until it has said this.
+    ///
+    /// # Errors
+    /// When it does not; the error has all that it did say.
+    pub fn wait_log(&self, text: &str) -> Result<()> {
+        wait_for(text, || self.log().contains(text).then_some(()))
+            .with_context(|| format!("{text:?} is not in: {}", self.log()))
+    }
+
     /// Its process id.
     pub fn id(&self) -> Pid {
         Pid::from_raw(self.child.id().cast_signed())

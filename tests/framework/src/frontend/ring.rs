@@ -108,6 +108,11 @@ impl Ring {
         self.pending.len()
     }
 
+    /// The head of one of the requests in flight, or 0.
+    pub fn any_head(&self) -> u16 {
+        self.pending.keys().next().copied().unwrap_or(0)
+    }
+
     /// Makes a request available and returns its head; the device is not kicked.
     pub fn add(&mut self, ram: &GuestRam, buffers: &[Buffer]) -> Result<u16> {
         ensure!(
