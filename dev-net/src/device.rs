@@ -36,7 +36,7 @@ impl Device for NetDevice {
 
     fn open(options: Options, kit: &mut Kit<'_>) -> Result<Self, OptionError> {
         let config = NetConfig::open(options)?;
-        tracing::info!(
+        tracing::debug!(
             tap = config.tap.name(),
             queue_pairs = config.tap.pairs(),
             mac = %config.mac,

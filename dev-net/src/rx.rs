@@ -109,14 +109,16 @@ impl Receiver {
         view: &View,
     ) -> Result<Progress, WorkerError> {
         loop {
+            // One at least is looked at also when there is no packet, so that it is known whether
+            // to wait for one, and so that a broken ring is found when the guest kicks.
+            let expected = self.readable && view.mergeable;
+            self.gather(queue, if expected { self.expected } else { 1 })?;
+            if self.gathered.is_empty() {
+                return Ok(Progress::Emptied);
+            }
             if !self.readable {
                 self.wants.set(true);
                 return Ok(Progress::Held);
-            }
-            let wanted = if view.mergeable { self.expected } else { 1 };
-            self.gather(queue, wanted)?;
-            if self.gathered.is_empty() {
-                return Ok(Progress::Emptied);
             }
             let in_place_end = self.collect_vectors(lead_len(view));
             match self.read(tap)? {

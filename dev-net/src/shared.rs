@@ -187,6 +187,11 @@ impl Shared {
         }
         self.unsettle(&mut state);
         self.publish(&mut state, features, control);
+        drop(state);
+        if features.contains(Features::CTRL_VQ) && !features.contains(Features::MQ) {
+            // This driver knows of one pair; nothing is to be waited for.
+            self.settle();
+        }
     }
 
     /// The configuration space now.
@@ -273,10 +278,11 @@ impl Shared {
         Ok(())
     }
 
-    /// Back to what it was when it was made.
+    /// Back to what it was when it was made, but for the features: the next driver's are told when
+    /// they differ.
     pub(crate) fn reset(&self) {
         let mut state = self.lock();
-        let (features, control) = (UNTOLD, ControlState::new(self.mac));
+        let (features, control) = (state.features, ControlState::new(self.mac));
         if let Err(error) = self.apply(&mut state, features, &control) {
             tracing::error!(tap = self.tap.name(), %error, "the tap was not reset");
         }
@@ -318,7 +324,7 @@ impl Shared {
 
     /// The driver's first receive buffers are there: had it meant to use more pairs, it would have
     /// said so by now. Not done earlier, because it takes milliseconds, which a driver that is
-    /// about to use all pairs need not wait, nor a machine that is moving in.
+    /// about to use all pairs need not wait.
     pub(crate) fn settle(&self) {
         let mut state = self.lock();
         if state.settled {

@@ -7,6 +7,7 @@
 
 mod blk;
 mod cases;
+mod net;
 mod subject;
 
 /// Makes the tests of each device: all cases, each under its own name.
@@ -74,4 +75,5 @@ macro_rules! conformance {
 
 conformance! {
     blk_conformance: crate::blk::Blk,
+    net_conformance: crate::net::Net,
 }
