@@ -444,3 +444,6 @@ impl Wait {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

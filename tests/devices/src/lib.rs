@@ -23,6 +23,7 @@ macro_rules! conformance {
                 program: folder_that_is_missing_is_named;
                 program: descriptor_that_is_no_socket_is_refused;
                 program: connected_descriptor_is_served_once;
+                program: listening_descriptor_is_served_again;
                 program: sandbox_is_entered;
                 program: metrics_are_openmetrics;
                 program: readiness_is_told;

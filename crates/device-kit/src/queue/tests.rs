@@ -23,14 +23,14 @@ fn memfd(size: u64) -> File {
 }
 
 /// A ring with its driver's side.
-struct Guest {
+pub(crate) struct Guest {
     memory: Arc<Memory>,
     available: u16,
     event_idx: bool,
 }
 
 impl Guest {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let region = |guest_address, user_address| RegionDescription {
             guest_address,
             size: 0x1_0000,
@@ -51,6 +51,17 @@ impl Guest {
     }
 
     fn start(&self, base: u16, record: Option<InflightQueue>) -> Result<Queue, QueueError> {
+        let mut queue = self.start_as(0, base, record)?;
+        queue.refill_budget();
+        Ok(queue)
+    }
+
+    pub(crate) fn start_as(
+        &self,
+        index: u16,
+        base: u16,
+        record: Option<InflightQueue>,
+    ) -> Result<Queue, QueueError> {
         let layout = RingLayout {
             size: SIZE,
             descriptors: GuestAddress(DESCRIPTORS),
@@ -60,10 +71,8 @@ impl Guest {
             indirect: true,
         };
         let memory = Arc::clone(&self.memory);
-        let index = QueueIndex::new(0);
-        let mut queue = Queue::start(index, layout, base, memory, record, QueueMetrics::default())?;
-        queue.refill_budget();
-        Ok(queue)
+        let index = QueueIndex::new(index);
+        Queue::start(index, layout, base, memory, record, QueueMetrics::default())
     }
 
     fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
@@ -89,7 +98,7 @@ impl Guest {
         self.describe_in(DESCRIPTORS, index, at, flags, next);
     }
 
-    fn offer(&mut self, head: u16) {
+    pub(crate) fn offer(&mut self, head: u16) {
         let slot = u64::from(self.available % SIZE);
         self.put(AVAILABLE + 4 + 2 * slot, head);
         self.available = self.available.wrapping_add(1);
@@ -97,12 +106,12 @@ impl Guest {
     }
 
     /// A request of one writable buffer.
-    fn request(&mut self, head: u16) {
+    pub(crate) fn request(&mut self, head: u16) {
         self.describe(head, (BUFFERS + 0x100 * u64::from(head), 0x100), WRITE, 0);
         self.offer(head);
     }
 
-    fn used_index(&self) -> u16 {
+    pub(crate) fn used_index(&self) -> u16 {
         self.get(USED + 2)
     }
 

@@ -5,12 +5,15 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use test_framework::frontend::{
     Connection, DeviceProcess, DeviceSpec, Machine, PATIENCE, program, wait_for,
 };
+
+use vhost::VhostBackend;
+use vhost::vhost_user::Frontend;
 
 use crate::subject::{Subject, options, running};
 
@@ -99,11 +102,9 @@ pub(crate) fn descriptor_that_is_no_socket_is_refused<S: Subject>() -> Result<()
     Ok(())
 }
 
-pub(crate) fn connected_descriptor_is_served_once<S: Subject>() -> Result<()> {
-    let subject = S::new()?;
-    let (ours, theirs) = UnixStream::pair()?;
-    let theirs = OwnedFd::from(theirs);
-    let number = theirs.as_raw_fd();
+/// Starts the program with a socket as its descriptor.
+fn with_descriptor<S: Subject>(subject: &S, socket: &OwnedFd) -> Result<Child> {
+    let number = socket.as_raw_fd();
     let mut command = Command::new(program(S::PROGRAM)?);
     command
         .arg(format!("--fd={number}"))
@@ -111,13 +112,38 @@ pub(crate) fn connected_descriptor_is_served_once<S: Subject>() -> Result<()> {
         .stdin(Stdio::null())
         .stderr(Stdio::null());
     inherit(&mut command, number);
-    let mut child = command.spawn()?;
+    Ok(command.spawn()?)
+}
+
+pub(crate) fn connected_descriptor_is_served_once<S: Subject>() -> Result<()> {
+    let subject = S::new()?;
+    let (ours, theirs) = UnixStream::pair()?;
+    let theirs = OwnedFd::from(theirs);
+    let mut child = with_descriptor(&subject, &theirs)?;
     drop(theirs);
-    drop(ours);
+    let frontend = Frontend::from_stream(ours, 1);
+    frontend.set_owner()?;
+    ensure!(frontend.get_features()? & S::FEATURES == S::FEATURES);
+    drop(frontend);
     let status = wait_for("it ends with its front-end", || {
         child.try_wait().transpose()
     })??;
     ensure!(status.success(), "{status}");
+    Ok(())
+}
+
+pub(crate) fn listening_descriptor_is_served_again<S: Subject>() -> Result<()> {
+    let subject = S::new()?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("socket");
+    let listener = OwnedFd::from(UnixListener::bind(&path)?);
+    let mut child = with_descriptor(&subject, &listener)?;
+    for _ in 0..3 {
+        let connection = Connection::open(&path, S::FEATURES, true)?;
+        ensure!(connection.features() & S::FEATURES == S::FEATURES);
+    }
+    child.kill()?;
+    child.wait()?;
     Ok(())
 }
 
