@@ -3,7 +3,7 @@
 use std::future::Future;
 
 use serde::{Deserialize, Serialize};
-use zbus::zvariant::{OwnedVariant, Type, Variant};
+use zbus::{OwnedVariant, Type, Variant};
 
 use crate::Error;
 
@@ -14,7 +14,7 @@ pub const PATH: &str = "/org/godwit/Core1";
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Type, Variant, OwnedVariant,
 )]
-#[zvariant(signature = "s", rename_all = "lowercase")]
+#[zbus(signature = "s", rename_all = "lowercase")]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// All vCPUs run.
