@@ -27,6 +27,7 @@ pub mod job;
 pub mod machine;
 pub mod manager;
 pub mod path;
+pub mod private_bus;
 
 use std::collections::HashMap;
 
