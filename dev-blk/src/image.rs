@@ -14,6 +14,9 @@ use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
 use crate::config::{Lock, Options, SECTOR};
 
+/// How long a lock that another process holds is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+
 nix::ioctl_read!(block_device_size, 0x12, 114, u64);
 nix::ioctl_read_bad!(
     block_device_sector,
@@ -180,12 +183,12 @@ fn block_device(file: &File) -> Result<(u64, u32), Errno> {
     Ok((size, sector.unwrap_or(512)))
 }
 
-/// How long another process may still hold the lock. One that was killed keeps it until its last
-/// request is over, and its successor starts at once.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-
 /// Takes an open-file-description lock on the whole image: it lives as long as the open file does,
 /// and ends with this process however that ends.
+///
+/// A process that was killed may hold its lock a moment longer than it lives: the kernel takes its
+/// io_uring instances apart, and with them their hold on the image, when it finds the time. So a
+/// lock that is taken is asked for again for [`LOCK_PATIENCE`].
 fn lock(file: &File, read_only: bool) -> Result<(), String> {
     let kind = if read_only {
         libc::F_RDLCK
@@ -199,16 +202,16 @@ fn lock(file: &File, read_only: bool) -> Result<(), String> {
         l_len: 0,
         l_pid: 0,
     };
-    let end = Instant::now() + LOCK_PATIENCE;
-    let result = loop {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    let answer = loop {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&range)) {
-            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => {
-                thread::sleep(Duration::from_millis(5));
+            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(1));
             }
-            result => break result,
+            answer => break answer,
         }
     };
-    match result {
+    match answer {
         Ok(_) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => Err(
             "is locked by another process; stop the machine that uses it, or use --read-only in \

@@ -91,6 +91,7 @@ pub fn run<D: Device>() -> ExitCode {
         }
     };
     log_to_stderr();
+    end_with_panics();
     match start::<D>(options.kit, options.device) {
         Ok(running) => running.wait(),
         Err(error) => {
@@ -104,6 +105,10 @@ fn parse<D: Device>() -> Result<CommandLine<D::Options>, clap::Error> {
     let matches = CommandLine::<D::Options>::command()
         .name(D::CAPABILITIES.program)
         .about(D::CAPABILITIES.about)
+        .after_help(
+            "Environment:\n  GODWIT_LOG     log level: error, warn, info, debug, trace [default: info]\n  \
+             NOTIFY_SOCKET, WATCHDOG_USEC\n                 set by systemd",
+        )
         .try_get_matches()?;
     CommandLine::from_arg_matches(&matches)
 }
@@ -126,6 +131,16 @@ fn log_to_stderr() {
         .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr)
         .init();
+}
+
+/// A thread that panics takes the process with it: without one of its threads it would neither
+/// serve nor end.
+fn end_with_panics() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
 }
 
 /// What the main thread needs once the process runs.

@@ -103,6 +103,8 @@ pub(crate) struct QueueThread<W> {
     /// Same places as `slots`.
     queues: Vec<Option<Queue>>,
     slots: Vec<Slot>,
+    /// There is more to do, without waiting.
+    again: bool,
     ending: Ending,
 }
 
@@ -133,6 +135,7 @@ impl<W: Worker> QueueThread<W> {
             wake,
             queues: (0..queue_count).map(|_| None).collect(),
             slots: (0..queue_count).map(|_| slot()).collect(),
+            again: false,
             ending,
         };
         Ok((thread, mailbox))
@@ -142,10 +145,9 @@ impl<W: Worker> QueueThread<W> {
     pub(crate) fn run(mut self) {
         let result = self.worker.start().and_then(|()| {
             let mut wait = Wait::default();
-            let mut again = false;
             while self.obey()? {
-                wait.collect(&self, again)?;
-                again = self.turn(&wait)?;
+                wait.collect(&self)?;
+                self.turn(&wait)?;
             }
             Ok(())
         });
@@ -226,8 +228,8 @@ impl<W: Worker> QueueThread<W> {
         }
     }
 
-    /// One turn; true when there is more to do at once.
-    fn turn(&mut self, wait: &Wait) -> Result<bool, HostError> {
+    fn turn(&mut self, wait: &Wait) -> Result<(), HostError> {
+        self.again = false;
         for (at, _, revents) in &wait.kicks {
             self.take_kick(*at, *revents);
         }
@@ -240,12 +242,11 @@ impl<W: Worker> QueueThread<W> {
                 self.survive(result)?;
             }
         }
-        let mut more = false;
         for at in 0..self.queues.len() {
-            more |= self.process(at)?;
+            self.process(at)?;
         }
         self.end_stops();
-        Ok(more)
+        Ok(())
     }
 
     fn take_kick(&mut self, at: usize, revents: libc::c_short) {
@@ -269,21 +270,20 @@ impl<W: Worker> QueueThread<W> {
         self.slots[at].events.kick = None;
     }
 
-    /// Lets the worker take requests; true when it is to be asked again at once.
-    fn process(&mut self, at: usize) -> Result<bool, HostError> {
+    /// Lets the worker take requests.
+    fn process(&mut self, at: usize) -> Result<(), HostError> {
         let slot = &self.slots[at];
         let Some(queue) = &mut self.queues[at] else {
-            return Ok(false);
+            return Ok(());
         };
-        let mut more = false;
         if !slot.broken && slot.stopping.is_none() {
             match serve(&mut self.worker, queue) {
-                Ok(again) => more = again,
+                Ok(more) => self.again |= more,
                 Err(error) => self.survive(Err(error))?,
             }
         }
         self.call_guest(at);
-        Ok(more)
+        Ok(())
     }
 
     /// Calls the guest for what was answered, broken or not: the answers are there.
@@ -391,11 +391,7 @@ struct Wait {
 }
 
 impl Wait {
-    fn collect<W: Worker>(
-        &mut self,
-        thread: &QueueThread<W>,
-        at_once: bool,
-    ) -> Result<(), HostError> {
+    fn collect<W: Worker>(&mut self, thread: &QueueThread<W>) -> Result<(), HostError> {
         self.list.clear();
         self.kicks.clear();
         self.sources.clear();
@@ -414,7 +410,7 @@ impl Wait {
             self.sources.push((source, self.list.len(), 0));
             self.add(fd, events);
         }
-        self.poll(at_once)?;
+        self.poll(thread.again)?;
         for (_, place, revents) in &mut self.kicks {
             *revents = self.list[*place].revents;
         }
@@ -448,3 +444,6 @@ impl Wait {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

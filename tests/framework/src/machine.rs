@@ -30,6 +30,13 @@ pub enum Device {
         /// Queues.
         queues: u16,
     },
+    /// A back-end that listens already, of whoever's making.
+    Foreign {
+        /// Its device type, as the core names it.
+        kind: &'static str,
+        /// Where it listens.
+        socket: PathBuf,
+    },
     /// A network device on a tap.
     Net {
         /// The tap.
@@ -104,11 +111,16 @@ impl Machine {
             .option("--memory", format!("{}M", definition.memory_mib));
         let mut devices = Vec::new();
         for (number, device) in definition.devices.iter().enumerate() {
-            let socket = folder.path().join(format!("device{number}"));
-            // The device takes over a socket that listens already, so nobody has to wait.
-            let listener = UnixListener::bind(&socket).context("no socket for a device")?;
-            let (process, kind) = start_device(device, listener)?;
-            devices.push(process);
+            let (kind, socket) = match device {
+                Device::Foreign { kind, socket } => (*kind, socket.clone()),
+                Device::Blk { .. } | Device::Net { .. } => {
+                    let socket = folder.path().join(format!("device{number}"));
+                    // The device takes over a socket that listens already, so nobody has to wait.
+                    let listener = UnixListener::bind(&socket).context("no socket for a device")?;
+                    devices.push(start_device(device, listener)?);
+                    (device.kind(), socket)
+                }
+            };
             let value = format!("{kind},socket={},id=device{number}", socket.display());
             core = core.option("--vhost-user", value);
         }
@@ -145,7 +157,7 @@ impl Machine {
         &mut self.core
     }
 
-    /// The processes of its devices, in order.
+    /// The processes of its devices that are ours, in order.
     pub fn devices(&mut self) -> &mut [Process] {
         &mut self.devices
     }
@@ -160,7 +172,7 @@ impl Machine {
         // Nobody is left who listens there.
         std::fs::remove_file(&socket).context("the device's socket is gone")?;
         let listener = UnixListener::bind(&socket).context("no socket for a device")?;
-        self.devices[number] = start_device(device, listener)?.0;
+        self.devices[number] = start_device(device, listener)?;
         Ok(())
     }
 
@@ -226,12 +238,18 @@ impl Machine {
     }
 }
 
-fn start_device(device: &Device, listener: UnixListener) -> Result<(Process, &'static str)> {
-    let (name, kind) = match device {
-        Device::Blk { .. } => ("godwit-blk", "blk"),
-        Device::Net { .. } => ("godwit-net", "net"),
-    };
-    let mut launch = Launch::new(&program(name)?);
+impl Device {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Blk { .. } => "blk",
+            Self::Net { .. } => "net",
+            Self::Foreign { kind, .. } => kind,
+        }
+    }
+}
+
+fn start_device(device: &Device, listener: UnixListener) -> Result<Process> {
+    let mut launch = Launch::new(&program(&format!("godwit-{}", device.kind()))?);
     let socket = launch.inherit(listener.into());
     launch = launch.option("--fd", socket.to_string());
     launch = match device {
@@ -241,6 +259,7 @@ fn start_device(device: &Device, listener: UnixListener) -> Result<(Process, &'s
         Device::Net { tap, pairs } => launch
             .option("--tap", tap)
             .option("--queue-pairs", pairs.to_string()),
+        Device::Foreign { .. } => bail!("a foreign back-end is started by whoever wants it"),
     };
-    Ok((launch.start()?, kind))
+    launch.start()
 }

@@ -40,9 +40,12 @@ impl PciAddress {
 
     /// Where device `index` is, if there is room for so many.
     pub fn of_device(index: usize) -> Option<Self> {
-        (index < MAX_DEVICES).then(|| Self {
-            slot: 1 + (index % 31) as u8,
-            function: (index / 31) as u8,
+        let index = u8::try_from(index)
+            .ok()
+            .filter(|&i| usize::from(i) < MAX_DEVICES)?;
+        Some(Self {
+            slot: 1 + index % 31,
+            function: index / 31,
         })
     }
 

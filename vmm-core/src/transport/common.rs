@@ -4,11 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
-use virtio_bindings::virtio_config::{
-    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
-    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
-    VIRTIO_F_VERSION_1,
-};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::notifier::Notifier;
 use super::queue::{Queue, QueueError};
@@ -16,12 +12,13 @@ use super::saved_state::{QueueState, TransportState};
 use super::{ActivatedQueue, DeviceError, DeviceNotifier, QueueIndex, RingBase, VirtioDevice};
 use crate::pci::{Msix, MsixError, SourceIndex};
 
-const ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
-const DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
-const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
-const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
-const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
-const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
+/// Device status bits (virtio 1.3, 2.1).
+const ACKNOWLEDGE: u8 = 1;
+const DRIVER: u8 = 2;
+const DRIVER_OK: u8 = 4;
+const FEATURES_OK: u8 = 8;
+const NEEDS_RESET: u8 = 64;
+const FAILED: u8 = 128;
 /// Bits that a driver writes.
 const DRIVER_BITS: u8 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
 
@@ -199,7 +196,8 @@ impl Common {
         }
         bytes[..data.len()].copy_from_slice(data);
         let value = u64::from_le_bytes(bytes);
-        let (low16, low32) = (value as u16, value as u32);
+        let [a, b, c, d, ..] = bytes;
+        let (low16, low32) = (u16::from_le_bytes([a, b]), u32::from_le_bytes([a, b, c, d]));
         match (offset, data.len()) {
             (register::DEVICE_FEATURE_SELECT, 4) => self.device_feature_select = low32,
             (register::DRIVER_FEATURE_SELECT, 4) => self.driver_feature_select = low32,
@@ -210,7 +208,7 @@ impl Common {
             (register::STATUS, 1) => self.write_status(bytes[0], msix)?,
             (register::QUEUE_SELECT, 2) => self.queue_select = low16,
             (register::QUEUE_VECTOR, 2) => msix.set_vector(self.selected_source(), low16)?,
-            _ if self.status & DRIVER_OK == 0 => self.write_queue(offset, data.len(), value),
+            _ if self.status & DRIVER_OK == 0 => self.write_queue(offset, data.len(), value, low16),
             _ => {}
         }
         Ok(())
@@ -229,7 +227,8 @@ impl Common {
         self.driver_features |= u64::from(bits) << shift;
     }
 
-    fn write_queue(&mut self, offset: u64, len: usize, value: u64) {
+    /// `low` is the lower end of `value`.
+    fn write_queue(&mut self, offset: u64, len: usize, value: u64, low: u16) {
         let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else {
             return;
         };
@@ -237,9 +236,7 @@ impl Common {
             return;
         }
         match (offset, len) {
-            (register::QUEUE_SIZE, 2) if queue.is_size_valid(value as u16) => {
-                queue.size = value as u16;
-            }
+            (register::QUEUE_SIZE, 2) if queue.is_size_valid(low) => queue.size = low,
             (register::QUEUE_ENABLE, 2) if value == 1 => queue.enabled = true,
             (register::QUEUE_DESCRIPTORS..register::QUEUE_END, 4 | 8)
                 if offset.is_multiple_of(len as u64) =>
@@ -291,17 +288,21 @@ impl Common {
 
     fn activate(&mut self, msix: &Msix) -> Result<(), DeviceError> {
         let mut activated = Vec::new();
-        for (i, queue) in self.queues.iter().enumerate().filter(|(_, q)| q.enabled) {
+        let indices = (0..).map(QueueIndex);
+        let enabled = indices.zip(&self.queues).filter(|(_, q)| q.enabled);
+        for (index, queue) in enabled {
             queue.check().map_err(DeviceError::new)?;
             activated.push(ActivatedQueue {
-                index: QueueIndex(i as u16),
+                index,
                 size: queue.size,
                 descriptors: queue.descriptors,
                 driver: queue.driver,
                 device: queue.device,
                 base: queue.base,
                 kick: queue.kick.try_clone().map_err(DeviceError::new)?,
-                call: msix.event(queue_source(i)).map_err(DeviceError::new)?,
+                call: msix
+                    .event(queue_source(index.0.into()))
+                    .map_err(DeviceError::new)?,
             });
         }
         self.device.activate(self.driver_features, activated)?;
@@ -402,13 +403,13 @@ impl Common {
                 offer: self.offer,
             });
         }
-        for (i, (saved, queue)) in state.queues.iter().zip(&self.queues).enumerate() {
+        let indices = (0..).map(QueueIndex);
+        for (index, (saved, queue)) in indices.zip(state.queues.iter().zip(&self.queues)) {
             // Addresses mean something only once the queue is enabled.
             let areas = match saved.enabled {
                 true => [saved.descriptors, saved.driver, saved.device],
                 false => [0; 3],
             };
-            let index = QueueIndex(i as u16);
             queue
                 .check_layout(saved.size, areas)
                 .map_err(|source| StateError::Queue { index, source })?;

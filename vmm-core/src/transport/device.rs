@@ -74,8 +74,10 @@ pub trait TroubleSink: Send + Sync {
 
 /// What a device tells its transport, from any thread. No call blocks.
 pub trait DeviceNotifier: Send + Sync {
-    /// The device's configuration has changed: the driver is interrupted.
-    fn config_changed(&self);
+    /// The device's configuration changes: `change` puts the new one in place, and the
+    /// driver is interrupted. A driver that reads it meanwhile finds another generation,
+    /// and reads it again.
+    fn config_changed(&self, change: &mut dyn FnMut());
     /// The device cannot go on before a reset: the driver and the machine are told.
     fn trouble(&self, error: &(dyn Error + 'static));
 }

@@ -1,8 +1,8 @@
 //! What device threads may change without the transport's lock.
 
 use std::error::Error;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -15,7 +15,9 @@ pub(super) struct Notifier {
     sink: Arc<dyn TroubleSink>,
     /// The configuration change's interrupt source.
     event: EventFd,
-    generation: AtomicU8,
+    /// Locked while the configuration changes, so that nobody reads new bytes and then
+    /// the old generation.
+    generation: RwLock<u8>,
     config_changed: AtomicBool,
     needs_reset: AtomicBool,
     driver_ok: AtomicBool,
@@ -27,7 +29,7 @@ impl Notifier {
             name,
             sink,
             event,
-            generation: AtomicU8::new(0),
+            generation: RwLock::new(0),
             config_changed: AtomicBool::new(false),
             needs_reset: AtomicBool::new(false),
             driver_ok: AtomicBool::new(false),
@@ -36,11 +38,20 @@ impl Notifier {
 
     /// Config generation (virtio 1.3, 4.1.4.3).
     pub(super) fn generation(&self) -> u8 {
-        self.generation.load(Ordering::Acquire)
+        *self
+            .generation
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn set_generation(&self, value: u8) {
-        self.generation.store(value, Ordering::Release);
+        *self.generation_mut() = value;
+    }
+
+    fn generation_mut(&self) -> RwLockWriteGuard<'_, u8> {
+        self.generation
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a change waits to be read from the interrupt status register.
@@ -85,8 +96,11 @@ impl Notifier {
 }
 
 impl DeviceNotifier for Notifier {
-    fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::AcqRel);
+    fn config_changed(&self, change: &mut dyn FnMut()) {
+        let mut generation = self.generation_mut();
+        change();
+        *generation = generation.wrapping_add(1);
+        drop(generation);
         self.interrupt();
     }
 

@@ -37,11 +37,11 @@ const MSIX_BAR: BarIndex = BarIndex::Bar1;
 const VIRTIO_BAR_SIZE: u32 = 0x4000;
 const MSIX_BAR_SIZE: u32 = 0x2000;
 
-const COMMON: Range<u64> = 0x0000..0x0040;
-const ISR: Range<u64> = 0x1000..0x1001;
+const COMMON: Range<u32> = 0x0000..0x0040;
+const ISR: Range<u32> = 0x1000..0x1001;
 /// What GET_CONFIG of any device can fill (4096 bytes less the transport's 256).
-const DEVICE: Range<u64> = 0x2000..0x2f00;
-const NOTIFY: u64 = 0x3000;
+const DEVICE: Range<u32> = 0x2000..0x2f00;
+const NOTIFY: u32 = 0x3000;
 
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
@@ -359,7 +359,9 @@ impl VirtioPciDevice {
                 && bar == VIRTIO_BAR
             {
                 let queues = &registers.common.queues;
-                registers.doorbells.place(Some(base + NOTIFY), queues);
+                registers
+                    .doorbells
+                    .place(Some(base + u64::from(NOTIFY)), queues);
             }
         }
     }
@@ -371,35 +373,38 @@ impl VirtioPciDevice {
         }
     }
 
-    fn read_bar(&self, registers: &mut Registers, bar: BarIndex, offset: u64, data: &mut [u8]) {
+    fn read_bar(&self, registers: &mut Registers, bar: BarIndex, offset: u32, data: &mut [u8]) {
         data.fill(0);
         if bar == MSIX_BAR {
-            self.note(registers.msix.read(offset, data));
+            self.note(registers.msix.read(offset.into(), data));
         } else if COMMON.contains(&offset) {
-            registers.common.read(offset, data, &registers.msix);
+            registers.common.read(offset.into(), data, &registers.msix);
         } else if ISR.contains(&offset) {
             if let Some(byte) = data.first_mut() {
                 *byte = self.take_isr(registers);
             }
         } else if DEVICE.contains(&offset) {
-            self.device
-                .read_config((offset - DEVICE.start) as u32, data);
+            self.device.read_config(offset - DEVICE.start, data);
         }
     }
 
-    fn write_bar(&self, registers: &mut Registers, bar: BarIndex, offset: u64, data: &[u8]) {
+    fn write_bar(&self, registers: &mut Registers, bar: BarIndex, offset: u32, data: &[u8]) {
         if bar == MSIX_BAR {
-            self.note(registers.msix.write(offset, data));
+            self.note(registers.msix.write(offset.into(), data));
         } else if COMMON.contains(&offset) {
-            self.note(registers.common.write(offset, data, &mut registers.msix));
+            self.note(
+                registers
+                    .common
+                    .write(offset.into(), data, &mut registers.msix),
+            );
         } else if DEVICE.contains(&offset) {
-            let at = (offset - DEVICE.start) as u32;
+            let at = offset - DEVICE.start;
             if let Err(error) = self.device.write_config(at, data) {
                 self.notifier.trouble(&error);
             }
         } else if let Some(at) = offset.checked_sub(NOTIFY) {
-            let queue = at / u64::from(MULTIPLIER);
-            if let Some(queue) = registers.common.queues.get(queue as usize) {
+            let queue = (at / MULTIPLIER) as usize;
+            if let Some(queue) = registers.common.queues.get(queue) {
                 // Fails only at 2^64 unheard rings, which one more would not change.
                 let _ = queue.kick.write(1);
             }
@@ -429,14 +434,14 @@ impl VirtioPciDevice {
         registers: &Registers,
         offset: u16,
         len: usize,
-    ) -> Option<(BarIndex, u64, usize)> {
+    ) -> Option<(BarIndex, u32, usize)> {
         let at = registers.pci_access;
         let data = u16::from(at) + 16;
         if offset >= data + 4 || usize::from(offset) + len <= usize::from(data) {
             return None;
         }
         let config = registers.header.config();
-        let bar = match config.u32(at + 4) as u8 {
+        let bar = match config.u32(at + 4) & 0xff {
             0 => VIRTIO_BAR,
             1 => MSIX_BAR,
             _ => return None,
@@ -450,7 +455,7 @@ impl VirtioPciDevice {
         let inside = target.checked_add(length).is_some_and(|end| end <= size);
         (matches!(length, 1 | 2 | 4) && target.is_multiple_of(length) && inside).then_some((
             bar,
-            target.into(),
+            target,
             length as usize,
         ))
     }
@@ -501,28 +506,42 @@ struct Window {
     bar: BarIndex,
 }
 
+impl Window {
+    /// Lets the device answer at `offset`; whether it is there.
+    fn access(
+        &self,
+        offset: u64,
+        access: impl FnOnce(&VirtioPciDevice, &mut Registers, u32),
+    ) -> bool {
+        // BARs are far smaller than 4 GiB.
+        let (Some(device), Ok(offset)) = (self.device.upgrade(), u32::try_from(offset)) else {
+            return false;
+        };
+        access(&device, &mut device.registers(), offset);
+        true
+    }
+}
+
 impl BusDevice for Window {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match self.device.upgrade() {
-            Some(device) => {
-                let registers = &mut *device.registers();
-                device.read_bar(registers, self.bar, offset, data);
-            }
-            None => data.fill(0xff),
+        let answered = self.access(offset, |device, registers, offset| {
+            device.read_bar(registers, self.bar, offset, data);
+        });
+        if !answered {
+            data.fill(0xff);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some(device) = self.device.upgrade() {
-            let registers = &mut *device.registers();
+        self.access(offset, |device, registers, offset| {
             device.write_bar(registers, self.bar, offset, data);
-        }
+        });
     }
 }
 
 /// Says where each structure is; returns where the configuration access capability is.
 fn add_capabilities(header: &mut Header, queues: u16) -> Result<u8, ConfigError> {
-    let doorbells = u64::from(queues) * u64::from(MULTIPLIER);
+    let doorbells = u32::from(queues) * MULTIPLIER;
     let parts = [
         (CAP_COMMON, COMMON, None),
         (CAP_NOTIFY, NOTIFY..NOTIFY + doorbells, Some(MULTIPLIER)),
@@ -541,11 +560,11 @@ fn add_capabilities(header: &mut Header, queues: u16) -> Result<u8, ConfigError>
 }
 
 /// `struct virtio_pci_cap` behind its first two bytes, with one more dword for some.
-fn capability(kind: u8, range: &Range<u64>, extra: Option<u32>) -> Vec<u8> {
+fn capability(kind: u8, range: &Range<u32>, extra: Option<u32>) -> Vec<u8> {
     let length = if extra.is_some() { 20 } else { 16 };
     let mut body = vec![length, kind, VIRTIO_BAR as u8, 0, 0, 0];
-    body.extend((range.start as u32).to_le_bytes());
-    body.extend(((range.end - range.start) as u32).to_le_bytes());
+    body.extend(range.start.to_le_bytes());
+    body.extend((range.end - range.start).to_le_bytes());
     body.extend(extra.into_iter().flat_map(u32::to_le_bytes));
     body
 }

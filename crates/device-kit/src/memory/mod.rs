@@ -10,6 +10,7 @@ mod mapping;
 mod prefault;
 
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -83,6 +84,27 @@ pub enum MemoryError {
         first: u64,
         /// Guest address of the other.
         second: u64,
+    },
+    /// Its file ends before it does: an access there would kill this process.
+    #[error(
+        "memory region of {size:#x} bytes at guest address {address:#x} ends past its file of \
+         {file_len:#x} bytes"
+    )]
+    PastEnd {
+        /// Its guest address.
+        address: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// Length of the file.
+        file_len: u64,
+    },
+    /// Its file cannot be examined.
+    #[error("file of the memory region at guest address {address:#x} cannot be examined")]
+    File {
+        /// Its guest address.
+        address: u64,
+        /// Why.
+        source: io::Error,
     },
     /// It cannot be mapped.
     #[error("memory region of {size:#x} bytes at guest address {address:#x} cannot be mapped")]
@@ -261,6 +283,20 @@ fn map(
         offset: file_offset,
     };
     let len = usize::try_from(size).map_err(|_| impossible())?;
+    let file_len = file
+        .metadata()
+        .map_err(|source| MemoryError::File {
+            address: guest_address,
+            source,
+        })?
+        .len();
+    if file_offset.saturating_add(size) > file_len {
+        return Err(MemoryError::PastEnd {
+            address: guest_address,
+            size,
+            file_len,
+        });
+    }
     let bitmap = LogBitmap::new(Arc::clone(log), guest_address);
     let mapping = MmapRegionBuilder::new_with_bitmap(len, bitmap)
         .with_file_offset(FileOffset::new(file, file_offset))

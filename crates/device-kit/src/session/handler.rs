@@ -300,11 +300,18 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
             0 => ConfigWriter::Driver,
             _ => ConfigWriter::Migration,
         };
-        self.services
-            .device
-            .write_config(offset, buf, writer)
-            .map_err(SessionError::from)?;
-        Ok(())
+        match (
+            writer,
+            self.services.device.write_config(offset, buf, writer),
+        ) {
+            (_, Ok(())) => Ok(()),
+            // The guest's mistake must not cost the front-end its session: it changes nothing.
+            (ConfigWriter::Driver, Err(error)) => {
+                tracing::warn!(%error, "ignored a write by the driver");
+                Ok(())
+            }
+            (ConfigWriter::Migration, Err(error)) => Err(SessionError::from(error).into()),
+        }
     }
 
     fn set_gpu_socket(&self, _gpu_backend: GpuBackend) -> Result<()> {

@@ -236,7 +236,11 @@ impl<D: Device> Session<D> {
                 Ok(())
             }
             Err(error) => {
-                state.life.reset();
+                // Nothing was moved: the way back is a legal one.
+                state
+                    .life
+                    .go(DeviceState::Stop)
+                    .map_err(|error| error.to_string())?;
                 Err(chain(&error))
             }
         }
@@ -258,23 +262,27 @@ impl<D: Device> Session<D> {
         direction: Direction,
         outcome: Result<u64, TransferError>,
     ) -> Result<(), String> {
-        match (direction, outcome) {
-            (Direction::Save, Ok(_)) => self.services.metrics.states_saved.inc(),
-            (Direction::Load, Ok(_)) => self.services.metrics.states_loaded.inc(),
-            (Direction::Save, Err(error)) => {
-                // Saving changes nothing: the device can go on where it was.
-                state.life.reset();
-                return Err(chain(&error));
-            }
+        let verdict = match (direction, outcome) {
             (Direction::Load, Err(error)) => {
                 state.life.fail();
                 return Err(chain(&error));
+            }
+            // Saving changes nothing: a device that could not be saved goes on where it was.
+            (Direction::Save, Err(error)) => Err(chain(&error)),
+            (Direction::Save, Ok(_)) => {
+                self.services.metrics.states_saved.inc();
+                Ok(())
+            }
+            (Direction::Load, Ok(_)) => {
+                self.services.metrics.states_loaded.inc();
+                Ok(())
             }
         };
         state
             .life
             .go(DeviceState::Stop)
-            .map_err(|error| error.to_string())
+            .map_err(|error| error.to_string())?;
+        verdict
     }
 
     /// Ends the session: nothing of it is in flight afterwards.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use test_framework::console::Console;
 use test_framework::machine::Device;
 use test_framework::process::{Launch, Process};
@@ -27,6 +27,12 @@ pub(crate) fn microvm(
     workload: &Workload,
     devices: &[Device],
 ) -> Result<(Process, Console, Instant)> {
+    // What the guest cannot find out there: microvm has no MCFG and another sleep type.
+    let workload = Workload {
+        ecam_mib: 3584,
+        slp_typ: 5,
+        ..workload.clone()
+    };
     let (ours, theirs) = UnixStream::pair().context("no console")?;
     let mut launch = Launch::new(Path::new(PROGRAM));
     let console = launch.inherit(theirs.into());
@@ -51,12 +57,16 @@ pub(crate) fn microvm(
             Device::Blk { image, .. } => launch
                 .option(
                     "-drive",
-                    format!("if=none,id=d{number},format=raw,file={}", image.display()),
+                    format!(
+                        "if=none,id=d{number},format=raw,file.locking=off,file.filename={}",
+                        image.display()
+                    ),
                 )
                 .option(
                     "-device",
                     format!("virtio-blk-pci,drive=d{number},disable-legacy=on"),
                 ),
+            Device::Foreign { kind, .. } => bail!("QEMU has no {kind} of its own to compare"),
             Device::Net { tap, .. } => launch
                 .option(
                     "-netdev",

@@ -85,7 +85,7 @@ pub enum VcpuError {
 /// One vCPU, in the hands of its thread.
 pub struct Vcpu {
     id: u32,
-    fd: VcpuFd,
+    pub(in crate::hypervisor) fd: VcpuFd,
     /// Registers that this KVM lets one read.
     msrs: Arc<[u32]>,
     /// Bytes of the XSAVE area.

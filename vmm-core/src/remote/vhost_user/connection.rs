@@ -34,6 +34,7 @@ pub(super) struct Connection {
     frontend: Frontend,
     watchdog: Arc<Watchdog>,
     deadline: Duration,
+    reply_ack: bool,
 }
 
 impl Connection {
@@ -52,7 +53,14 @@ impl Connection {
             frontend: Frontend::from_stream(stream, MAX_QUEUES.into()),
             watchdog,
             deadline,
+            reply_ack: false,
         })
+    }
+
+    /// From now on the back-end answers what it is asked to. Some answer without
+    /// having agreed to, so none is asked before.
+    pub(super) fn set_reply_ack(&mut self, negotiated: bool) {
+        self.reply_ack = negotiated;
     }
 
     pub(super) fn device(&self) -> &str {
@@ -94,6 +102,9 @@ impl Connection {
         message: &'static str,
         call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, VhostUserError> {
+        if !self.reply_ack {
+            return self.call(message, call);
+        }
         self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         let result = self.call(message, call);
         self.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());

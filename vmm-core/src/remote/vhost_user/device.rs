@@ -5,79 +5,25 @@ use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
-use vm_memory::{Bytes, GuestAddress};
 
-use super::channel::Channel;
 use super::config::{adopt, connect_to, system};
-use super::inflight::Inflight;
-use super::negotiation::{self, LOG_ALL, Negotiated};
-use super::queues::{self, QueuePlan};
 use super::session::{Session, Wanted};
+use super::shared::{Phase, Shared, State};
 use super::{
     DirtyLog, Endpoint, StateDirection, VhostUserConfig, VhostUserError, Watchdog, device_config,
-    monitor, state,
+    monitor, negotiation, queues, state,
 };
-use crate::memory::{LayoutChange, LayoutListener, Memory, Region};
+use crate::memory::{LayoutChange, LayoutListener, Memory};
 use crate::transport::{
-    ActivatedQueue, DeviceError, DeviceKind, DeviceNotifier, RingBase, StoppedQueue, VirtioDevice,
+    ActivatedQueue, DeviceError, DeviceKind, DeviceNotifier, StoppedQueue, VirtioDevice,
 };
-
-/// See the module's header.
-enum Phase {
-    Connected(Box<Session>),
-    Away,
-    Failed(Arc<VhostUserError>),
-}
-
-struct State {
-    phase: Phase,
-    regions: Vec<Region>,
-    wanted: Option<Wanted>,
-    inflight: Option<Inflight>,
-    log: Option<Arc<DirtyLog>>,
-    /// What a driver wrote to the configuration while the back-end was away, by offset.
-    unwritten: BTreeMap<u32, Vec<u8>>,
-    /// The back-end has state that a reset must clear.
-    touched: bool,
-}
-
-/// What the monitor has to look at.
-pub(super) struct Watched {
-    pub(super) socket: Option<Arc<UnixStream>>,
-    pub(super) channel: Option<Arc<Channel>>,
-    pub(super) looks_for_backend: bool,
-}
-
-/// The device, shared with its monitor.
-pub(super) struct Shared {
-    config: VhostUserConfig,
-    /// Where a back-end that went away may be found again.
-    path: Option<PathBuf>,
-    plan: QueuePlan,
-    offer: u64,
-    /// Features that any later back-end must have.
-    needed: u64,
-    /// The configuration is the back-end's, not made here.
-    has_remote_config: bool,
-    watchdog: Arc<Watchdog>,
-    /// Not owned: memory owns its listeners, of which this device is one.
-    memory: Weak<Memory>,
-    bytes: RwLock<Vec<u8>>,
-    config_stale: Arc<AtomicBool>,
-    notifier: OnceLock<Arc<dyn DeviceNotifier>>,
-    state: Mutex<State>,
-    wake: EventFd,
-    ended: AtomicBool,
-}
 
 /// A virtio device served by a vhost-user back-end.
 pub struct VhostUserDevice {
@@ -131,6 +77,7 @@ impl VhostUserDevice {
                 log: None,
                 unwritten: BTreeMap::new(),
                 touched: false,
+                failures: 0,
             }),
             wake,
             ended: AtomicBool::new(false),
@@ -153,7 +100,8 @@ impl VhostUserDevice {
     }
 
     /// Gives the device a new back-end on a connected socket, in the place of the one it
-    /// has or had, and sets everything up in it.
+    /// had, and sets everything up in it. An old one that still serves the rings must be
+    /// stopped first, with [`VirtioDevice::stop`]: two would serve them for a moment.
     pub fn reconnect_with(&self, socket: OwnedFd) -> Result<(), VhostUserError> {
         let stream = adopt(self.shared.id(), socket)?;
         self.shared.attach(stream)
@@ -167,11 +115,6 @@ impl VhostUserDevice {
             .map_err(|e| system(self.shared.id(), "make a dirty log", e))?;
         let log = Arc::new(log);
         if let Phase::Connected(session) = &mut state.phase {
-            let able =
-                session.has(Protocol::LOG_SHMFD) && session.negotiated.features & LOG_ALL != 0;
-            if !able {
-                return Err(self.shared.unsupported("a dirty log in shared memory"));
-            }
             let result = session.set_log(state.wanted.as_ref(), &state.regions, Some(&log));
             self.shared.settle(state, result)?;
         }
@@ -228,351 +171,6 @@ impl Drop for VhostUserDevice {
     }
 }
 
-impl Shared {
-    pub(super) fn id(&self) -> &str {
-        &self.config.id
-    }
-
-    pub(super) fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Acquire)
-    }
-
-    pub(super) fn wake(&self) -> &EventFd {
-        &self.wake
-    }
-
-    pub(super) fn take_wake(&self) {
-        // Empty is what it shall be.
-        let _ = self.wake.read();
-    }
-
-    fn wake_monitor(&self) {
-        // Fails only when it is full of wakes.
-        let _ = self.wake.write(1);
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn unsupported(&self, what: &'static str) -> VhostUserError {
-        VhostUserError::Unsupported {
-            device: self.id().into(),
-            what,
-        }
-    }
-
-    fn away(&self) -> VhostUserError {
-        VhostUserError::Away {
-            device: self.id().into(),
-        }
-    }
-
-    /// Takes note of an error that ended the connection.
-    fn note<T>(&self, state: &mut State, result: &Result<T, VhostUserError>) {
-        if let Err(error) = result
-            && error.ends_connection()
-        {
-            tracing::warn!(%error, "a back-end is gone");
-            state.phase = Phase::Away;
-            self.wake_monitor();
-        }
-    }
-
-    /// As [`Self::note`]; and what a back-end that hung up has missed, the next is told.
-    fn settle(
-        &self,
-        state: &mut State,
-        result: Result<(), VhostUserError>,
-    ) -> Result<(), VhostUserError> {
-        self.note(state, &result);
-        match result {
-            Err(error) if error.is_hang_up() => Ok(()),
-            other => other,
-        }
-    }
-
-    /// The connection of a device none of whose rings runs, and that can move state.
-    fn stopped_session<'a>(
-        &self,
-        state: &'a mut State,
-    ) -> Result<&'a mut super::connection::Connection, VhostUserError> {
-        if state.wanted.is_some() {
-            return Err(VhostUserError::RingsRun {
-                device: self.id().into(),
-            });
-        }
-        match &mut state.phase {
-            Phase::Connected(session) if session.has(Protocol::DEVICE_STATE) => {
-                Ok(&mut session.connection)
-            }
-            Phase::Connected(_) => Err(self.unsupported("a transfer of its state")),
-            _ => Err(self.away()),
-        }
-    }
-
-    /// Starts what is wanted, if there is somebody to do it.
-    fn start(&self, state: &mut State) -> Result<(), VhostUserError> {
-        let Some(wanted) = &state.wanted else {
-            return Ok(());
-        };
-        match &mut state.phase {
-            Phase::Connected(session) => session.start(
-                wanted,
-                &state.regions,
-                state.log.as_deref(),
-                &mut state.inflight,
-                self.plan.served,
-            ),
-            Phase::Away => Ok(()),
-            Phase::Failed(cause) => Err(VhostUserError::Failed {
-                device: self.id().into(),
-                source: Arc::clone(cause),
-            }),
-        }
-    }
-
-    /// Where rings go on whose back-end is gone: what it has given back is in guest
-    /// memory (virtio 1.3, 2.7.8), and the rest is done again.
-    fn bases_from_memory(&self, wanted: &Wanted) -> Vec<StoppedQueue> {
-        let memory = self.memory.upgrade().map(|m| m.guest());
-        let used = |queue: &ActivatedQueue| -> Option<u16> {
-            let at = GuestAddress(queue.device.checked_add(2)?);
-            memory.as_ref()?.load(at, Ordering::Acquire).ok()
-        };
-        wanted
-            .queues
-            .iter()
-            .map(|queue| StoppedQueue {
-                index: queue.index,
-                base: used(queue).map_or(queue.base, RingBase),
-            })
-            .collect()
-    }
-
-    /// What the monitor has to look at now.
-    pub(super) fn watched(&self) -> Watched {
-        match &self.state().phase {
-            Phase::Connected(session) => Watched {
-                socket: Some(Arc::clone(session.connection.socket())),
-                channel: session.channel.clone(),
-                looks_for_backend: false,
-            },
-            Phase::Away => Watched {
-                socket: None,
-                channel: None,
-                looks_for_backend: self.path.is_some(),
-            },
-            Phase::Failed(_) => Watched {
-                socket: None,
-                channel: None,
-                looks_for_backend: false,
-            },
-        }
-    }
-
-    /// The back-end at the other end of `socket` is gone.
-    pub(super) fn note_hang_up(&self, socket: &Arc<UnixStream>) {
-        let state = &mut *self.state();
-        if let Phase::Connected(session) = &state.phase
-            && Arc::ptr_eq(session.connection.socket(), socket)
-        {
-            tracing::warn!(device = self.id(), "the back-end hung up");
-            state.phase = Phase::Away;
-        }
-    }
-
-    /// Handles a request of the back-end, or closes a channel that carries none.
-    pub(super) fn serve(&self, channel: &Arc<Channel>) {
-        let Err(error) = channel.serve(&self.watchdog) else {
-            return;
-        };
-        tracing::warn!(%error, device = self.id(), "the back-end's requests are no longer heard");
-        if let Phase::Connected(session) = &mut self.state().phase
-            && session
-                .channel
-                .as_ref()
-                .is_some_and(|c| Arc::ptr_eq(c, channel))
-        {
-            session.channel = None;
-        }
-    }
-
-    pub(super) fn is_config_stale(&self) -> bool {
-        self.config_stale.load(Ordering::Acquire)
-    }
-
-    /// Reads a configuration that has changed, unless somebody talks to the back-end: it
-    /// may be that party whose message is answered only after this thread has answered
-    /// the next request.
-    pub(super) fn refresh_config(&self) {
-        if !self.is_config_stale() {
-            return;
-        }
-        let mut state = match self.state.try_lock() {
-            Ok(state) => state,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return,
-        };
-        self.config_stale.store(false, Ordering::Release);
-        if self.read_config_again(&mut state).is_ok()
-            && let Some(notifier) = self.notifier.get()
-        {
-            notifier.config_changed();
-        }
-    }
-
-    fn read_config_again(&self, state: &mut State) -> Result<(), VhostUserError> {
-        let Phase::Connected(session) = &mut state.phase else {
-            return Ok(());
-        };
-        let negotiated = session.negotiated;
-        let read = device_config::read(
-            &mut session.connection,
-            &self.config,
-            &self.plan,
-            &negotiated,
-        );
-        let read = read.map(|bytes| {
-            *self.bytes.write().unwrap_or_else(PoisonError::into_inner) = bytes;
-        });
-        self.note(state, &read);
-        read
-    }
-
-    /// One attempt to find the back-end where it was.
-    pub(super) fn look_for_backend(&self) -> Result<(), VhostUserError> {
-        let path = self.path.as_ref().ok_or_else(|| self.away())?;
-        let stream = connect_to(self.id(), path, self.config.deadline)?;
-        self.attach(stream)
-    }
-
-    /// Puts a back-end into the place of the one that was there. One that cannot take it
-    /// is an error for good; one that goes away again is not.
-    fn attach(&self, stream: UnixStream) -> Result<(), VhostUserError> {
-        let state = &mut *self.state();
-        state.phase = Phase::Away;
-        let result = self.set_up(state, stream);
-        match &result {
-            Ok(()) => tracing::info!(device = self.id(), "the back-end is back"),
-            Err(error) if error.ends_connection() => {}
-            Err(error) => {
-                if let Some(notifier) = self.notifier.get() {
-                    notifier.trouble(error);
-                }
-            }
-        }
-        self.wake_monitor();
-        match result {
-            Err(error) if !error.ends_connection() => {
-                let cause = Arc::new(error);
-                state.phase = Phase::Failed(Arc::clone(&cause));
-                Err(VhostUserError::Failed {
-                    device: self.id().into(),
-                    source: cause,
-                })
-            }
-            other => other,
-        }
-    }
-
-    fn set_up(&self, state: &mut State, stream: UnixStream) -> Result<(), VhostUserError> {
-        let mut session = Session::open(&self.config, stream, &self.watchdog, &self.config_stale)?;
-        self.check_same(&session.negotiated)?;
-        for (&offset, data) in &state.unwritten {
-            device_config::write(&mut session.connection, offset, data)?;
-        }
-        session.set_memory(&state.regions, None)?;
-        if let Some(wanted) = &mut state.wanted {
-            let device = self.bases_from_memory(wanted);
-            for (queue, stopped) in wanted.queues.iter_mut().zip(device) {
-                queue.base = stopped.base;
-            }
-        }
-        if let (None, Some(log)) = (&state.wanted, &state.log) {
-            session.set_log(None, &state.regions, Some(log))?;
-        }
-        state.phase = Phase::Connected(Box::new(session));
-        let started = self
-            .read_config_again(state)
-            .and_then(|()| self.start(state));
-        self.note(state, &started);
-        started?;
-        state.unwritten.clear();
-        // What the guest rang for, and what the back-end used before it could say so.
-        for queue in state.wanted.iter().flat_map(|w| &w.queues) {
-            for event in [&queue.kick, &queue.call] {
-                // Fails only at 2^64 unheard signals, which one more would not change.
-                let _ = event.write(1);
-            }
-        }
-        Ok(())
-    }
-
-    fn check_same(&self, negotiated: &Negotiated) -> Result<(), VhostUserError> {
-        let missing = self.needed & !negotiated.features;
-        if missing != 0 {
-            return Err(VhostUserError::FeaturesLost {
-                device: self.id().into(),
-                missing,
-            });
-        }
-        if self.has_remote_config && !negotiated.has(Protocol::CONFIG) {
-            return Err(VhostUserError::NoConfig {
-                device: self.id().into(),
-                hint: " any more",
-            });
-        }
-        let served = u64::from(self.plan.served);
-        match negotiated.rings {
-            Some(offered) if offered < served => Err(VhostUserError::TooFewQueues {
-                device: self.id().into(),
-                wanted: self.plan.served,
-                offered,
-            }),
-            _ => Ok(()),
-        }
-    }
-
-    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), VhostUserError> {
-        if !self.has_remote_config {
-            return Ok(());
-        }
-        let state = &mut *self.state();
-        let Phase::Connected(session) = &mut state.phase else {
-            state.unwritten.insert(offset, data.to_vec());
-            return Ok(());
-        };
-        let result = device_config::write(&mut session.connection, offset, data);
-        self.note(state, &result);
-        match result {
-            Err(error) if error.is_hang_up() => {
-                state.unwritten.insert(offset, data.to_vec());
-                Ok(())
-            }
-            // A driver may write what is read-only; nothing changes then.
-            Ok(()) | Err(VhostUserError::Refused { .. }) => self.read_config_again(state),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn reset(&self, state: &mut State) -> Result<(), VhostUserError> {
-        let wanted = state.wanted.take();
-        state.inflight = None;
-        state.unwritten.clear();
-        if !std::mem::take(&mut state.touched) {
-            return Ok(());
-        }
-        let Phase::Connected(session) = &mut state.phase else {
-            return Ok(());
-        };
-        if let Some(wanted) = wanted {
-            session.stop(&wanted)?;
-        }
-        session.reset()
-    }
-}
-
 impl VirtioDevice for VhostUserDevice {
     fn name(&self) -> String {
         self.shared.id().into()
@@ -601,11 +199,7 @@ impl VirtioDevice for VhostUserDevice {
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
-        let bytes = self
-            .shared
-            .bytes
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
+        let bytes = self.shared.config_bytes();
         for (i, byte) in data.iter_mut().enumerate() {
             *byte = bytes.get(offset as usize + i).copied().unwrap_or(0);
         }

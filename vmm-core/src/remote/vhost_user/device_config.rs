@@ -8,7 +8,7 @@
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{FrontendReq, VhostUserConfigFlags, VhostUserProtocolFeatures};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_HASH_REPORT, VIRTIO_NET_F_RSS, VIRTIO_NET_F_SPEED_DUPLEX, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_HASH_REPORT, VIRTIO_NET_F_RSS, VIRTIO_NET_F_SPEED_DUPLEX,
 };
 
 use super::connection::Connection;
@@ -21,16 +21,19 @@ const BLK_F_SECURE_ERASE: u64 = 1 << 16;
 const BLK_F_ZONED: u64 = 1 << 17;
 const BALLOON_F_FREE_PAGE_HINT: u64 = 1 << 3;
 const BALLOON_F_PAGE_POISON: u64 = 1 << 4;
+/// VIRTIO_NET_S_LINK_UP.
+const LINK_UP: u16 = 1;
+/// Bytes of a file system's name.
 const TAG: usize = 36;
 
 /// Offset and length of the request and of the answer.
 const MESSAGE: usize = 12;
 
 /// Bytes of configuration that a device has with these features (virtio 1.3, 5).
-fn length(config: &VhostUserConfig, features: u64) -> usize {
+fn length(config: &VhostUserConfig, features: u64) -> u16 {
     let has = |bits: u64| features & bits != 0;
     if let Some(size) = config.config_size {
-        return size.into();
+        return size;
     }
     match config.kind {
         DeviceKind::NET if has(1 << VIRTIO_NET_F_RSS | 1 << VIRTIO_NET_F_HASH_REPORT) => 24,
@@ -48,7 +51,7 @@ fn length(config: &VhostUserConfig, features: u64) -> usize {
         DeviceKind::INPUT => 136,
         DeviceKind::CRYPTO => 56,
         DeviceKind::SOUND => 12,
-        DeviceKind::FS => TAG + 4,
+        DeviceKind::FS => 40,
         _ => 0,
     }
 }
@@ -67,7 +70,7 @@ pub(super) fn read(
     let mut bytes = if negotiated.has(VhostUserProtocolFeatures::CONFIG) {
         fetch(connection, length)?
     } else {
-        make(config, length)?
+        make(config, length.into())?
     };
     patch(&mut bytes, config.kind, plan);
     Ok(bytes)
@@ -75,7 +78,7 @@ pub(super) fn read(
 
 /// GET_CONFIG (VU). A back-end that refuses answers with no bytes, with or without the
 /// header of the configuration.
-fn fetch(connection: &mut Connection, length: usize) -> Result<Vec<u8>, VhostUserError> {
+fn fetch(connection: &mut Connection, length: u16) -> Result<Vec<u8>, VhostUserError> {
     const NAME: &str = "GET_CONFIG";
     let words = |data: &[u8]| -> Vec<u32> {
         let words = data.chunks_exact(4);
@@ -83,10 +86,11 @@ fn fetch(connection: &mut Connection, length: usize) -> Result<Vec<u8>, VhostUse
             .map(|w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]]))
             .collect()
     };
-    let mut request = Vec::with_capacity(MESSAGE + length);
-    for word in [0, length as u32, 0] {
+    let mut request = Vec::with_capacity(MESSAGE + usize::from(length));
+    for word in [0, u32::from(length), 0] {
         request.extend(word.to_ne_bytes());
     }
+    let length = usize::from(length);
     request.resize(MESSAGE + length, 0);
     let mut answers = connection.exchange(FrontendReq::GET_CONFIG, NAME, &[request], None)?;
     let answer = answers.pop().unwrap_or_default();
@@ -126,7 +130,7 @@ fn make(config: &VhostUserConfig, length: usize) -> Result<Vec<u8>, VhostUserErr
         DeviceKind::NET => {
             let mac = config.mac.unwrap_or_else(|| address_of(&config.id));
             bytes[..6].copy_from_slice(&mac);
-            bytes[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+            bytes[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
         }
         DeviceKind::FS => {
             let tag = config.tag.as_ref();
@@ -151,8 +155,8 @@ fn address_of(id: &str) -> [u8; 6] {
 
 /// Makes the numbers of queues in the configuration those of the plan.
 fn patch(bytes: &mut [u8], kind: DeviceKind, plan: &QueuePlan) {
-    let narrow = plan.queues.to_le_bytes();
-    let wide = u32::from(plan.queues).to_le_bytes();
+    let narrow = plan.counted.to_le_bytes();
+    let wide = u32::from(plan.counted).to_le_bytes();
     let (at, value): (usize, &[u8]) = match kind {
         DeviceKind::NET => (8, &narrow),
         DeviceKind::BLK => (34, &narrow),
@@ -176,7 +180,7 @@ mod tests {
     #[test]
     fn numbers_of_queues_agree_with_the_rings() {
         let plan = QueuePlan {
-            queues: 3,
+            counted: 3,
             rings: 3,
             served: 3,
             has_control: false,
@@ -187,7 +191,7 @@ mod tests {
             (DeviceKind::SCSI, 0),
             (DeviceKind::FS, 36),
         ] {
-            let mut bytes = vec![0xff; length(&config(kind), 0)];
+            let mut bytes = vec![0xff; length(&config(kind), 0).into()];
             patch(&mut bytes, kind, &plan);
             assert_eq!(bytes[at..at + 2], [3, 0], "{kind}");
         }

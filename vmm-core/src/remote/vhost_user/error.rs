@@ -182,6 +182,11 @@ impl VhostUserError {
         )
     }
 
+    /// Whether another attempt to connect may end otherwise.
+    pub(super) fn may_pass(&self) -> bool {
+        self.ends_connection() || matches!(self, Self::System { .. })
+    }
+
     /// Whether waiting for the back-end to come back may help.
     pub(super) fn is_hang_up(&self) -> bool {
         matches!(self, Self::HungUp { .. } | Self::Away { .. })

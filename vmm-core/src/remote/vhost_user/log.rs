@@ -54,8 +54,7 @@ impl DirtyLog {
     /// a first page and the bits of 64 pages from it on, where any is dirty.
     pub fn take(&self, mut dirty: impl FnMut(u64, u64)) {
         let slice = self.map.as_volatile_slice();
-        for word in 0..self.words {
-            let at = (word * 8) as usize;
+        for (word, at) in (0..self.words).zip((0..).step_by(8)) {
             // Aligned and inside by construction.
             if let Ok(bits) = slice.get_atomic_ref::<AtomicU64>(at)
                 && bits.load(Ordering::Relaxed) != 0

@@ -12,7 +12,8 @@
 //! | `memory`, `rings`, `inflight` | what a back-end needs to serve queues |
 //! | `log`, `state` | dirty log and device state, for migration |
 //! | `channel`, `monitor` | requests of the back-end, and its going away |
-//! | `session`, `device` | all of it together |
+//! | `session`, `shared`, `device` | all of it together |
+//! | `reconnect` | a back-end that goes away, and its successor |
 //!
 //! ```text
 //!               hang-up, deadline, nonsense
@@ -45,8 +46,10 @@ mod memory;
 mod monitor;
 mod negotiation;
 mod queues;
+mod reconnect;
 mod rings;
 mod session;
+mod shared;
 mod state;
 #[cfg(test)]
 mod tests;

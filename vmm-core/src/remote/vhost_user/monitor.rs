@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::device::Shared;
+use super::shared::Shared;
 
 /// A back-end that is away is looked for after this time, then after twice as long.
 const FIRST_RETRY: Duration = Duration::from_millis(20);

@@ -84,6 +84,7 @@ pub(super) fn negotiate(connection: &mut Connection) -> Result<Negotiated, Vhost
     connection.call("SET_PROTOCOL_FEATURES", |f| {
         f.set_protocol_features(protocol)
     })?;
+    connection.set_reply_ack(protocol.contains(Protocol::REPLY_ACK));
     if protocol.contains(Protocol::MQ) {
         negotiated.rings = Some(connection.call("GET_QUEUE_NUM", |f| f.get_queue_num())?);
     }
@@ -160,7 +161,7 @@ mod tests {
     fn offered(kind: DeviceKind, features: u64, protocol: Protocol, control: bool) -> u64 {
         let config = VhostUserConfig::new(kind, "dev");
         let plan = QueuePlan {
-            queues: 1,
+            counted: 1,
             rings: 2 + u16::from(control),
             served: 2,
             has_control: control,

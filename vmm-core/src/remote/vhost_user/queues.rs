@@ -6,13 +6,13 @@ use crate::transport::DeviceKind;
 
 /// Rings that a device is given where its definition does not say and its back-end has
 /// more.
-const DEFAULT_LIMIT: u64 = 64;
+const DEFAULT_LIMIT: u16 = 64;
 
 /// A device's rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct QueuePlan {
     /// Queues as the definition counts them: pairs, request queues.
-    pub(super) queues: u16,
+    pub(super) counted: u16,
     /// Rings that the guest finds.
     pub(super) rings: u16,
     /// Rings that the back-end serves; the guest may enable more, which stay silent.
@@ -71,7 +71,9 @@ pub(super) fn plan(
         (Some(queues), _) => queues,
         (None, None) => 1,
         (None, Some(reported)) => {
-            let rings = reported.min(DEFAULT_LIMIT) as u16;
+            let rings = u16::try_from(reported)
+                .unwrap_or(u16::MAX)
+                .min(DEFAULT_LIMIT);
             (rings.saturating_sub(shape.fixed) / shape.per_queue).max(1)
         }
     };
@@ -84,7 +86,7 @@ pub(super) fn plan(
     let has_control = config.kind == DeviceKind::NET && control && u64::from(rings) < offered;
     let rings = rings + u16::from(has_control);
     Ok(QueuePlan {
-        queues,
+        counted: queues,
         rings,
         served: rings,
         has_control,
@@ -115,7 +117,8 @@ fn fixed(
         DeviceKind::VSOCK => (2, 3),
         _ => (shape.fixed, shape.fixed),
     };
-    let served = reported.unwrap_or(shape.fixed.into()).min(most.into()) as u16;
+    let offered = reported.map_or(shape.fixed, |r| u16::try_from(r).unwrap_or(u16::MAX));
+    let served = offered.min(most);
     if served < least {
         return Err(few(least, served.into()));
     }
@@ -125,7 +128,7 @@ fn fixed(
         most
     };
     Ok(QueuePlan {
-        queues: 1,
+        counted: 1,
         rings,
         served,
         has_control: false,

@@ -41,25 +41,39 @@ fn addresses(
     })
 }
 
+/// Rings with their addresses, found before the back-end is told of any.
+pub(super) struct Located<'a>(Vec<(&'a ActivatedQueue, VringConfigData)>);
+
+/// Finds every ring in memory. A guest's mistake ends here, with nothing half done.
+pub(super) fn locate<'a>(
+    device: &str,
+    regions: &[Region],
+    queues: &'a [ActivatedQueue],
+    log: bool,
+) -> Result<Located<'a>, VhostUserError> {
+    queues
+        .iter()
+        .map(|queue| Ok((queue, addresses(device, regions, queue, log)?)))
+        .collect::<Result<_, _>>()
+        .map(Located)
+}
+
 /// Sets rings up and lets them run. Nothing is awaited; [`Connection::sync`] does.
 pub(super) fn start(
     connection: &mut Connection,
     negotiated: &Negotiated,
-    regions: &[Region],
-    queues: &[&ActivatedQueue],
-    log: bool,
+    rings: &Located<'_>,
 ) -> Result<(), VhostUserError> {
-    for queue in queues {
+    for (queue, addresses) in &rings.0 {
         let index = usize::from(queue.index.0);
-        let addresses = addresses(connection.device(), regions, queue, log)?;
         connection.call("SET_VRING_NUM", |f| f.set_vring_num(index, queue.size))?;
         connection.call("SET_VRING_BASE", |f| f.set_vring_base(index, queue.base.0))?;
-        connection.call("SET_VRING_ADDR", |f| f.set_vring_addr(index, &addresses))?;
+        connection.call("SET_VRING_ADDR", |f| f.set_vring_addr(index, addresses))?;
         connection.call("SET_VRING_CALL", |f| f.set_vring_call(index, &queue.call))?;
         connection.call("SET_VRING_KICK", |f| f.set_vring_kick(index, &queue.kick))?;
     }
     if negotiated.features & PROTOCOL_FEATURES != 0 {
-        for queue in queues {
+        for (queue, _) in &rings.0 {
             let index = usize::from(queue.index.0);
             connection.call("SET_VRING_ENABLE", |f| f.set_vring_enable(index, true))?;
         }
@@ -70,14 +84,11 @@ pub(super) fn start(
 /// Tells running rings whether their used rings are logged.
 pub(super) fn set_log(
     connection: &mut Connection,
-    regions: &[Region],
-    queues: &[&ActivatedQueue],
-    log: bool,
+    rings: &Located<'_>,
 ) -> Result<(), VhostUserError> {
-    for queue in queues {
-        let addresses = addresses(connection.device(), regions, queue, log)?;
+    for (queue, addresses) in &rings.0 {
         let index = usize::from(queue.index.0);
-        connection.call("SET_VRING_ADDR", |f| f.set_vring_addr(index, &addresses))?;
+        connection.call("SET_VRING_ADDR", |f| f.set_vring_addr(index, addresses))?;
     }
     Ok(())
 }
@@ -85,7 +96,7 @@ pub(super) fn set_log(
 /// GET_VRING_BASE of each ring: stops it, drained, and says where it goes on.
 pub(super) fn stop(
     connection: &mut Connection,
-    queues: &[&ActivatedQueue],
+    queues: &[ActivatedQueue],
 ) -> Result<Vec<StoppedQueue>, VhostUserError> {
     const NAME: &str = "GET_VRING_BASE";
     let requests: Vec<_> = queues

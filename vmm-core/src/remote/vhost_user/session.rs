@@ -74,10 +74,7 @@ impl Session {
         }
         memory::update(&mut self.connection, &self.negotiated, &self.told, regions)?;
         self.told = regions.to_vec();
-        match log {
-            Some(log) => log.set(&mut self.connection),
-            None => Ok(()),
-        }
+        self.set_log_base(log)
     }
 
     /// The feature bits that the back-end is told: its own of what the guest accepted.
@@ -96,15 +93,14 @@ impl Session {
         inflight: &mut Option<Inflight>,
         served: u16,
     ) -> Result<(), VhostUserError> {
-        let queues: Vec<_> = wanted.queues.iter().collect();
+        let device = self.connection.device().to_string();
+        let rings = rings::locate(&device, regions, &wanted.queues, log.is_some())?;
         let features = self.features(wanted.features, log.is_some());
         self.connection
             .call("SET_FEATURES", |f| f.set_features(features))?;
         self.set_memory(regions, None)?;
-        if let Some(log) = log {
-            log.set(&mut self.connection)?;
-        }
-        let queue_size = queues.iter().map(|q| q.size).max();
+        self.set_log_base(log)?;
+        let queue_size = wanted.queues.iter().map(|q| q.size).max();
         if let Some(queue_size) = queue_size
             && self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
         {
@@ -114,20 +110,13 @@ impl Session {
             };
             inflight.set(&mut self.connection)?;
         }
-        rings::start(
-            &mut self.connection,
-            &self.negotiated,
-            regions,
-            &queues,
-            log.is_some(),
-        )?;
+        rings::start(&mut self.connection, &self.negotiated, &rings)?;
         self.connection.sync("the start of its rings")
     }
 
     /// Stops the rings, drained.
     pub(super) fn stop(&mut self, wanted: &Wanted) -> Result<Vec<StoppedQueue>, VhostUserError> {
-        let queues: Vec<_> = wanted.queues.iter().collect();
-        rings::stop(&mut self.connection, &queues)
+        rings::stop(&mut self.connection, &wanted.queues)
     }
 
     /// RESET_DEVICE, where the back-end has it; its rings are stopped already.
@@ -146,17 +135,30 @@ impl Session {
         regions: &[Region],
         log: Option<&DirtyLog>,
     ) -> Result<(), VhostUserError> {
-        if let Some(log) = log {
-            log.set(&mut self.connection)?;
-        }
+        self.set_log_base(log)?;
         let Some(wanted) = wanted else {
             return Ok(());
         };
-        let queues: Vec<_> = wanted.queues.iter().collect();
+        let device = self.connection.device().to_string();
+        let rings = rings::locate(&device, regions, &wanted.queues, log.is_some())?;
         let features = self.features(wanted.features, log.is_some());
         self.connection
             .call("SET_FEATURES", |f| f.set_features(features))?;
-        rings::set_log(&mut self.connection, regions, &queues, log.is_some())?;
+        rings::set_log(&mut self.connection, &rings)?;
         self.connection.sync("the change of its dirty log")
+    }
+
+    /// Tells the back-end where the log is, if there is one and it can write one.
+    fn set_log_base(&mut self, log: Option<&DirtyLog>) -> Result<(), VhostUserError> {
+        let Some(log) = log else { return Ok(()) };
+        if !self.has(VhostUserProtocolFeatures::LOG_SHMFD)
+            || self.negotiated.features & LOG_ALL == 0
+        {
+            return Err(VhostUserError::Unsupported {
+                device: self.connection.device().into(),
+                what: "a dirty log in shared memory",
+            });
+        }
+        log.set(&mut self.connection)
     }
 }

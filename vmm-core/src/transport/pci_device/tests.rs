@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, reason = "values made to be cut off")]
+
 use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -399,7 +401,7 @@ fn interrupts_take_their_vector() {
     assert_eq!(guest.router.fired(), [0x42]);
     guest.signal(0);
     assert_eq!(guest.router.fired(), [0x41]);
-    guest.notifier().config_changed();
+    guest.notifier().config_changed(&mut || ());
     assert_eq!(guest.router.fired(), [0x40]);
     assert_eq!(guest.read::<1>(0x15), [1], "a new generation");
 }
@@ -411,7 +413,7 @@ fn without_msix_everything_is_in_the_status_register() {
     guest.set_up_queue(0, NO_VECTOR);
     guest.write(0x14, &[0x0f]);
     guest.signal(0);
-    guest.notifier().config_changed();
+    guest.notifier().config_changed(&mut || ());
     assert_eq!(guest.read::<1>(0x1000), [3]);
     assert_eq!(guest.read::<1>(0x1000), [0], "reading clears");
     guest.signal(0);
@@ -501,7 +503,7 @@ fn a_device_goes_on_elsewhere() {
     here.start();
     let new_bar = MMIO32.start as u32 + 0x100_0000;
     here.pci.write_config(0x10, &new_bar.to_le_bytes());
-    here.notifier().config_changed();
+    here.notifier().config_changed(&mut || ());
     here.router.fired();
     let refused = here.pci.save().unwrap_err();
     assert_eq!(
@@ -545,7 +547,7 @@ fn hostile_state_is_refused() {
     refuse(|s| s.transport.queues.truncate(2));
     refuse(|s| s.transport.queues[0].size = 3);
     refuse(|s| s.transport.queues[0].size = 512);
-    refuse(|s| s.transport.queues[2].device = u64::MAX & !3);
+    refuse(|s| s.transport.queues[2].device = !3);
     refuse(|s| s.transport.driver_features |= 4);
     refuse(|s| s.transport.status = 0x40);
     refuse(|s| s.transport.status = 0x07);

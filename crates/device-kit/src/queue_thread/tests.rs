@@ -1,0 +1,233 @@
+use std::io;
+use std::sync::Mutex;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::*;
+use crate::queue::Chain;
+use crate::queue::tests::Guest;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+const HELD: QueueIndex = QueueIndex::new(0);
+const QUICK: QueueIndex = QueueIndex::new(1);
+
+fn event() -> EventFd {
+    EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap()
+}
+
+/// Answers queue 1 at once, and queue 0 when it is released.
+struct Clerk {
+    release: Arc<EventFd>,
+    held: Vec<Chain>,
+    fails: Arc<Mutex<bool>>,
+}
+
+impl Worker for Clerk {
+    fn start(&mut self) -> Result<(), HostError> {
+        Ok(())
+    }
+
+    fn wait_for(&self, interest: &mut Interest) {
+        interest.readable(Source(7), self.release.as_fd());
+    }
+
+    fn ready(&mut self, source: Source, queues: &mut Queues<'_>) -> Result<(), WorkerError> {
+        assert_eq!(source, Source(7));
+        let _ = self.release.read();
+        for mut chain in self.held.drain(..) {
+            if let Some(queue) = queues.get(HELD) {
+                queue.complete(&mut chain, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn process(&mut self, queue: &mut Queue) -> Result<Progress, WorkerError> {
+        if *self.fails.lock().unwrap() {
+            let gone = io::Error::from(io::ErrorKind::NotFound);
+            return Err(HostError::new("the clerk is out", gone).into());
+        }
+        loop {
+            let mut chain = Chain::default();
+            if !queue.pop(&mut chain)? {
+                return Ok(Progress::Emptied);
+            }
+            if queue.index() == HELD {
+                self.held.push(chain);
+            } else {
+                queue.complete(&mut chain, 0)?;
+            }
+        }
+    }
+}
+
+struct Office {
+    mailbox: Mailbox,
+    release: Arc<EventFd>,
+    fails: Arc<Mutex<bool>>,
+    ending: Ending,
+}
+
+fn office() -> Office {
+    let release = Arc::new(event());
+    let fails = Arc::new(Mutex::new(false));
+    let ending = Ending::new().unwrap();
+    let clerk = Clerk {
+        release: Arc::clone(&release),
+        held: Vec::new(),
+        fails: Arc::clone(&fails),
+    };
+    let (queue_thread, mailbox) = QueueThread::new(clerk, 2, ending.clone()).unwrap();
+    thread::spawn(move || queue_thread.run());
+    Office {
+        mailbox,
+        release,
+        fails,
+        ending,
+    }
+}
+
+/// A ring's driver and its eventfds.
+struct Driver {
+    guest: Guest,
+    kick: EventFd,
+    call: EventFd,
+    error: EventFd,
+}
+
+impl Driver {
+    fn new() -> Self {
+        Driver {
+            guest: Guest::new(),
+            kick: event(),
+            call: event(),
+            error: event(),
+        }
+    }
+
+    fn start(&self, office: &Office, index: QueueIndex, base: u16) {
+        let queue = Box::new(self.guest.start_as(index.get(), base, None).unwrap());
+        let copy = |fd: &EventFd| Some(fd.as_fd().try_clone_to_owned().unwrap());
+        let events = RingEvents {
+            kick: copy(&self.kick),
+            call: copy(&self.call),
+            error: copy(&self.error),
+        };
+        assert!(office.mailbox.send(Command::Start { queue, events }));
+        // A ring that starts calls its guest once.
+        wait(&self.call);
+    }
+
+    fn request(&mut self, head: u16) {
+        self.guest.request(head);
+        self.kick.write(1).unwrap();
+    }
+
+    fn wait_used(&self, index: u16) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.guest.used_index() != index {
+            assert!(Instant::now() < deadline, "used index is not {index}");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn wait(fd: &EventFd) {
+    assert!(is_readable(fd, PATIENCE), "no event");
+    fd.read().unwrap();
+}
+
+fn is_readable(fd: &impl AsFd, patience: Duration) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::try_from(patience).unwrap()).unwrap() > 0
+}
+
+#[test]
+fn a_stop_waits_for_its_requests_and_holds_up_nobody() {
+    let office = office();
+    let (mut held, mut quick) = (Driver::new(), Driver::new());
+    held.start(&office, HELD, 0);
+    quick.start(&office, QUICK, 0);
+    held.request(0);
+    held.request(1);
+    quick.request(0);
+    quick.wait_used(1);
+    let (base, stopped) = channel();
+    let queue = HELD;
+    assert!(office.mailbox.send(Command::Stop { queue, base }));
+    // Requests of a queue that is being stopped are left where they are.
+    held.request(2);
+    for round in 1..20u16 {
+        quick.request(round % 8);
+        quick.wait_used(round + 1);
+    }
+    assert!(
+        stopped.try_recv().is_err(),
+        "stopped with requests in flight"
+    );
+    office.release.write(1).unwrap();
+    let base = stopped.recv_timeout(PATIENCE).unwrap();
+    assert!(base == held.guest.used_index() && base >= 2);
+    // It goes on where it stopped, without another kick.
+    held.start(&office, HELD, base);
+    while held.guest.used_index() != 3 {
+        office.release.write(1).unwrap();
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_broken_ring_is_reported_once_and_can_be_stopped() {
+    let office = office();
+    let (mut bad, mut good) = (Driver::new(), Driver::new());
+    bad.start(&office, QUICK, 0);
+    good.start(&office, HELD, 0);
+    bad.guest.offer(99);
+    bad.kick.write(1).unwrap();
+    wait(&bad.error);
+    bad.request(0);
+    good.request(0);
+    office.release.write(1).unwrap();
+    let (base, stopped) = channel();
+    let queue = QUICK;
+    assert!(office.mailbox.send(Command::Stop { queue, base }));
+    assert_eq!(stopped.recv_timeout(PATIENCE).unwrap(), 0);
+    assert_eq!(bad.guest.used_index(), 0, "a broken ring was served");
+    assert!(!is_readable(&bad.error, Duration::ZERO), "reported twice");
+}
+
+#[test]
+fn a_kick_descriptor_that_is_replaced_or_unusable_harms_nothing() {
+    let office = office();
+    let mut driver = Driver::new();
+    driver.start(&office, QUICK, 0);
+    let old = std::mem::replace(&mut driver.kick, event());
+    let fd = Some(driver.kick.as_fd().try_clone_to_owned().unwrap());
+    let (queue, which) = (QUICK, RingEvent::Kick);
+    assert!(office.mailbox.send(Command::SetEvent { queue, which, fd }));
+    driver.request(0);
+    driver.wait_used(1);
+    old.write(1).unwrap();
+    // A pipe whose other end is gone: readable for ever, with nothing to read.
+    let (broken, _) = nix::unistd::pipe().unwrap();
+    let fd = Some(broken);
+    assert!(office.mailbox.send(Command::SetEvent { queue, which, fd }));
+    let fd = Some(driver.kick.as_fd().try_clone_to_owned().unwrap());
+    assert!(office.mailbox.send(Command::SetEvent { queue, which, fd }));
+    driver.request(1);
+    driver.wait_used(2);
+}
+
+#[test]
+fn a_failure_of_the_host_ends_the_process() {
+    let office = office();
+    let mut driver = Driver::new();
+    driver.start(&office, QUICK, 0);
+    *office.fails.lock().unwrap() = true;
+    driver.request(0);
+    assert!(is_readable(&office.ending, PATIENCE));
+    assert!(office.ending.failed());
+}

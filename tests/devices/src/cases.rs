@@ -1,0 +1,7 @@
+//! The cases, by what they look at.
+
+pub(crate) mod hostile;
+pub(crate) mod life;
+pub(crate) mod program;
+pub(crate) mod session;
+pub(crate) mod state;
