@@ -3,12 +3,76 @@
 //!
 //! | module | interface | between |
 //! |---|---|---|
-//! | [`core`] | `org.godwit.Core1` | a machine's core and who started it, peer to peer |
+//! | [`manager`] | `org.godwit.Vmm1.Manager` | the broker and its clients |
+//! | [`machine`] | `org.godwit.Vmm1.Machine` | the broker and its clients |
+//! | [`device`] | `org.godwit.Vmm1.Device` | the broker and its clients |
+//! | [`job`] | `org.godwit.Vmm1.Job` | the broker and its clients |
+//! | [`core`] | `org.godwit.Core1` | a machine's core and who started it |
+//! | [`device1`] | `org.godwit.Device1` | a device process and its machine's core |
+//!
+//! An interface is a generic struct, [`manager::Manager`] for one, on a trait that a
+//! server implements; the proxy, [`manager::ManagerProxy`] for one, comes from the same
+//! definition. [`private_bus`] makes a bus of a Unix socket, on which every D-Bus client
+//! finds the one service that is there.
 //!
 //! Rules: only methods, properties, signals and dictionary keys are ever added; bulk
 //! never travels in messages, only descriptors do; every failure has a name of [`Error`].
+//! Flags that a server does not know are refused.
 
 pub mod core;
+pub mod definition;
+pub mod device;
+pub mod device1;
 mod error;
+pub mod job;
+pub mod machine;
+pub mod manager;
+pub mod path;
+pub mod private_bus;
+
+use std::collections::HashMap;
+
+use zbus::OwnedVariant;
+use zbus::message::{Flags, Header};
 
 pub use error::Error;
+
+/// Well-known name of the broker.
+pub const SERVICE: &str = "org.godwit.Vmm1";
+
+/// A dictionary of named values, `a{sv}`.
+pub type Dictionary = HashMap<String, OwnedVariant>;
+
+/// Who called, as far as the message tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// Unique name of its connection to the bus; none between two peers without a bus.
+    pub sender: Option<String>,
+    /// It allows that a person is asked before it is answered.
+    pub interactive: bool,
+}
+
+impl From<&Header<'_>> for Caller {
+    fn from(header: &Header<'_>) -> Self {
+        Self {
+            sender: header.sender().map(ToString::to_string),
+            interactive: header
+                .primary()
+                .flags()
+                .contains(Flags::ALLOW_INTERACTIVE_AUTH),
+        }
+    }
+}
+
+/// Refuses flags other than those in `known`.
+///
+/// # Errors
+/// [`Error::InvalidArgs`] with the bits that are unknown.
+pub fn only_flags(flags: u64, known: u64) -> Result<(), Error> {
+    match flags & !known {
+        0 => Ok(()),
+        unknown => Err(Error::InvalidArgs(format!(
+            "flags {unknown:#x} are unknown: possible are the bits of {known:#x}"
+        ))),
+    }
+}

@@ -1,0 +1,316 @@
+//! `org.godwit.Vmm1.Machine` at `/org/godwit/Vmm1/machine/NAME`: one machine.
+//!
+//! ```text
+//!         Start                    Pause
+//!  off ─────────► starting ─► running ⇄ paused
+//!   ▲                 │          │ Resume │
+//!   │                 ▼          ▼        ▼
+//!   ├──────────── failed      stopping (PowerOff, Terminate, the guest, a failure)
+//!   └────────────────────────────┘
+//! ```
+//! From `failed` a machine can be started or removed as from `off`.
+
+use std::future::Future;
+
+use serde::{Deserialize, Serialize};
+use zbus::message::Header;
+use zbus::{OwnedFd, OwnedObjectPath, OwnedVariant, Type, Variant};
+
+use crate::{Caller, Dictionary, Error};
+
+/// Flag of [`MachineProxy::start`]: make it, and leave it paused.
+pub const PAUSED: u64 = 1;
+/// Flag of [`MachineProxy::open_console`]: only read.
+pub const READ_ONLY: u64 = 1;
+/// Flag of [`MachineProxy::open_console`]: take the console from who writes to it now.
+pub const FORCE: u64 = 2;
+/// Flag of [`MachineProxy::open_console`]: begin with what was printed lately.
+pub const REPLAY: u64 = 4;
+
+/// Where a machine is in its life.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Type, Variant, OwnedVariant,
+)]
+#[zbus(signature = "s", rename_all = "lowercase")]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// No process of it runs.
+    Off,
+    /// Its processes start.
+    Starting,
+    /// All vCPUs run.
+    Running,
+    /// No vCPU runs; devices have stopped.
+    Paused,
+    /// Its processes end.
+    Stopping,
+    /// It ended by a failure; `Reason` says which.
+    Failed,
+}
+
+impl State {
+    /// Its word on the bus.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopping => "stopping",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// What a machine is and does now.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Name.
+    pub name: String,
+    /// UUID in its usual form.
+    pub uuid: String,
+    /// State.
+    pub state: State,
+    /// Why it is in this state, in one sentence; empty when there is nothing to say.
+    pub reason: String,
+    /// Name of the systemd unit of its core; empty when it has none.
+    pub unit: String,
+    /// Process id of its core; 0 when there is none.
+    pub process: u32,
+    /// Paths of its devices.
+    pub devices: Vec<OwnedObjectPath>,
+    /// Path of the job that works on it, or of [`crate::path::NOTHING`].
+    pub job: OwnedObjectPath,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// When it was started, microseconds since 1970; 0 when it does not run.
+    pub started_usec: u64,
+    /// It is forgotten when it has ended.
+    pub transient: bool,
+    /// It is started with the broker.
+    pub autostart: bool,
+    /// Its definition, with every default filled in.
+    pub definition: Dictionary,
+}
+
+/// What a broker does for one machine.
+pub trait OneMachine: Send + Sync + 'static {
+    /// See [`MachineProxy::start`].
+    fn start(
+        &self,
+        caller: Caller,
+        flags: u64,
+    ) -> impl Future<Output = Result<OwnedObjectPath, Error>> + Send;
+    /// See [`MachineProxy::power_off`].
+    fn power_off(
+        &self,
+        caller: Caller,
+        flags: u64,
+    ) -> impl Future<Output = Result<OwnedObjectPath, Error>> + Send;
+    /// See [`MachineProxy::terminate`].
+    fn terminate(
+        &self,
+        caller: Caller,
+        flags: u64,
+    ) -> impl Future<Output = Result<OwnedObjectPath, Error>> + Send;
+    /// See [`MachineProxy::reset`].
+    fn reset(&self, caller: Caller, flags: u64) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`MachineProxy::pause`].
+    fn pause(&self, caller: Caller, flags: u64) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`MachineProxy::resume`].
+    fn resume(&self, caller: Caller, flags: u64) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`MachineProxy::remove`].
+    fn remove(&self, caller: Caller, flags: u64) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`MachineProxy::open_console`].
+    fn open_console(
+        &self,
+        caller: Caller,
+        console: &str,
+        flags: u64,
+    ) -> impl Future<Output = Result<OwnedFd, Error>> + Send;
+    /// See [`MachineProxy::open_log`].
+    fn open_log(
+        &self,
+        caller: Caller,
+        source: &str,
+        flags: u64,
+    ) -> impl Future<Output = Result<OwnedFd, Error>> + Send;
+    /// What the properties are now. Must not block.
+    fn facts(&self) -> Facts;
+}
+
+/// The interface on [`OneMachine`].
+#[derive(Debug)]
+pub struct Machine<M>(pub M);
+
+/// One machine.
+#[zbus::interface(
+    name = "org.godwit.Vmm1.Machine",
+    proxy(default_service = "org.godwit.Vmm1")
+)]
+impl<M: OneMachine> Machine<M> {
+    /// Starts it. Flag 1 leaves it paused. The job ends when the guest runs.
+    #[zbus(out_args("job"))]
+    async fn start(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.0.start(Caller::from(&header), flags).await
+    }
+
+    /// Presses its power button. The job ends when the guest is off; to cancel it is to wait
+    /// no longer.
+    #[zbus(out_args("job"))]
+    async fn power_off(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.0.power_off(Caller::from(&header), flags).await
+    }
+
+    /// Ends it at once, without asking the guest. The job ends when no process is left.
+    #[zbus(out_args("job"))]
+    async fn terminate(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.0.terminate(Caller::from(&header), flags).await
+    }
+
+    /// Boots it again at once, without asking the guest.
+    async fn reset(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
+        self.0.reset(Caller::from(&header), flags).await
+    }
+
+    /// Stops all vCPUs, then all devices.
+    async fn pause(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
+        self.0.pause(Caller::from(&header), flags).await
+    }
+
+    /// Lets it run on.
+    async fn resume(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
+        self.0.resume(Caller::from(&header), flags).await
+    }
+
+    /// Forgets it. It must be off; files and disks stay.
+    async fn remove(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
+        self.0.remove(Caller::from(&header), flags).await
+    }
+
+    /// Opens its console, `serial0` or empty: a socket, both ways. One client may write at a
+    /// time, any number may read. Flags: 1 only reads, 2 takes the console from who writes
+    /// now, 4 begins with what was printed lately.
+    #[zbus(out_args("console"))]
+    async fn open_console(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        console: &str,
+        flags: u64,
+    ) -> Result<OwnedFd, Error> {
+        let caller = Caller::from(&header);
+        self.0.open_console(caller, console, flags).await
+    }
+
+    /// Opens the log of one of its processes, for reading: of `core`, of a device by its
+    /// name, or `console` for what the guest printed.
+    #[zbus(out_args("log"))]
+    async fn open_log(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        source: &str,
+        flags: u64,
+    ) -> Result<OwnedFd, Error> {
+        let caller = Caller::from(&header);
+        self.0.open_log(caller, source, flags).await
+    }
+
+    /// Its name.
+    #[zbus(property(emits_changed_signal = "const"))]
+    async fn name(&self) -> String {
+        self.0.facts().name
+    }
+
+    /// Its UUID.
+    #[zbus(property(emits_changed_signal = "const"), name = "UUID")]
+    async fn uuid(&self) -> String {
+        self.0.facts().uuid
+    }
+
+    /// Where it is in its life: `off`, `starting`, `running`, `paused`, `stopping` or
+    /// `failed`.
+    #[zbus(property)]
+    async fn state(&self) -> State {
+        self.0.facts().state
+    }
+
+    /// Why it is in this state, in one sentence, or empty.
+    #[zbus(property)]
+    async fn reason(&self) -> String {
+        self.0.facts().reason
+    }
+
+    /// The systemd unit of its core, or empty.
+    #[zbus(property)]
+    async fn unit(&self) -> String {
+        self.0.facts().unit
+    }
+
+    /// Process id of its core, or 0.
+    #[zbus(property)]
+    async fn process(&self) -> u32 {
+        self.0.facts().process
+    }
+
+    /// Its devices.
+    #[zbus(property)]
+    async fn devices(&self) -> Vec<OwnedObjectPath> {
+        self.0.facts().devices
+    }
+
+    /// The job that works on it now, or `/`.
+    #[zbus(property)]
+    async fn job(&self) -> OwnedObjectPath {
+        self.0.facts().job
+    }
+
+    /// Number of vCPUs.
+    #[zbus(property)]
+    async fn vcpus(&self) -> u32 {
+        self.0.facts().vcpus
+    }
+
+    /// Bytes of RAM.
+    #[zbus(property)]
+    async fn memory(&self) -> u64 {
+        self.0.facts().memory
+    }
+
+    /// When it was started, in microseconds since 1970, or 0.
+    #[zbus(property, name = "StartedUSec")]
+    async fn started_usec(&self) -> u64 {
+        self.0.facts().started_usec
+    }
+
+    /// Whether it is forgotten when it has ended.
+    #[zbus(property(emits_changed_signal = "const"))]
+    async fn transient(&self) -> bool {
+        self.0.facts().transient
+    }
+
+    /// Whether it is started with the broker.
+    #[zbus(property)]
+    async fn autostart(&self) -> bool {
+        self.0.facts().autostart
+    }
+
+    /// Its definition, with every default filled in.
+    #[zbus(property)]
+    async fn definition(&self) -> Dictionary {
+        self.0.facts().definition
+    }
+}

@@ -1,0 +1,209 @@
+//! One client of a private bus.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::mpsc::{self, Receiver, Sender};
+use zbus::message::{Header, Type};
+use zbus::names::OwnedUniqueName;
+use zbus::{Connection, Message, MessageStream, OwnedMatchRule};
+
+use super::{DRIVER, Shared, driver, next};
+
+/// Most messages that wait for a client, or for the service, to read them.
+pub(super) const MAX_QUEUED: usize = 1024;
+/// Most match rules of a client.
+const MAX_RULES: usize = 512;
+
+/// Who a client is, as the kernel says.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Credentials {
+    pub(super) user: u32,
+    pub(super) process: Option<u32>,
+}
+
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) credentials: Credentials,
+    rules: Mutex<Vec<OwnedMatchRule>>,
+    /// It knows that it is on a bus. Before, it gets every signal.
+    greeted: AtomicBool,
+    monitor: AtomicBool,
+    queue: Sender<Message>,
+    /// It did not read, or must not go on.
+    ended: tokio::sync::Notify,
+}
+
+impl Client {
+    /// Sends it a message, or ends it if it does not read.
+    pub(super) fn send(&self, message: Message) {
+        if self.queue.try_send(message).is_err() {
+            self.ended.notify_one();
+        }
+    }
+
+    /// Whether a signal without destination is for it.
+    pub(super) fn wants(&self, signal: &Message) -> bool {
+        if !self.greeted.load(Ordering::Relaxed) {
+            return true;
+        }
+        let rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        rules
+            .iter()
+            .any(|rule| rule.matches(signal).unwrap_or(false))
+    }
+
+    pub(super) fn is_monitor(&self) -> bool {
+        self.monitor.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn become_monitor(&self) {
+        self.monitor.store(true, Ordering::Relaxed);
+        self.rules
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+
+    /// Notes its Hello; whether it is the first.
+    pub(super) fn greet(&self) -> bool {
+        !self.greeted.swap(true, Ordering::Relaxed)
+    }
+
+    /// Adds a rule; whether there was room for it.
+    pub(super) fn add_rule(&self, rule: OwnedMatchRule) -> bool {
+        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = rules.len() < MAX_RULES;
+        if room {
+            rules.push(rule);
+        }
+        room
+    }
+
+    /// Removes one such rule; whether there was one.
+    pub(super) fn remove_rule(&self, rule: &OwnedMatchRule) -> bool {
+        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = rules.iter().position(|other| other == rule);
+        found.map(|at| rules.swap_remove(at)).is_some()
+    }
+}
+
+/// Takes the client off the bus, however its task ends.
+struct Membership<'a> {
+    bus: &'a Shared,
+    name: &'a OwnedUniqueName,
+}
+
+impl Drop for Membership<'_> {
+    fn drop(&mut self) {
+        self.bus.clients().remove(self.name);
+    }
+}
+
+/// Serves a client that has authenticated itself.
+pub(super) async fn serve(
+    bus: &Arc<Shared>,
+    name: OwnedUniqueName,
+    credentials: Credentials,
+    mut messages: MessageStream,
+) -> zbus::Result<()> {
+    let connection = Connection::from(&messages);
+    let (queue, waiting) = mpsc::channel(MAX_QUEUED);
+    let client = Arc::new(Client {
+        credentials,
+        rules: Mutex::default(),
+        greeted: AtomicBool::new(false),
+        monitor: AtomicBool::new(false),
+        queue,
+        ended: tokio::sync::Notify::new(),
+    });
+    bus.clients().insert(name.clone(), Arc::clone(&client));
+    let _member = Membership { bus, name: &name };
+    tokio::select! {
+        result = write(&connection, waiting) => result,
+        () = client.ended.notified() => Ok(()),
+        result = async {
+            while let Some(message) = next(&mut messages).await {
+                take(bus, &name, &client, message?).await?;
+            }
+            Ok(())
+        } => result,
+    }
+}
+
+async fn write(connection: &Connection, mut waiting: Receiver<Message>) -> zbus::Result<()> {
+    while let Some(message) = waiting.recv().await {
+        connection.send(&message).await?;
+    }
+    Ok(())
+}
+
+/// Acts on a message of a client.
+async fn take(
+    bus: &Arc<Shared>,
+    name: &OwnedUniqueName,
+    client: &Client,
+    message: Message,
+) -> zbus::Result<()> {
+    // The service calls nobody, and signals are its alone.
+    if message.message_type() != Type::MethodCall {
+        return Ok(());
+    }
+    let message = message.with_sender(name)?;
+    let header = message.header();
+    if client.is_monitor() {
+        return Ok(());
+    }
+    let reply = if !bus.permits(client.credentials.user) {
+        let (user, owner) = (client.credentials.user, bus.owner);
+        refuse(
+            &header,
+            "org.freedesktop.DBus.Error.AccessDenied",
+            &format!(
+                "user {user} may not call here: {} belongs to user {owner}",
+                bus.service
+            ),
+        )?
+    } else if is_for_driver(&header) {
+        driver::answer(bus, name, client, &message)?
+    } else if bus.is_service(header.destination()) {
+        bus.show(&bus.clients(), &message);
+        if bus.calls.send(message).await.is_err() {
+            client.ended.notify_one();
+        }
+        return Ok(());
+    } else {
+        let destination = header.destination().map(ToString::to_string);
+        refuse(
+            &header,
+            "org.freedesktop.DBus.Error.ServiceUnknown",
+            &format!(
+                "{} is not here: there is {}",
+                destination.unwrap_or_default(),
+                bus.service
+            ),
+        )?
+    };
+    if !header
+        .primary()
+        .flags()
+        .contains(zbus::message::Flags::NO_REPLY_EXPECTED)
+    {
+        client.send(reply);
+    }
+    Ok(())
+}
+
+fn is_for_driver(header: &Header<'_>) -> bool {
+    match header.destination() {
+        Some(name) => name.as_str() == DRIVER,
+        None => header
+            .interface()
+            .is_some_and(|name| name.as_str() == DRIVER),
+    }
+}
+
+/// An error from the bus.
+pub(super) fn refuse(call: &Header<'_>, name: &'static str, text: &str) -> zbus::Result<Message> {
+    Message::error(call, name).sender(DRIVER).build(&(text,))
+}

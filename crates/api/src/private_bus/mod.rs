@@ -1,0 +1,219 @@
+//! A bus with one service on a Unix socket, for where no bus daemon is.
+//!
+//! ```text
+//!  client ─┐ Unix socket                       socket pair
+//!  client ─┼──────────────► bus (this module) ◄───────────► the service's connection
+//!  client ─┘
+//! ```
+//! The service has one connection and one object server, as on a real bus, however many
+//! clients there are. Clients find what they find on a bus: a unique name, the driver
+//! `org.freedesktop.DBus`, match rules, a service with a well-known name. Clients that
+//! speak peer to peer, without Hello, are served as well and get every signal.
+//!
+//! Clients call the service and nobody else; what they send otherwise is refused. Only the
+//! user that the bus belongs to, and root, may call; others are told so. A client that does
+//! not read what it is sent is disconnected.
+
+mod client;
+mod driver;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use zbus::connection::Builder;
+use zbus::message::Type;
+use zbus::names::{BusName, OwnedUniqueName, UniqueName};
+use zbus::{Guid, Message, OwnedGuid};
+
+use self::client::{Client, Credentials};
+
+/// Unique name of the service.
+const SERVICE_UNIQUE_NAME: &str = ":1.0";
+/// Name of the bus itself.
+const DRIVER: &str = "org.freedesktop.DBus";
+/// How long a client may take to authenticate itself.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+/// Most clients at a time.
+const MAX_CLIENTS: usize = 256;
+/// How long to wait before the next client when one could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A bus with one service. Clones are the same bus; it ends with the last of them.
+#[derive(Clone, Debug)]
+pub struct PrivateBus(Arc<Shared>);
+
+/// What clients and service share.
+#[derive(Debug)]
+struct Shared {
+    /// Well-known name of the service.
+    service: &'static str,
+    /// Who may call, beside root.
+    owner: u32,
+    guid: OwnedGuid,
+    /// To the service.
+    calls: mpsc::Sender<Message>,
+    clients: Mutex<HashMap<OwnedUniqueName, Arc<Client>>>,
+    next: AtomicU64,
+}
+
+impl PrivateBus {
+    /// Makes a bus for the service of this name, which belongs to the user `owner`. The
+    /// builder is of the service's connection; the bus serves nobody before it is built.
+    ///
+    /// # Errors
+    /// There is no socket to be had.
+    pub fn new(service: &'static str, owner: u32) -> zbus::Result<(Self, Builder<'static>)> {
+        let (ours, theirs) = StdUnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        theirs.set_nonblocking(true)?;
+        let (calls, queue) = mpsc::channel(client::MAX_QUEUED);
+        let shared = Arc::new(Shared {
+            service,
+            owner,
+            guid: Guid::generate().into(),
+            calls,
+            clients: Mutex::default(),
+            next: AtomicU64::new(1),
+        });
+        let bus = Arc::downgrade(&shared);
+        tokio::spawn(async move {
+            if let Err(error) = serve_service(ours, queue, bus).await {
+                tracing::error!(%error, "the bus has lost its service");
+            }
+        });
+        let service = Builder::unix_stream(theirs).p2p();
+        Ok((Self(shared), service))
+    }
+
+    /// Takes clients from `listener` for ever.
+    pub async fn listen(self, listener: UnixListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let bus = self.clone();
+                    tokio::spawn(async move { bus.serve(stream).await });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a client could not connect");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Serves one client until it leaves.
+    pub async fn serve(&self, stream: UnixStream) {
+        if let Err(error) = self.0.serve(stream).await {
+            tracing::debug!(%error, "a client was disconnected");
+        }
+    }
+}
+
+impl Shared {
+    fn clients(&self) -> MutexGuard<'_, HashMap<OwnedUniqueName, Arc<Client>>> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn serve(self: &Arc<Self>, stream: UnixStream) -> zbus::Result<()> {
+        let peer = stream.peer_cred()?;
+        let credentials = Credentials {
+            user: peer.uid(),
+            process: peer.pid().and_then(|pid| u32::try_from(pid).ok()),
+        };
+        if self.clients().len() >= MAX_CLIENTS {
+            tracing::warn!(MAX_CLIENTS, "a client was refused: there are too many");
+            return Ok(());
+        }
+        let messages = Builder::unix_stream(stream.into_std()?)
+            .server(self.guid.clone())
+            .p2p()
+            .validate_bodies()
+            .build_message_stream();
+        let Ok(messages) = tokio::time::timeout(HANDSHAKE_DEADLINE, messages).await else {
+            return Ok(());
+        };
+        let name = format!(":1.{}", self.next.fetch_add(1, Ordering::Relaxed));
+        let name = OwnedUniqueName::try_from(name)?;
+        client::serve(self, name, credentials, messages?).await
+    }
+
+    /// Whether this user may call.
+    fn permits(&self, user: u32) -> bool {
+        user == self.owner || user == 0
+    }
+
+    /// Whether a message to this name is one to the service.
+    fn is_service(&self, destination: Option<&BusName<'_>>) -> bool {
+        destination.is_none_or(|name| {
+            name.as_str() == self.service || name.as_str() == SERVICE_UNIQUE_NAME
+        })
+    }
+
+    /// Passes a message of the service on to whom it is for.
+    fn route(&self, message: &Message) {
+        let header = message.header();
+        let clients = self.clients();
+        if let Some(BusName::Unique(name)) = header.destination() {
+            if let Some(client) = clients.get(&OwnedUniqueName::from(name.to_owned())) {
+                client.send(message.clone());
+            }
+        } else if message.message_type() == Type::Signal {
+            for client in clients.values().filter(|client| client.wants(message)) {
+                client.send(message.clone());
+            }
+        }
+        self.show(&clients, message);
+    }
+
+    /// Shows a message to those who watch the bus.
+    fn show(&self, clients: &HashMap<OwnedUniqueName, Arc<Client>>, message: &Message) {
+        for client in clients.values().filter(|client| client.is_monitor()) {
+            client.send(message.clone());
+        }
+    }
+}
+
+/// Passes calls on to the service, and what it answers to the clients.
+async fn serve_service(
+    stream: StdUnixStream,
+    mut calls: mpsc::Receiver<Message>,
+    bus: Weak<Shared>,
+) -> zbus::Result<()> {
+    let mut messages = Builder::unix_stream(stream)
+        .server(Guid::generate())
+        .p2p()
+        .build_message_stream()
+        .await?;
+    let connection = zbus::Connection::from(&messages);
+    let sender = UniqueName::try_from(SERVICE_UNIQUE_NAME)?;
+    tokio::spawn(async move {
+        while let Some(call) = calls.recv().await {
+            if connection.send(&call).await.is_err() {
+                return;
+            }
+        }
+        // The last handle to the bus is gone.
+        let _ = connection.close().await;
+    });
+    while let Some(message) = next(&mut messages).await {
+        let Some(bus) = bus.upgrade() else { break };
+        bus.route(&message?.with_sender(&sender)?);
+    }
+    Ok(())
+}
+
+/// The next message of a stream.
+fn next(
+    messages: &mut zbus::MessageStream,
+) -> impl Future<Output = Option<zbus::Result<Message>>> + '_ {
+    use futures_core::Stream as _;
+    std::future::poll_fn(|context| std::pin::Pin::new(&mut *messages).poll_next(context))
+}
