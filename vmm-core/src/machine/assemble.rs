@@ -108,7 +108,7 @@ impl Machine {
 
         let console = Console::start(&config.serial, &platform.serial, &platform.output)?;
         let (state, watcher) = watch::channel(State::Paused);
-        control::serve(owner, events, watcher).map_err(MachineError::Control)?;
+        let control = control::serve(owner, events, watcher).map_err(MachineError::Control)?;
         let machine = Self {
             events: inbox,
             state,
@@ -121,6 +121,7 @@ impl Machine {
             bridge,
             platform,
             console,
+            control,
             boot,
             acpi: AcpiConfig {
                 apic_ids: (0..config.cpus).collect(),

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use api::Error;
@@ -21,6 +21,9 @@ use super::event::{Attachment, Command, Event, Events};
 
 /// How long a command may take before its caller hears that it took too long.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long a caller that does not read its answer may keep the process from ending.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Where the owner comes from.
 #[derive(Debug)]
@@ -99,13 +102,13 @@ impl Control for Service {
     }
 }
 
-/// Serves `owner`, and the process's signals, on a thread of its own as long as the
-/// process lives.
+/// Serves `owner`, and the process's signals, on a thread of its own until the machine has
+/// ended, which is when `state` has no sender any more, and the last caller has its answer.
 pub fn serve(
     owner: Option<Owner>,
     events: Events,
-    state: watch::Receiver<State>,
-) -> io::Result<()> {
+    mut state: watch::Receiver<State>,
+) -> io::Result<JoinHandle<()>> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let signals = {
         let _context = runtime.enter();
@@ -113,24 +116,23 @@ pub fn serve(
     };
     let service = Service {
         events: events.clone(),
-        state,
+        state: state.clone(),
     };
-    let serve = move || {
-        runtime.spawn(signals.pass_on(events));
-        runtime.block_on(async move {
-            if let Some(owner) = owner
-                && let Err(error) = listen(owner, service).await
-            {
-                tracing::error!(%error, "the machine cannot be controlled any more");
-            }
-            // Signals are still heard.
-            std::future::pending::<()>().await;
-        });
+    let serve = async move {
+        if let Some(owner) = owner
+            && let Err(error) = listen(owner, service).await
+        {
+            tracing::error!(%error, "the machine cannot be controlled any more");
+        }
+        // Signals are still heard.
+        while state.changed().await.is_ok() {}
     };
     thread::Builder::new()
         .name("control".into())
-        .spawn(serve)
-        .map(drop)
+        .spawn(move || {
+            runtime.spawn(signals.pass_on(events));
+            runtime.block_on(serve);
+        })
 }
 
 /// What the host's administrator wants.
@@ -161,7 +163,7 @@ impl Signals {
     }
 }
 
-/// Serves whoever `owner` is, and tells them each change of the state.
+/// Serves whoever `owner` is, and tells them each change of the state, until the machine's end.
 async fn listen(owner: Owner, service: Service) -> zbus::Result<()> {
     let mut state = service.state.clone();
     let (bus, connection) = PrivateBus::new(SERVICE, geteuid().as_raw())?;
@@ -169,11 +171,15 @@ async fn listen(owner: Owner, service: Service) -> zbus::Result<()> {
     match owner {
         Owner::Listener(listener) => {
             listener.set_nonblocking(true)?;
-            tokio::spawn(bus.listen(tokio::net::UnixListener::from_std(listener)?));
+            tokio::spawn(
+                bus.clone()
+                    .listen(tokio::net::UnixListener::from_std(listener)?),
+            );
         }
         Owner::Stream(stream) => {
             stream.set_nonblocking(true)?;
             let stream = tokio::net::UnixStream::from_std(stream)?;
+            let bus = bus.clone();
             tokio::spawn(async move { bus.serve(stream).await });
         }
     }
@@ -187,5 +193,6 @@ async fn listen(owner: Owner, service: Service) -> zbus::Result<()> {
             .state_changed(core.signal_emitter())
             .await?;
     }
+    bus.drain(DRAIN_DEADLINE).await;
     Ok(())
 }
