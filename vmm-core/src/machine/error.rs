@@ -30,7 +30,7 @@ pub enum MachineError {
     Initrd(#[from] InitrdError),
     /// What the kernel finds when it starts.
     #[error(transparent)]
-    Boot(#[from] BootError),
+    Boot(Box<BootError>),
     /// RAM.
     #[error(transparent)]
     Ram(#[from] RamError),
@@ -82,6 +82,12 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+}
+
+impl From<BootError> for MachineError {
+    fn from(error: BootError) -> Self {
+        Self::Boot(Box::new(error))
+    }
 }
 
 /// As the owner hears it.

@@ -125,15 +125,17 @@ impl Ram {
 /// Makes every page of `regions` present and writable, on as many threads as there
 /// are processors, so that no guest access has to wait for one.
 pub fn prefault(regions: &[Region]) -> io::Result<()> {
-    const CHUNK: u64 = 4 << 20;
-    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get) as u64;
-    let populate = |start: u64, length: u64| -> io::Result<()> {
-        let Some(address) = NonNull::new(start as *mut _) else {
+    const CHUNK: usize = 4 << 20;
+    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let populate = |region: &Region, at: usize| -> io::Result<()> {
+        let bytes = region.bytes();
+        let length = CHUNK.min(bytes.len() - at);
+        let Some(chunk) = NonNull::new(bytes.cast::<u8>().wrapping_add(at)) else {
             return Ok(());
         };
-        // SAFETY: the range lies in a region that the caller holds mapped, and
-        // populating pages changes no byte.
-        match unsafe { madvise(address, length as usize, MmapAdvise::MADV_POPULATE_WRITE) } {
+        // SAFETY: the chunk lies in a region that the caller holds mapped, and populating
+        // pages changes no byte.
+        match unsafe { madvise(chunk.cast(), length, MmapAdvise::MADV_POPULATE_WRITE) } {
             // A kernel before 5.14 does not know it: pages come when they are used.
             Ok(()) | Err(Errno::EINVAL) => Ok(()),
             Err(errno) => Err(errno.into()),
@@ -144,10 +146,9 @@ pub fn prefault(regions: &[Region]) -> io::Result<()> {
             .map(|worker| {
                 scope.spawn(move || {
                     for region in regions {
-                        let chunks =
-                            (worker * CHUNK..region.size()).step_by((threads * CHUNK) as usize);
-                        for at in chunks {
-                            populate(region.host() + at, CHUNK.min(region.size() - at))?;
+                        let length = region.bytes().len();
+                        for at in (worker * CHUNK..length).step_by(threads * CHUNK) {
+                            populate(region, at)?;
                         }
                     }
                     Ok(())
