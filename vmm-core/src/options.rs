@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "descriptors are inherited by number")]
 
 use std::fmt::Display;
+use std::fs::File;
 use std::os::fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -10,7 +11,8 @@ use std::str::FromStr;
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Parser;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use vmm_core::machine::config::{KvmSource, MachineConfig, SerialConfig};
+use nix::sys::socket::{getsockopt, sockopt};
+use vmm_core::machine::config::{ImageSource, KvmSource, MachineConfig, SerialConfig};
 use vmm_core::machine::control::Owner;
 use vmm_core::memory::HugePages;
 use vmm_core::remote::vhost_user::{Endpoint, VhostUserConfig};
@@ -26,9 +28,15 @@ pub struct Options {
     /// Kernel: a bzImage (vmlinuz), or an ELF file with a PVH note (vmlinux)
     #[arg(long, value_name = "PATH")]
     kernel: PathBuf,
+    /// The kernel, inherited and open; --kernel is then only its name
+    #[arg(long, value_name = "N")]
+    kernel_fd: Option<RawFd>,
     /// Initial RAM disk
     #[arg(long, value_name = "PATH")]
     initrd: Option<PathBuf>,
+    /// The initial RAM disk, inherited and open; --initrd is then only its name
+    #[arg(long, value_name = "N", requires = "initrd")]
+    initrd_fd: Option<RawFd>,
     /// Kernel command line
     #[arg(
         long,
@@ -58,7 +66,7 @@ pub struct Options {
     /// Listens here for the machine's owner (D-Bus, peer to peer)
     #[arg(long, value_name = "PATH", conflicts_with = "control_fd")]
     control_socket: Option<PathBuf>,
-    /// An inherited connection to the machine's owner
+    /// An inherited connection to the machine's owner, or a socket that listens for it
     #[arg(long, value_name = "N")]
     control_fd: Option<RawFd>,
     /// The KVM device
@@ -82,10 +90,7 @@ impl Options {
     pub fn into_machine(self) -> Result<(MachineConfig, Option<Owner>)> {
         let owner = match (&self.control_socket, self.control_fd) {
             (Some(path), _) => Some(Owner::Listener(listen(path)?)),
-            (None, Some(fd)) => Some(Owner::Stream(UnixStream::from(inherited(
-                "--control-fd",
-                fd,
-            )?))),
+            (None, Some(fd)) => Some(handed_over(inherited("--control-fd", fd)?)?),
             (None, None) => None,
         };
         let kvm = match self.kvm_fd {
@@ -98,8 +103,11 @@ impl Options {
         }
         let config = MachineConfig {
             name: self.name,
-            kernel: self.kernel,
-            initrd: self.initrd,
+            kernel: image(self.kernel, "--kernel-fd", self.kernel_fd)?,
+            initrd: match self.initrd {
+                Some(path) => Some(image(path, "--initrd-fd", self.initrd_fd)?),
+                None => None,
+            },
             cmdline: self.cmdline,
             cpus: self.cpus,
             memory: self.memory,
@@ -146,6 +154,25 @@ fn serial(text: &str) -> Result<SerialConfig> {
         Some(("file", path)) => SerialConfig::File(path.into()),
         Some(("fd", number)) => SerialConfig::Fd(inherited("--serial fd", parse("fd", number)?)?),
         _ => bail!("--serial {text}: give stdio, null, file=PATH or fd=N"),
+    })
+}
+
+fn image(path: PathBuf, option: &str, fd: Option<RawFd>) -> Result<ImageSource> {
+    let file = fd.map(|fd| inherited(option, fd)).transpose()?;
+    Ok(ImageSource {
+        path,
+        file: file.map(File::from),
+    })
+}
+
+/// The owner on an inherited socket, of either sort.
+fn handed_over(socket: OwnedFd) -> Result<Owner> {
+    let listens = getsockopt(&socket, sockopt::AcceptConn)
+        .context("--control-fd: give a Unix stream socket")?;
+    Ok(if listens {
+        Owner::Listener(UnixListener::from(socket))
+    } else {
+        Owner::Stream(UnixStream::from(socket))
     })
 }
 

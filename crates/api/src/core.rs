@@ -3,10 +3,12 @@
 use std::future::Future;
 
 use serde::{Deserialize, Serialize};
-use zbus::{OwnedVariant, Type, Variant};
+use zbus::{OwnedFd, OwnedVariant, Type, Variant};
 
 use crate::Error;
 
+/// Name of a core on its own bus.
+pub const SERVICE: &str = "org.godwit.Core1";
 /// Object path of the machine on its core's connection.
 pub const PATH: &str = "/org/godwit/Core1";
 
@@ -37,6 +39,14 @@ pub trait Control: Send + Sync + 'static {
     fn power_button(&self) -> impl Future<Output = Result<(), Error>> + Send;
     /// See [`CoreProxy::terminate`].
     fn terminate(&self) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`CoreProxy::attach_backend`].
+    fn attach_backend(
+        &self,
+        device: &str,
+        socket: OwnedFd,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`CoreProxy::attach_console`].
+    fn attach_console(&self, socket: OwnedFd) -> impl Future<Output = Result<(), Error>> + Send;
     /// See [`CoreProxy::state`]. Must not block.
     fn state(&self) -> State;
 }
@@ -77,6 +87,18 @@ impl<C: Control> Core<C> {
     /// Ends the machine at once, without asking the guest.
     async fn terminate(&self) -> Result<(), Error> {
         self.0.terminate().await
+    }
+
+    /// Gives a device a new back-end, on a connected socket, in the place of the one that it
+    /// has or had, and sets it up. Requests in flight are done by it.
+    async fn attach_backend(&self, device: &str, socket: OwnedFd) -> Result<(), Error> {
+        self.0.attach_backend(device, socket).await
+    }
+
+    /// Gives the first serial port a new outside, in the place of the one that it has or had.
+    /// What the guest printed while there was none comes first.
+    async fn attach_console(&self, socket: OwnedFd) -> Result<(), Error> {
+        self.0.attach_console(socket).await
     }
 
     /// Where the machine is in its life: `running`, `paused` or `ended`.

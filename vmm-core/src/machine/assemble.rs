@@ -12,7 +12,7 @@ use std::thread::{self, ScopedJoinHandle};
 use api::core::State;
 use tokio::sync::watch;
 
-use super::config::{KvmSource, MachineConfig};
+use super::config::{ImageSource, KvmSource, MachineConfig};
 use super::console::Console;
 use super::control::{self, Owner};
 use super::error::MachineError;
@@ -41,8 +41,15 @@ impl Machine {
     /// nothing is left behind.
     pub fn new(config: MachineConfig, owner: Option<Owner>) -> Result<Self, MachineError> {
         config.check()?;
-        let kernel = Kernel::open(&config.kernel)?;
-        let initrd = config.initrd.as_deref().map(Initrd::open).transpose()?;
+        let kernel = match config.kernel.file {
+            Some(file) => Kernel::from_file(&config.kernel.path.display().to_string(), file)?,
+            None => Kernel::open(&config.kernel.path)?,
+        };
+        let initrd = |image: ImageSource| match image.file {
+            Some(file) => Initrd::from_file(&image.path.display().to_string(), file),
+            None => Initrd::open(&image.path),
+        };
+        let initrd = config.initrd.map(initrd).transpose()?;
         let boot = BootSource::new(kernel, initrd, &config.cmdline)?;
         let kvm = match config.kvm {
             KvmSource::Path(path) => open_kvm(&path, None)?,
@@ -84,6 +91,7 @@ impl Machine {
             doorbells: Arc::clone(&vm) as _,
             trouble: Arc::new(events.clone()) as Arc<dyn TroubleSink>,
         };
+        let backends = devices.clone();
         let devices = plug(devices, &root, &wiring)?;
 
         let msrs = Vm::msrs(&kvm)?;
@@ -108,6 +116,7 @@ impl Machine {
             vm,
             vcpus,
             devices,
+            backends,
             root,
             bridge,
             platform,

@@ -1,5 +1,6 @@
 //! What a machine is: the definition from which a core makes it.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -17,9 +18,9 @@ pub struct MachineConfig {
     /// Its name, in messages.
     pub name: String,
     /// Kernel image: bzImage or ELF with a PVH note.
-    pub kernel: PathBuf,
+    pub kernel: ImageSource,
     /// Initial RAM disk.
-    pub initrd: Option<PathBuf>,
+    pub initrd: Option<ImageSource>,
     /// Kernel command line.
     pub cmdline: String,
     /// Number of vCPUs, 1 to [`MOST_VCPUS`].
@@ -37,6 +38,15 @@ pub struct MachineConfig {
     pub vhost_user: Vec<(VhostUserConfig, Endpoint)>,
     /// The KVM device.
     pub kvm: KvmSource,
+}
+
+/// A file that is put into memory.
+#[derive(Debug)]
+pub struct ImageSource {
+    /// Its path; only its name in messages when it is open.
+    pub path: PathBuf,
+    /// The open file.
+    pub file: Option<File>,
 }
 
 /// Where the first serial port leads.

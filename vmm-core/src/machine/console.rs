@@ -1,19 +1,22 @@
 //! The outside of the first serial port: where its output goes and its input comes from.
 //!
 //! Output has a thread that writes, input one that reads; neither ever holds up a vCPU.
+//! Where the outside is a socket that the owner gave, it can be replaced: the owner may die
+//! and another take its place. Until then output waits in its buffer.
 //! When the machine ends, what the guest has written last is still brought out, for as
 //! long as [`FLUSH_DEADLINE`].
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 
 use super::config::SerialConfig;
@@ -25,8 +28,68 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(2);
 /// Bytes moved at once.
 const CHUNK: usize = 4096;
 
+/// Where output goes.
+enum Sink {
+    Nowhere,
+    To(Arc<File>),
+    /// Nowhere yet: it waits for the next socket that is handed over.
+    Awaited,
+    Closed,
+}
+
+/// The sink, which the owner may replace.
+struct Outlet {
+    sink: Mutex<Sink>,
+    replaced: Condvar,
+    /// A sink that fails is waited for.
+    is_socket: bool,
+}
+
+impl Outlet {
+    fn lock(&self) -> MutexGuard<'_, Sink> {
+        self.sink.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts `sink` in its place, and ends what is in the middle of the one before.
+    fn replace(&self, sink: Sink) {
+        let before = std::mem::replace(&mut *self.lock(), sink);
+        if let (Sink::To(file), true) = (before, self.is_socket) {
+            use std::os::fd::AsRawFd as _;
+            // Its other end may be gone already.
+            let _ = shutdown(file.as_raw_fd(), Shutdown::Both);
+        }
+        self.replaced.notify_all();
+    }
+
+    /// The file to write to now; none when output goes nowhere.
+    fn current(&self) -> Option<Arc<File>> {
+        let waited = self
+            .replaced
+            .wait_while(self.lock(), |sink| matches!(sink, Sink::Awaited))
+            .unwrap_or_else(PoisonError::into_inner);
+        match &*waited {
+            Sink::To(file) => Some(Arc::clone(file)),
+            _ => None,
+        }
+    }
+
+    /// Takes note that nothing can be written to `file` any more.
+    fn failed(&self, file: &Arc<File>) {
+        let sink = &mut *self.lock();
+        if matches!(sink, Sink::To(current) if Arc::ptr_eq(current, file)) {
+            *sink = if self.is_socket {
+                Sink::Awaited
+            } else {
+                Sink::Nowhere
+            };
+        }
+    }
+}
+
 /// The threads of a serial port.
 pub(super) struct Console {
+    serial: Arc<SerialPort>,
+    outlet: Arc<Outlet>,
     output: Arc<OutputBuffer>,
     written: Receiver<()>,
     _terminal: Option<Terminal>,
@@ -49,9 +112,14 @@ impl Console {
             _ => None,
         };
         let (done, written) = channel();
-        let source = Arc::clone(output);
+        let outlet = Arc::new(Outlet {
+            sink: Mutex::new(sink.map_or(Sink::Nowhere, |file| Sink::To(Arc::new(file)))),
+            replaced: Condvar::new(),
+            is_socket: matches!(config, SerialConfig::Fd(_)),
+        });
+        let (source, to) = (Arc::clone(output), Arc::clone(&outlet));
         let writer = move || {
-            write(&source, sink);
+            write(&source, &to);
             // Nobody waits any more after the deadline.
             let _ = done.send(());
         };
@@ -60,27 +128,38 @@ impl Console {
             .spawn(writer)
             .map_err(failed)?;
         if let Some(input) = input {
-            let serial = serial.input();
-            let reader = move || {
-                if let Err(error) = read(input, &serial) {
-                    tracing::warn!(%error, "the serial port gets no more input");
-                }
-            };
-            thread::Builder::new()
-                .name("serial-in".into())
-                .spawn(reader)
-                .map_err(failed)?;
+            start_reader(input, serial).map_err(failed)?;
         }
         Ok(Self {
+            serial: Arc::clone(serial),
+            outlet,
             output: Arc::clone(output),
             written,
             _terminal: terminal,
         })
     }
 
+    /// Replaces the outside by `socket`. Only a socket can be replaced by one.
+    pub(super) fn attach(&self, socket: OwnedFd) -> io::Result<()> {
+        if !self.outlet.is_socket {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the serial port does not lead to a socket",
+            ));
+        }
+        let input = File::from(socket.try_clone()?);
+        start_reader(input, &self.serial)?;
+        self.outlet.replace(Sink::To(Arc::new(File::from(socket))));
+        Ok(())
+    }
+
     /// Brings out what is left, and ends.
     pub(super) fn close(&self) {
         self.output.close();
+        if matches!(*self.outlet.lock(), Sink::Awaited) {
+            // There is nobody to bring it to.
+            self.outlet.replace(Sink::Closed);
+        }
         // A reader that is too slow loses the rest.
         let _ = self.written.recv_timeout(FLUSH_DEADLINE);
         let dropped = self.output.dropped();
@@ -118,21 +197,47 @@ fn open(config: &SerialConfig) -> io::Result<(Option<File>, Option<File>)> {
     })
 }
 
-/// Brings output out until it ends. Output that nobody can take is dropped.
-fn write(output: &OutputBuffer, mut sink: Option<File>) {
+/// Passes what `input` says on, on a thread of its own that ends with it.
+fn start_reader(input: File, serial: &Arc<SerialPort>) -> io::Result<()> {
+    let serial = serial.input();
+    let reader = move || {
+        if let Err(error) = read(input, &serial) {
+            tracing::warn!(%error, "the serial port gets no more input");
+        }
+    };
+    thread::Builder::new()
+        .name("serial-in".into())
+        .spawn(reader)
+        .map(drop)
+}
+
+/// Brings output out until it ends. Output that nobody can ever take is dropped.
+fn write(output: &OutputBuffer, outlet: &Outlet) {
     let mut bytes = Vec::with_capacity(CHUNK);
     loop {
         bytes.clear();
         match output.take(&mut bytes, CHUNK, Duration::from_secs(3600)) {
             Taken::Closed => return,
             Taken::TimedOut => {}
-            Taken::Bytes(_) => {
-                if let Some(file) = &mut sink
-                    && let Err(error) = file.write_all(&bytes)
-                {
-                    tracing::warn!(%error, "serial output goes nowhere from now on");
-                    sink = None;
-                }
+            Taken::Bytes(_) => bring_out(&bytes, outlet),
+        }
+    }
+}
+
+/// Writes all of `bytes`, to the next sink what this one does not take.
+fn bring_out(mut bytes: &[u8], outlet: &Outlet) {
+    while !bytes.is_empty() {
+        let Some(file) = outlet.current() else { return };
+        match (&*file).write(bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // What is wrong with it shows at the next write.
+                let _ = wait(file.as_fd(), PollFlags::POLLOUT);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "serial output goes nowhere");
+                outlet.failed(&file);
             }
         }
     }
@@ -147,7 +252,7 @@ fn read(mut input: File, serial: &SerialInput) -> io::Result<()> {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wait(input.as_fd())?;
+                wait(input.as_fd(), PollFlags::POLLIN)?;
                 continue;
             }
             Err(error) => return Err(error),
@@ -158,15 +263,15 @@ fn read(mut input: File, serial: &SerialInput) -> io::Result<()> {
             rest = &rest[taken..];
             if !rest.is_empty() {
                 // The event is taken before the next try, so that none is missed.
-                wait(serial.room().as_fd())?;
+                wait(serial.room().as_fd(), PollFlags::POLLIN)?;
                 let _ = serial.room().read();
             }
         }
     }
 }
 
-fn wait(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+fn wait(fd: BorrowedFd<'_>, events: PollFlags) -> io::Result<()> {
+    let mut fds = [PollFd::new(fd, events)];
     match poll(&mut fds, PollTimeout::NONE) {
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(errno) => Err(errno.into()),

@@ -1,4 +1,4 @@
-//! The owner's side: `org.godwit.Core1` on a socket, peer to peer.
+//! The owner's side: `org.godwit.Core1` on a socket, peer to peer or as a private bus.
 //!
 //! Calls become [`Event`]s of the main thread, which answers each; a call that is not
 //! answered in time fails and the main thread is not held up by it.
@@ -9,13 +9,15 @@ use std::thread;
 use std::time::Duration;
 
 use api::Error;
-use api::core::{Control, Core, PATH, State};
+use api::core::{Control, Core, PATH, SERVICE, State};
+use api::private_bus::PrivateBus;
+use nix::unistd::geteuid;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
-use zbus::{Guid, connection};
+use zbus::OwnedFd;
 
-use super::event::{Command, Event, Events};
+use super::event::{Attachment, Command, Event, Events};
 
 /// How long a command may take before its caller hears that it took too long.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
@@ -39,16 +41,29 @@ impl Service {
     async fn command(&self, command: Command) -> Result<(), Error> {
         let (answer, answered) = oneshot::channel();
         self.events.send(Event::Command(command, answer));
-        match tokio::time::timeout(COMMAND_DEADLINE, answered).await {
-            Ok(Ok(result)) => result,
+        match wait(&format!("{command:?}"), answered).await {
             // The machine ended before, or by, this.
-            Ok(Err(_)) if command == Command::Terminate => Ok(()),
-            Ok(Err(_)) => Err(Error::InvalidState("the machine has ended".into())),
-            Err(_) => Err(Error::TimedOut(format!(
-                "the machine did not answer {command:?} within {} s",
-                COMMAND_DEADLINE.as_secs()
-            ))),
+            Err(Error::InvalidState(_)) if command == Command::Terminate => Ok(()),
+            result => result,
         }
+    }
+
+    async fn attach(&self, what: &str, attachment: Attachment) -> Result<(), Error> {
+        let (answer, answered) = oneshot::channel();
+        self.events.send(Event::Attach(attachment, answer));
+        wait(what, answered).await
+    }
+}
+
+/// Waits for the main thread's answer.
+async fn wait(what: &str, answered: oneshot::Receiver<Result<(), Error>>) -> Result<(), Error> {
+    match tokio::time::timeout(COMMAND_DEADLINE, answered).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) => Err(Error::InvalidState("the machine has ended".into())),
+        Err(_) => Err(Error::TimedOut(format!(
+            "the machine did not answer {what} within {} s",
+            COMMAND_DEADLINE.as_secs()
+        ))),
     }
 }
 
@@ -67,6 +82,17 @@ impl Control for Service {
     }
     async fn terminate(&self) -> Result<(), Error> {
         self.command(Command::Terminate).await
+    }
+    async fn attach_backend(&self, device: &str, socket: OwnedFd) -> Result<(), Error> {
+        let backend = Attachment::Backend {
+            device: device.to_owned(),
+            socket: socket.into(),
+        };
+        self.attach("AttachBackend", backend).await
+    }
+    async fn attach_console(&self, socket: OwnedFd) -> Result<(), Error> {
+        let console = Attachment::Console(socket.into());
+        self.attach("AttachConsole", console).await
     }
     fn state(&self) -> State {
         *self.state.borrow()
@@ -92,12 +118,9 @@ pub fn serve(
     let serve = move || {
         runtime.spawn(signals.pass_on(events));
         runtime.block_on(async move {
-            let result = match owner {
-                Some(Owner::Listener(listener)) => accept(listener, service).await,
-                Some(Owner::Stream(stream)) => connection(stream, service).await,
-                None => Ok(()),
-            };
-            if let Err(error) = result {
+            if let Some(owner) = owner
+                && let Err(error) = listen(owner, service).await
+            {
                 tracing::error!(%error, "the machine cannot be controlled any more");
             }
             // Signals are still heard.
@@ -138,31 +161,22 @@ impl Signals {
     }
 }
 
-async fn accept(listener: UnixListener, service: Service) -> zbus::Result<()> {
-    listener.set_nonblocking(true)?;
-    let listener = tokio::net::UnixListener::from_std(listener)?;
-    loop {
-        let (stream, _) = listener.accept().await?;
-        let (stream, service) = (stream.into_std()?, service.clone());
-        tokio::spawn(async move {
-            if let Err(error) = connection(stream, service).await {
-                tracing::warn!(%error, "a control connection failed");
-            }
-        });
-    }
-}
-
-/// Serves one connection and tells it each change of the state.
-async fn connection(stream: UnixStream, service: Service) -> zbus::Result<()> {
-    stream.set_nonblocking(true)?;
+/// Serves whoever `owner` is, and tells them each change of the state.
+async fn listen(owner: Owner, service: Service) -> zbus::Result<()> {
     let mut state = service.state.clone();
-    let guid = Guid::generate();
-    let connection = connection::Builder::unix_stream(stream)
-        .server(guid)
-        .p2p()
-        .serve_at(PATH, Core(service))
-        .build()
-        .await?;
+    let (bus, connection) = PrivateBus::new(SERVICE, geteuid().as_raw())?;
+    let connection = connection.serve_at(PATH, Core(service)).build().await?;
+    match owner {
+        Owner::Listener(listener) => {
+            listener.set_nonblocking(true)?;
+            tokio::spawn(bus.listen(tokio::net::UnixListener::from_std(listener)?));
+        }
+        Owner::Stream(stream) => {
+            stream.set_nonblocking(true)?;
+            let stream = tokio::net::UnixStream::from_std(stream)?;
+            tokio::spawn(async move { bus.serve(stream).await });
+        }
+    }
     let core = connection
         .object_server()
         .interface::<_, Core<Service>>(PATH)

@@ -1,6 +1,7 @@
 //! What reaches the machine's main thread, from whom.
 
 use std::error::Error;
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 
 use tokio::sync::oneshot;
@@ -26,10 +27,26 @@ pub enum Event {
     },
     /// The owner wants something; it waits for the answer.
     Command(Command, oneshot::Sender<Result<(), api::Error>>),
+    /// The owner hands over one end of a connection; it waits for the answer.
+    Attach(Attachment, oneshot::Sender<Result<(), api::Error>>),
     /// The process was told to end.
     Terminated,
     /// The host was asked to press the power button.
     PowerButton,
+}
+
+/// What an owner can hand over, see [`api::core::Control`].
+#[derive(Debug)]
+pub enum Attachment {
+    /// A connection to a back-end.
+    Backend {
+        /// Name of the device.
+        device: String,
+        /// The connection.
+        socket: OwnedFd,
+    },
+    /// The outside of the first serial port.
+    Console(OwnedFd),
 }
 
 /// What an owner can want, see [`api::core::Control`].

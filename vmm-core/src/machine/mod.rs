@@ -38,7 +38,7 @@ pub use error::MachineError;
 pub use exit::Reason;
 
 use self::console::Console;
-use self::event::{Command, Event};
+use self::event::{Attachment, Command, Event};
 use self::platform::Platform;
 use self::request::Request;
 use crate::boot::BootSource;
@@ -46,6 +46,7 @@ use crate::boot::acpi::AcpiConfig;
 use crate::hypervisor::{Ended, VcpuSavedState, VcpuSet, Vm, VmSavedState};
 use crate::memory::Memory;
 use crate::pci::{HostBridge, Root};
+use crate::remote::vhost_user::VhostUserDevice;
 use crate::transport::{TransportError, VirtioPciDevice};
 
 /// How long vCPUs may take to leave the guest. One of them may be waiting for a device
@@ -65,6 +66,7 @@ pub struct Machine {
     vm: Arc<Vm>,
     vcpus: VcpuSet,
     devices: Vec<Arc<VirtioPciDevice>>,
+    backends: Vec<Arc<VhostUserDevice>>,
     root: Arc<Root>,
     bridge: Arc<HostBridge>,
     platform: Platform,
@@ -122,6 +124,11 @@ impl Machine {
                 self.platform.power.power_button();
                 None
             }
+            Event::Attach(attachment, answer) => {
+                // A caller that does not wait is not told.
+                let _ = answer.send(self.attach(attachment));
+                None
+            }
             Event::Command(Command::Terminate, answer) => {
                 // A caller that does not wait is not told.
                 let _ = answer.send(Ok(()));
@@ -149,6 +156,24 @@ impl Machine {
                 Ok(())
             }
             Command::Terminate => Ok(()),
+        }
+    }
+
+    fn attach(&self, attachment: Attachment) -> Result<(), CallError> {
+        match attachment {
+            Attachment::Console(socket) => self
+                .console
+                .attach(socket)
+                .map_err(|error| CallError::from(MachineError::Control(error))),
+            Attachment::Backend { device, socket } => {
+                let backend = self.backends.iter().find(|b| b.id() == device);
+                let backend = backend.ok_or_else(|| {
+                    CallError::NoSuchDevice(format!("this machine has no device {device}"))
+                })?;
+                backend
+                    .reconnect_with(socket)
+                    .map_err(|error| CallError::from(MachineError::from(error)))
+            }
         }
     }
 

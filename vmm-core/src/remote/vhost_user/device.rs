@@ -94,6 +94,11 @@ impl VhostUserDevice {
         }))
     }
 
+    /// Its name.
+    pub fn id(&self) -> &str {
+        self.shared.id()
+    }
+
     /// Whether there is a back-end now.
     pub fn is_connected(&self) -> bool {
         matches!(self.shared.state().phase, Phase::Connected(_))
