@@ -20,6 +20,7 @@
 //! Flags that a server does not know are refused.
 
 pub mod core;
+pub mod definition;
 pub mod device;
 pub mod device1;
 mod error;

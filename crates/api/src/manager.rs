@@ -87,7 +87,7 @@ pub struct Manager<M>(pub M);
     proxy(default_path = "/org/godwit/Vmm1", default_service = "org.godwit.Vmm1")
 )]
 impl<M: Machines> Manager<M> {
-    /// Makes a machine of its definition, whose keys docs/definition.md lists, and returns
+    /// Makes a machine of its definition, whose keys `api::definition` lists, and returns
     /// its path. Flags: 1 starts it as well, 2 forgets it when it has ended.
     #[zbus(out_args("machine"))]
     async fn create_machine(

@@ -1,0 +1,87 @@
+//! Keys of a machine's definition: of the dictionary that CreateMachine takes, and of a
+//! file `NAME.toml` in the broker's configuration folder. Both mean the same.
+//!
+//! | key | type | meaning | default |
+//! |---|---|---|---|
+//! | `kernel` | string | path of a bzImage, or an ELF file with a PVH note | must be given |
+//! | `initrd` | string | path of the initial RAM disk | none |
+//! | `cmdline` | string | kernel command line | empty |
+//! | `vcpus` | integer | number of vCPUs, 1 to 32 | 1 |
+//! | `memory` | integer or string | bytes of RAM, or with a unit as `"512M"` | 512M |
+//! | `hugepages` | string | `2M` or `1G` | none |
+//! | `prefault` | boolean | make all RAM present before the guest starts | false |
+//! | `uuid` | string | UUID of the machine | made up |
+//! | `autostart` | boolean | start it with the broker; in files only | false |
+//! | `disk` | list of dictionaries | block devices | none |
+//! | `net` | list of dictionaries | network devices | none |
+//! | `vhost-user` | list of dictionaries | devices served by somebody else's process | none |
+//!
+//! Paths are absolute. Every device has an `id` (string, unique in the machine; by default
+//! `disk0`, `net0`, `vhost-user0` and so on), and besides:
+//!
+//! | of | key | type | meaning | default |
+//! |---|---|---|---|---|
+//! | `disk` | `path` | string | raw image or block device | must be given |
+//! | | `read-only` | boolean | let the guest only read | false |
+//! | | `queues` | integer | virtqueues, 1 to 64 | 1 |
+//! | | `serial` | string | serial number, up to 20 printable characters | empty |
+//! | `net` | `tap` | string | name of a tap interface; made for as long as the machine runs, when there is none and the broker may | must be given |
+//! | | `mac` | string | address of the guest's card | made of the machine's UUID |
+//! | | `queue-pairs` | integer | queue pairs, 1 to 32 | 1 |
+//! | | `mtu` | integer | MTU that the guest is told, 68 to 65535 | none |
+//! | `vhost-user` | `type` | string | kind of the device, as `fs` | must be given |
+//! | | `socket` | string | where its back-end listens | must be given |
+//! | | `queues` | integer | virtqueues, 1 to 64 | the back-end's |
+//! | | `tag` | string | tag of a file system | none |
+//!
+//! In a dictionary integers may have any integer type, and lists are `aa{sv}`.
+
+/// Path of the kernel.
+pub const KERNEL: &str = "kernel";
+/// Path of the initial RAM disk.
+pub const INITRD: &str = "initrd";
+/// Kernel command line.
+pub const CMDLINE: &str = "cmdline";
+/// Number of vCPUs.
+pub const VCPUS: &str = "vcpus";
+/// RAM.
+pub const MEMORY: &str = "memory";
+/// Size of huge pages.
+pub const HUGEPAGES: &str = "hugepages";
+/// All RAM is made present.
+pub const PREFAULT: &str = "prefault";
+/// UUID.
+pub const UUID: &str = "uuid";
+/// Started with the broker.
+pub const AUTOSTART: &str = "autostart";
+/// Block devices.
+pub const DISK: &str = "disk";
+/// Network devices.
+pub const NET: &str = "net";
+/// Devices of other back-ends.
+pub const VHOST_USER: &str = "vhost-user";
+
+/// Name of a device in its machine.
+pub const ID: &str = "id";
+/// Path of an image.
+pub const PATH: &str = "path";
+/// The guest may only read.
+pub const READ_ONLY: &str = "read-only";
+/// Number of virtqueues.
+pub const QUEUES: &str = "queues";
+/// Serial number of a disk.
+pub const SERIAL: &str = "serial";
+/// Name of a tap interface.
+pub const TAP: &str = "tap";
+/// MAC address.
+pub const MAC: &str = "mac";
+/// Number of queue pairs.
+pub const QUEUE_PAIRS: &str = "queue-pairs";
+/// MTU.
+pub const MTU: &str = "mtu";
+/// Kind of a vhost-user device.
+pub const TYPE: &str = "type";
+/// Socket of a vhost-user back-end.
+pub const SOCKET: &str = "socket";
+/// Tag of a file system.
+pub const TAG: &str = "tag";
