@@ -14,7 +14,7 @@ use crate::cargo::{command, output, root};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("api", &[]),
     ("migration", &[]),
-    ("device-kit", &["migration"]),
+    ("device-kit", &["api", "migration"]),
     ("vmm-core", &["api", "migration"]),
     ("dev-blk", &["device-kit", "migration"]),
     ("dev-net", &["device-kit", "migration"]),

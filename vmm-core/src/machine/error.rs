@@ -73,6 +73,17 @@ pub enum MachineError {
     /// The threads and descriptors by which the machine is controlled.
     #[error("the machine cannot be controlled")]
     Control(#[source] io::Error),
+    /// The link to the process of a device.
+    #[error(
+        "device {device}: its control-fd cannot be used; give one end of a Unix stream connection"
+    )]
+    Link {
+        /// Its name.
+        device: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
     /// The serial port.
     #[error("serial port to {to} cannot be had")]
     Serial {

@@ -18,6 +18,7 @@ mod assemble;
 pub mod config;
 mod console;
 pub mod control;
+mod devices;
 mod error;
 pub mod event;
 mod exit;

@@ -80,7 +80,8 @@ fn office() -> Office {
         held: Vec::new(),
         fails: Arc::clone(&fails),
     };
-    let (queue_thread, mailbox) = QueueThread::new(clerk, 2, ending.clone()).unwrap();
+    let (queue_thread, mailbox) =
+        QueueThread::new(clerk, 2, ending.clone(), Health::default()).unwrap();
     thread::spawn(move || queue_thread.run());
     Office {
         mailbox,
