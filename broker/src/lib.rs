@@ -1,0 +1,4 @@
+//! The broker.
+
+pub mod definition;
+pub mod name;
