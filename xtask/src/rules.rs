@@ -15,6 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("api", &[]),
     ("migration", &[]),
     ("device-kit", &["api", "migration"]),
+    ("broker", &["api", "migration"]),
     ("vmm-core", &["api", "migration"]),
     ("dev-blk", &["device-kit", "migration"]),
     ("dev-net", &["device-kit", "migration"]),
