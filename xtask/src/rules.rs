@@ -16,6 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("migration", &[]),
     ("device-kit", &["api", "migration"]),
     ("broker", &["api", "migration"]),
+    ("cli", &["api"]),
     ("vmm-core", &["api", "migration"]),
     ("dev-blk", &["device-kit", "migration"]),
     ("dev-net", &["device-kit", "migration"]),
