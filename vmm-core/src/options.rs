@@ -57,8 +57,8 @@ pub struct Options {
     /// Makes all RAM present before the guest starts
     #[arg(long)]
     prefault: bool,
-    /// A device: TYPE,socket=PATH|fd=N[,id=NAME][,queues=N][,queue-size=N][,mac=MAC][,tag=TAG]
-    /// [,control-fd=N]
+    /// A device, `TYPE,socket=PATH|fd=N`, and if wanted id=, queues=, queue-size=, mac=, tag=,
+    /// config-size=, control-fd=
     #[arg(long = "vhost-user", value_name = "DEVICE")]
     vhost_user: Vec<String>,
     /// Where the first serial port leads: stdio, null, file=PATH or fd=N

@@ -1,6 +1,6 @@
 //! Conformance of device processes, driven over a real vhost-user socket without a guest.
 //!
-//! Every device passes the same cases; [`subject::Subject`] says what differs between devices.
+//! Every device passes the same cases; a `Subject` says what differs between devices.
 //! A new device is a row in the list at the end.
 
 #![cfg(test)]

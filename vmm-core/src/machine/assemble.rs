@@ -120,7 +120,7 @@ impl Machine {
             state: watcher,
             devices: changes,
         };
-        control::serve(owner, events, news, Devices::new(&backends, links))
+        let control = control::serve(owner, events, news, Devices::new(&backends, links))
             .map_err(MachineError::Control)?;
         let machine = Self {
             events: inbox,
@@ -134,6 +134,7 @@ impl Machine {
             bridge,
             platform,
             console,
+            control,
             boot,
             acpi: AcpiConfig {
                 apic_ids: (0..config.cpus).collect(),

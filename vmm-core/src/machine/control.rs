@@ -6,7 +6,7 @@
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use api::Error;
@@ -23,6 +23,9 @@ use super::event::{Attachment, Command, Event, Events};
 
 /// How long a command may take before its caller hears that it took too long.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long a caller that does not read its answer may keep the process from ending.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Where the owner comes from.
 #[derive(Debug)]
@@ -120,9 +123,14 @@ impl Control for Service {
     }
 }
 
-/// Serves `owner`, and the process's signals, on a thread of its own as long as the
-/// process lives.
-pub fn serve(owner: Option<Owner>, events: Events, news: News, devices: Devices) -> io::Result<()> {
+/// Serves `owner`, and the process's signals, on a thread of its own until the machine has
+/// ended, which is when the state has no sender any more, and the last caller has its answer.
+pub fn serve(
+    owner: Option<Owner>,
+    events: Events,
+    news: News,
+    devices: Devices,
+) -> io::Result<JoinHandle<()>> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let signals = {
         let _context = runtime.enter();
@@ -133,22 +141,22 @@ pub fn serve(owner: Option<Owner>, events: Events, news: News, devices: Devices)
         state: news.state.clone(),
         devices: Arc::new(devices),
     };
-    let serve = move || {
-        runtime.spawn(signals.pass_on(events));
-        runtime.block_on(async move {
-            if let Some(owner) = owner
-                && let Err(error) = listen(owner, service, news).await
-            {
-                tracing::error!(%error, "the machine cannot be controlled any more");
-            }
-            // Signals are still heard.
-            std::future::pending::<()>().await;
-        });
+    let mut state = news.state.clone();
+    let serve = async move {
+        if let Some(owner) = owner
+            && let Err(error) = listen(owner, service, news).await
+        {
+            tracing::error!(%error, "the machine cannot be controlled any more");
+        }
+        // Signals are still heard.
+        while state.changed().await.is_ok() {}
     };
     thread::Builder::new()
         .name("control".into())
-        .spawn(serve)
-        .map(drop)
+        .spawn(move || {
+            runtime.spawn(signals.pass_on(events));
+            runtime.block_on(serve);
+        })
 }
 
 /// What the host's administrator wants.
@@ -179,18 +187,22 @@ impl Signals {
     }
 }
 
-/// Serves whoever `owner` is, and tells them the news.
+/// Serves whoever `owner` is, and tells them the news, until the machine's end.
 async fn listen(owner: Owner, service: Service, mut news: News) -> zbus::Result<()> {
     let (bus, connection) = PrivateBus::new(SERVICE, geteuid().as_raw())?;
     let connection = connection.serve_at(PATH, Core(service)).build().await?;
     match owner {
         Owner::Listener(listener) => {
             listener.set_nonblocking(true)?;
-            tokio::spawn(bus.listen(tokio::net::UnixListener::from_std(listener)?));
+            tokio::spawn(
+                bus.clone()
+                    .listen(tokio::net::UnixListener::from_std(listener)?),
+            );
         }
         Owner::Stream(stream) => {
             stream.set_nonblocking(true)?;
             let stream = tokio::net::UnixStream::from_std(stream)?;
+            let bus = bus.clone();
             tokio::spawn(async move { bus.serve(stream).await });
         }
     }
@@ -203,11 +215,13 @@ async fn listen(owner: Owner, service: Service, mut news: News) -> zbus::Result<
         tokio::select! {
             changed = news.state.changed() => match changed {
                 Ok(()) => core.get().await.state_changed(emitter).await?,
-                Err(_) => return Ok(()),
+                Err(_) => break,
             },
             Some(device) = news.devices.recv() => {
                 Core::<Service>::device_changed(emitter, &device).await?;
             }
         }
     }
+    bus.drain(DRAIN_DEADLINE).await;
+    Ok(())
 }

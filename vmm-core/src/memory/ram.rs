@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MmapAdvise, madvise};
 use thiserror::Error;
@@ -75,8 +75,8 @@ pub struct Ram {
 impl Ram {
     /// Makes `size` bytes of RAM whose size cannot change any more.
     ///
-    /// Huge pages are reserved at once: a lack of them is an error here, not a
-    /// SIGBUS of a running guest.
+    /// Huge pages are taken at once: a lack of them is an error here, not a SIGBUS of a
+    /// running guest.
     pub fn allocate(size: u64, huge: Option<HugePages>) -> Result<Self, RamError> {
         let page = huge.map_or(PAGE, HugePages::bytes);
         if size == 0 || !size.is_multiple_of(page) {
@@ -99,15 +99,14 @@ impl Ram {
         file.set_len(size).map_err(failed)?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| failed(e.into()))?;
-        let ram = Self {
+        if huge.is_some() {
+            let length = i64::try_from(size).map_err(|_| RamError::Size { size, page })?;
+            fallocate(&file, FallocateFlags::empty(), 0, length).map_err(|e| failed(e.into()))?;
+        }
+        Ok(Self {
             file: Arc::new(file),
             size,
-        };
-        if huge.is_some() {
-            // mmap reserves the huge pages and fails when there are too few.
-            drop(ram.regions().map_err(failed)?);
-        }
-        Ok(ram)
+        })
     }
 
     /// Maps the RAM: below the hole, and above it what does not fit there.
@@ -189,6 +188,13 @@ mod tests {
                 "{size}"
             );
         }
+    }
+
+    #[test]
+    fn more_huge_pages_than_there_are_is_an_error() {
+        let error = Ram::allocate(1 << 40, Some(HugePages::Size2M)).unwrap_err();
+        let said = "1099511627776 bytes of guest memory could not be had; see vm.nr_hugepages";
+        assert_eq!(error.to_string(), said);
     }
 
     #[test]

@@ -9,8 +9,9 @@ use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use test_framework::frontend::{
-    Connection, DeviceProcess, DeviceSpec, Machine, PATIENCE, program, wait_for,
+    Connection, DeviceProcess, DeviceSpec, Machine, PATIENCE, wait_for,
 };
+use test_framework::programs::program;
 
 use vhost::VhostBackend;
 use vhost::vhost_user::Frontend;
