@@ -10,13 +10,13 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
 use api::device1::{self, Device1, DeviceProcess, Identity, PATH, Status};
 use migration::schema::Schema;
 use tokio::runtime::Runtime;
+use zbus::connection::Builder;
 
 use crate::device::{Device, HostError, OptionError};
 use crate::listen::{self, Front};
@@ -34,7 +34,7 @@ const OPTION: &str = "--control-fd";
 #[derive(Debug)]
 pub(crate) struct Link {
     runtime: Runtime,
-    socket: UnixStream,
+    connection: Builder<'static>,
 }
 
 impl Link {
@@ -55,14 +55,25 @@ impl Link {
             .enable_time()
             .build()
             .map_err(|error| refuse(format!("cannot be watched: {error}")))?;
-        Ok(Link { runtime, socket })
+        let connection = {
+            let _context = runtime.enter();
+            api::peer::server(socket)
+                .map_err(|error| refuse(format!("cannot be watched: {error}")))?
+        };
+        Ok(Link {
+            runtime,
+            connection,
+        })
     }
 
     /// Serves it on a thread of its own until it is over.
     pub(crate) fn start<D: Device>(self, services: Arc<Services<D>>) -> Result<(), HostError> {
-        let Link { runtime, socket } = self;
+        let Link {
+            runtime,
+            connection,
+        } = self;
         spawn("link".to_owned(), STACK, move || {
-            match runtime.block_on(serve(socket, View(services))) {
+            match runtime.block_on(serve(connection, View(services))) {
                 Ok(()) => tracing::info!("the control link is over"),
                 Err(error) => tracing::warn!(%error, "the control link has failed"),
             }
@@ -70,9 +81,9 @@ impl Link {
     }
 }
 
-async fn serve<D: Device>(socket: UnixStream, view: View<D>) -> zbus::Result<()> {
+async fn serve<D: Device>(connection: Builder<'static>, view: View<D>) -> zbus::Result<()> {
     let mut told = view.status();
-    let connection = api::peer::server(socket)?
+    let connection = connection
         .serve_at(PATH, Device1(view.clone()))
         .build()
         .await?;

@@ -124,7 +124,7 @@ impl Control for Service {
 }
 
 /// Serves `owner`, and the process's signals, on a thread of its own until the machine has
-/// ended, which is when its state has no sender any more, and the last caller has its answer.
+/// ended, which is when the state has no sender any more, and the last caller has its answer.
 pub fn serve(
     owner: Option<Owner>,
     events: Events,

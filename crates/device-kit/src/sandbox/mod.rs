@@ -123,6 +123,32 @@ mod tests {
     }
 
     #[test]
+    fn a_runtime_works_and_opens_nothing() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()
+            .unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let error = thread::spawn(move || {
+            enter(&[], true).unwrap();
+            runtime.block_on(async {
+                let stream = tokio::net::UnixStream::from_std(ours).unwrap();
+                let pause = std::time::Duration::from_millis(1);
+                let read = tokio::time::timeout(pause, stream.readable());
+                assert!(read.await.is_err());
+                stream.writable().await.unwrap();
+            });
+            File::open("/etc/hostname").unwrap_err()
+        })
+        .join()
+        .unwrap();
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        drop(theirs);
+    }
+
+    #[test]
     fn landlock_alone_refuses_files() {
         let error = thread::spawn(|| {
             leave_files().unwrap();

@@ -27,7 +27,7 @@ fn run<S: Subject>(arguments: &[String]) -> Result<Output> {
 }
 
 /// Runs the program, which must refuse with one line.
-fn refused<S: Subject>(arguments: &[String]) -> Result<String> {
+pub(crate) fn refused<S: Subject>(arguments: &[String]) -> Result<String> {
     let output = run::<S>(arguments)?;
     let said = String::from_utf8(output.stderr)?;
     ensure!(!output.status.success(), "it should have failed: {said}");

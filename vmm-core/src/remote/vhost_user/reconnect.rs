@@ -10,7 +10,7 @@ use super::channel::Channel;
 use super::config::connect_to;
 use super::negotiation::Negotiated;
 use super::session::Session;
-use super::shared::{Phase, Shared, State};
+use super::shared::{Phase, Shared, Standing, State};
 use super::{VhostUserError, device_config};
 
 /// So many back-ends in a row may go away while they are set up, before the driver is
@@ -89,6 +89,7 @@ impl Shared {
         let result = self.set_up(state, stream);
         let result = match result {
             Ok(()) => {
+                *self.standing() = Standing::CONNECTED;
                 state.failures = 0;
                 self.reconnects.fetch_add(1, Ordering::Relaxed);
                 tracing::info!(device = self.id(), "the back-end is back");
@@ -143,7 +144,8 @@ impl Shared {
         if let (None, Some(log)) = (&state.wanted, &state.log) {
             session.set_log(None, &state.regions, Some(log))?;
         }
-        self.set_phase(state, Phase::Connected(Box::new(session)));
+        // Others hear of it when its rings run.
+        state.phase = Phase::Connected(Box::new(session));
         let bytes = self.fetch_config(state)?;
         let started = self.start(state);
         self.note(state, &started);

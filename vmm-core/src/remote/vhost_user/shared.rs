@@ -120,7 +120,7 @@ impl Shared {
         }
     }
 
-    /// The only way to another phase.
+    /// Goes to another phase and says so.
     pub(super) fn set_phase(&self, state: &mut State, phase: Phase) {
         let standing = match &phase {
             Phase::Connected(_) => Standing::CONNECTED,
