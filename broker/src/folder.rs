@@ -25,6 +25,8 @@ use crate::name::MachineName;
 
 /// Largest file of state, in bytes.
 const MAX_STATE: u64 = 1 << 20;
+/// Bytes after which the next process of a role begins a new log.
+const MAX_LOG: u64 = 8 << 20;
 /// Bytes at the end of a log that are looked at for a reason.
 const LOG_TAIL: u64 = 4096;
 /// Longest path of a socket.
@@ -126,6 +128,9 @@ impl Folder {
     /// It cannot be opened.
     pub fn log(&self, name: &MachineName, role: &str) -> io::Result<File> {
         let path = self.logs(name).join(format!("{role}.log"));
+        if fs::metadata(&path).is_ok_and(|log| log.len() > MAX_LOG) {
+            fs::rename(&path, path.with_extension("log.1"))?;
+        }
         OpenOptions::new()
             .create(true)
             .append(true)
@@ -169,8 +174,20 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// The last line that a process printed, without control characters.
-pub fn last_line(log: &Path) -> Option<String> {
+/// The last line of a file, without control characters.
+pub fn last_line(path: &Path) -> Option<String> {
+    last_matching(path, |line| !line.trim().is_empty())
+}
+
+/// The last complaint in the log of a process: what is only information is none.
+pub fn last_words(log: &Path) -> Option<String> {
+    let quiet = [" INFO ", " DEBUG ", " TRACE "];
+    last_matching(log, |line| {
+        !line.trim().is_empty() && !quiet.iter().any(|level| line.contains(level))
+    })
+}
+
+fn last_matching(log: &Path, wanted: impl Fn(&str) -> bool) -> Option<String> {
     let mut file = File::open(log).ok()?;
     let size = file.metadata().ok()?.len();
     file.seek(SeekFrom::Start(size.saturating_sub(LOG_TAIL)))
@@ -178,7 +195,7 @@ pub fn last_line(log: &Path) -> Option<String> {
     let mut text = Vec::new();
     file.take(LOG_TAIL).read_to_end(&mut text).ok()?;
     let text = String::from_utf8_lossy(&text);
-    let line = text.lines().rev().find(|line| !line.trim().is_empty())?;
+    let line = text.lines().rev().find(|line| wanted(line))?;
     let plain: String = line.chars().filter(|c| !c.is_control()).take(500).collect();
     Some(plain.trim().to_owned())
 }
@@ -208,6 +225,8 @@ mod tests {
         let log = place.path().join("x.log");
         fs::write(&log, "one\ntwo \x1b[1mbold\n\n").unwrap();
         assert_eq!(last_line(&log).unwrap(), "two [1mbold");
+        fs::write(&log, "oh no\n2026 INFO all is well\n").unwrap();
+        assert_eq!(last_words(&log).unwrap(), "oh no");
         fs::write(&log, "x".repeat(100_000)).unwrap();
         assert_eq!(last_line(&log).unwrap().len(), 500);
         fs::write(&log, "").unwrap();

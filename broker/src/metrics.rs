@@ -132,12 +132,8 @@ impl Collector for Count {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let census = (self.0)();
         let families = [
-            (
-                "godwit_broker_machines",
-                "Machines by state",
-                census.machines,
-            ),
-            ("godwit_broker_devices", "Devices by state", census.devices),
+            ("machines", "Machines by state", census.machines),
+            ("devices", "Devices by state", census.devices),
         ];
         for (name, help, counts) in families {
             let gauge = ConstGauge::new(0i64);

@@ -8,7 +8,10 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 
+use std::sync::OnceLock;
+
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::{Deserialize, Serialize};
@@ -52,6 +55,8 @@ impl std::fmt::Display for Ended {
 pub struct Process {
     id: ProcessId,
     pidfd: AsyncFd<OwnedFd>,
+    /// The kernel tells its end once, and here it may be asked for again.
+    result: OnceLock<Ended>,
 }
 
 impl Process {
@@ -68,6 +73,7 @@ impl Process {
         Ok(Self {
             id: ProcessId { pid, start, unit },
             pidfd: pidfd.map_err(io::Error::from)?,
+            result: OnceLock::new(),
         })
     }
 
@@ -77,7 +83,8 @@ impl Process {
     /// It has ended.
     pub fn adopt(id: &ProcessId) -> io::Result<Self> {
         let process = Self::new(id.pid, id.unit.clone())?;
-        if process.id.start == id.start {
+        // One that nobody has reaped yet has ended as well.
+        if process.id.start == id.start && !process.has_ended() {
             Ok(process)
         } else {
             Err(Errno::ESRCH.into())
@@ -89,11 +96,21 @@ impl Process {
         &self.id
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.pidfd.get_ref().as_fd(), PollFlags::POLLIN)];
+        !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+    }
+
     /// Waits for its end, and reaps it if it is our child.
     pub async fn ended(&self) -> Ended {
         if self.pidfd.readable().await.is_err() {
             return Ended::Unknown;
         }
+        *self.result.get_or_init(|| self.reap())
+    }
+
+    fn reap(&self) -> Ended {
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
         match waitid(Id::PIDFd(self.pidfd.get_ref().as_fd()), flags) {
             Ok(WaitStatus::Exited(_, status)) => Ended::Status(status),
@@ -154,14 +171,17 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_of_a_child_is_known() {
-        let child = Command::new("sh").args(["-c", "exit 7"]).spawn().unwrap();
+        let mut child = Command::new("sh").args(["-c", "exit 7"]).spawn().unwrap();
         let process = Process::new(child.id(), String::new()).unwrap();
         assert_eq!(process.ended().await, Ended::Status(7));
-        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        assert_eq!(process.ended().await, Ended::Status(7));
+        assert!(child.wait().is_err(), "it is reaped");
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let process = Process::new(child.id(), String::new()).unwrap();
         process.signal(Signal::SIGKILL);
         assert_eq!(process.ended().await, Ended::Signal(Signal::SIGKILL));
         process.signal(Signal::SIGKILL);
+        assert!(child.wait().is_err(), "it is reaped");
     }
 
     #[tokio::test]

@@ -32,6 +32,7 @@ fn spawn(program: Program) -> io::Result<Process> {
     command
         .args(&program.args)
         .env_remove("NOTIFY_SOCKET")
+        .env("NO_COLOR", "1")
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(program.log.try_clone()?)

@@ -17,7 +17,7 @@ use api::Error;
 use tokio::time::Instant;
 
 use crate::definition::{Device, DeviceKind};
-use crate::folder::last_line;
+use crate::folder::last_words;
 use crate::host::Host;
 use crate::launch::Program;
 use crate::name::MachineName;
@@ -190,9 +190,10 @@ impl RunningDevice {
             .folder
             .logs(machine)
             .join(format!("device-{}.log", self.device.id));
-        match last_line(&log) {
-            Some(line) => format!("{ended}; its last words: {line}"),
-            None => ended.to_string(),
+        match (ended, last_words(&log)) {
+            // Who was killed did not say why.
+            (Ended::Signal(_), _) | (_, None) => ended.to_string(),
+            (_, Some(line)) => format!("{ended}; its last words: {line}"),
         }
     }
 }

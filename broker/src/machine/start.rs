@@ -25,7 +25,7 @@ use super::supervisor::Supervisor;
 use super::{DeviceStatus, Live, Machine};
 use crate::console::Console;
 use crate::definition::{Definition, DeviceKind};
-use crate::folder::last_line;
+use crate::folder::{last_line, last_words};
 use crate::host::Host;
 use crate::jobs::Job;
 use crate::launch::Program;
@@ -273,7 +273,7 @@ async fn why_not(host: &Host, machine: &Machine, made: &Made, otherwise: &str) -
     let said = last_line(&host.folder.machine(name).join("end"));
     match said.as_deref().and_then(|line| line.split_once(' ')) {
         Some((_, why)) => format!("{name} did not start: {why}"),
-        None => match last_line(&host.folder.logs(name).join("core.log")) {
+        None => match last_words(&host.folder.logs(name).join("core.log")) {
             Some(line) => format!("{name} did not start: {otherwise}; its last words: {line}"),
             None => format!("{name} did not start: {otherwise}"),
         },

@@ -19,13 +19,17 @@ use tokio::task::AbortHandle;
 use super::device::RunningDevice;
 use super::state::{DeviceRecord, MachineState};
 use super::{DeviceStatus, Machine};
-use crate::folder::{self, last_line};
+use crate::folder::{self, last_line, last_words};
 use crate::host::Host;
 use crate::process::{Ended, Process};
 use crate::publish::Change;
 
 /// How long a device process may take to end when the core has.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(3);
+
+/// A device whose front-end is gone ends by itself: so soon after it the core has ended too,
+/// if that is why.
+const CORE_DEADLINE: Duration = Duration::from_millis(200);
 
 /// What is wanted of the supervisor.
 #[derive(Debug)]
@@ -207,7 +211,7 @@ impl Supervisor {
                     ended,
                 } => {
                     if self.devices[at].generation == generation {
-                        self.lost(at, ended);
+                        self.lost(at, ended).await;
                     }
                 }
                 Event::Due { at, generation } => {
@@ -234,8 +238,17 @@ impl Supervisor {
     }
 
     /// A device's process has ended by itself.
-    fn lost(&mut self, at: usize, ended: Ended) {
+    async fn lost(&mut self, at: usize, ended: Ended) {
         let name = self.machine.name.clone();
+        if !matches!(ended, Ended::Signal(_))
+            && tokio::time::timeout(CORE_DEADLINE, self.core.ended())
+                .await
+                .is_ok()
+        {
+            // It ended because the core did, whose end is the next event.
+            self.devices[at].process = None;
+            return;
+        }
         let device = &mut self.devices[at];
         device.process = None;
         let why = device.obituary(&self.host, &name, ended);
@@ -394,7 +407,8 @@ impl Supervisor {
             Some(("0", why)) => (State::Off, why.to_owned()),
             Some((_, why)) => (State::Failed, why.to_owned()),
             None => {
-                let line = last_line(&self.host.folder.logs(name).join("core.log"));
+                let log = self.host.folder.logs(name).join("core.log");
+                let line = last_words(&log).filter(|_| !matches!(ended, Ended::Signal(_)));
                 let words =
                     line.map_or_else(String::new, |line| format!("; its last words: {line}"));
                 (State::Failed, format!("the core failed: {ended}{words}"))
