@@ -2,7 +2,7 @@
 
 mod options;
 
-use std::io;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
@@ -20,19 +20,23 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .init();
-    let options = Options::parse();
-    match run(options) {
-        Ok(reason) => {
-            if reason.exit_status() != 0 {
-                eprintln!("godwit-vmm: {reason}");
-            }
-            ExitCode::from(reason.exit_status())
-        }
-        Err(error) => {
-            eprintln!("godwit-vmm: {error:#}");
-            ExitCode::FAILURE
-        }
+    let mut options = Options::parse();
+    let (status, why, end) = match options.take_end_file() {
+        Ok(end) => match run(options) {
+            Ok(reason) => (reason.exit_status(), reason.to_string(), end),
+            Err(error) => (1, format!("{error:#}"), end),
+        },
+        Err(error) => (1, format!("{error:#}"), None),
+    };
+    if status != 0 {
+        eprintln!("godwit-vmm: {why}");
     }
+    if let Some(mut end) = end
+        && let Err(error) = writeln!(end, "{status} {why}")
+    {
+        tracing::warn!(%error, "the owner is not told how the machine ended");
+    }
+    ExitCode::from(status)
 }
 
 fn run(options: Options) -> Result<Reason> {

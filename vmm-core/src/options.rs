@@ -80,12 +80,22 @@ pub struct Options {
     /// An inherited KVM device
     #[arg(long, value_name = "N")]
     kvm_fd: Option<RawFd>,
+    /// An inherited file that is told how it ended: exit status, a space, and why
+    #[arg(long, value_name = "N")]
+    end_fd: Option<RawFd>,
     /// Does not start the guest before it is resumed
     #[arg(long)]
     pub paused: bool,
 }
 
 impl Options {
+    /// The file that is told how it ended. To be asked for once.
+    pub fn take_end_file(&mut self) -> Result<Option<File>> {
+        let fd = self.end_fd.take();
+        let file = fd.map(|fd| inherited("--end-fd", fd)).transpose()?;
+        Ok(file.map(File::from))
+    }
+
     /// The machine that they define, and who controls it.
     pub fn into_machine(self) -> Result<(MachineConfig, Option<Owner>)> {
         let owner = match (&self.control_socket, self.control_fd) {

@@ -11,10 +11,11 @@ use crate::cargo::{command, output, root};
 
 /// For each package of the product, which other packages of the workspace it may use.
 /// `docs/architecture.md` says why; packages of the tests are free.
-const MAY_USE: [(&str, &[&str]); 7] = [
+const MAY_USE: [(&str, &[&str]); 8] = [
     ("api", &[]),
     ("migration", &[]),
     ("device-kit", &["migration"]),
+    ("broker", &["api", "migration"]),
     ("cli", &["api"]),
     ("vmm-core", &["api", "migration"]),
     ("dev-blk", &["device-kit", "migration"]),

@@ -250,6 +250,7 @@ fn without_a_broker_it_says_how_to_get_one() {
     ] {
         run(godwit(&bus, line)).failed(3, "hint: godwit run starts one");
     }
+    run(godwit(&folder.path().join("other"), "run --kernel /k")).failed(3, "is named bus");
     run(godwit(std::path::Path::new("nonsense"), "list")).failed(2, "is no D-Bus address");
 }
 
@@ -274,7 +275,10 @@ fn a_broker_that_does_not_start_is_quoted() {
     std::fs::write(&broker, "#!/bin/sh\necho no KVM for $1 $2 >&2\nexit 1\n").unwrap();
     std::fs::set_permissions(&broker, std::fs::Permissions::from_mode(0o755)).unwrap();
     let ended = start();
-    assert!(ended.stderr.contains("no KVM for --socket"), "{ended:?}");
+    assert!(
+        ended.stderr.contains("no KVM for --embedded --runtime-dir"),
+        "{ended:?}"
+    );
     ended.failed(3, "did not start");
 }
 

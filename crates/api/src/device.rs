@@ -25,6 +25,18 @@ pub enum State {
     Failed,
 }
 
+impl State {
+    /// Its word on the bus.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Running => "running",
+            Self::Restarting => "restarting",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// What a device is and does now.
 #[derive(Clone, Debug)]
 pub struct Facts {

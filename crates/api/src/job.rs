@@ -142,7 +142,7 @@ impl<J: OneJob> Job<J> {
 
     /// It ended, with `done`, `failed` or `cancelled` and its result.
     #[zbus(signal)]
-    async fn finished(
+    pub async fn finished(
         emitter: &SignalEmitter<'_>,
         state: &str,
         result: Dictionary,

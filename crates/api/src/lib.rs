@@ -64,6 +64,11 @@ impl From<&Header<'_>> for Caller {
     }
 }
 
+/// The next element of a stream, as of signals or of changes of a property.
+pub async fn next<S: futures_core::Stream + Unpin>(stream: &mut S) -> Option<S::Item> {
+    std::future::poll_fn(|context| std::pin::Pin::new(&mut *stream).poll_next(context)).await
+}
+
 /// Refuses flags other than those in `known`.
 ///
 /// # Errors

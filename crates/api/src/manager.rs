@@ -152,13 +152,13 @@ impl<M: Machines> Manager<M> {
 
     /// A job began.
     #[zbus(signal)]
-    async fn job_new(emitter: &SignalEmitter<'_>, id: u32, job: ObjectPath<'_>)
+    pub async fn job_new(emitter: &SignalEmitter<'_>, id: u32, job: ObjectPath<'_>)
     -> zbus::Result<()>;
 
     /// A job ended: with `done`, `failed` or `cancelled`. It can be read for at least five
     /// minutes more.
     #[zbus(signal)]
-    async fn job_removed(
+    pub async fn job_removed(
         emitter: &SignalEmitter<'_>,
         id: u32,
         job: ObjectPath<'_>,

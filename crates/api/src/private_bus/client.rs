@@ -8,7 +8,7 @@ use zbus::message::{Header, Type};
 use zbus::names::OwnedUniqueName;
 use zbus::{Connection, Message, MessageStream, OwnedMatchRule};
 
-use super::{DRIVER, Shared, driver, next};
+use super::{DRIVER, Shared, driver};
 
 /// Most messages that wait for a client, or for the service, to read them.
 pub(super) const MAX_QUEUED: usize = 1024;
@@ -123,7 +123,7 @@ pub(super) async fn serve(
         result = write(&connection, waiting) => result,
         () = client.ended.notified() => Ok(()),
         result = async {
-            while let Some(message) = next(&mut messages).await {
+            while let Some(message) = crate::next(&mut messages).await {
                 take(bus, &name, &client, message?).await?;
             }
             Ok(())

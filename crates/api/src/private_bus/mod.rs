@@ -20,7 +20,6 @@ mod driver;
 mod tests;
 
 use std::collections::HashMap;
-use std::future::Future;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -203,17 +202,9 @@ async fn serve_service(
         // The last handle to the bus is gone.
         let _ = connection.close().await;
     });
-    while let Some(message) = next(&mut messages).await {
+    while let Some(message) = crate::next(&mut messages).await {
         let Some(bus) = bus.upgrade() else { break };
         bus.route(&message?.with_sender(&sender)?);
     }
     Ok(())
-}
-
-/// The next message of a stream.
-fn next(
-    messages: &mut zbus::MessageStream,
-) -> impl Future<Output = Option<zbus::Result<Message>>> + '_ {
-    use futures_core::Stream as _;
-    std::future::poll_fn(|context| std::pin::Pin::new(&mut *messages).poll_next(context))
 }

@@ -1,0 +1,169 @@
+//! Definitions that are taken, and those that are refused and how.
+
+use std::collections::HashMap;
+
+use zbus::{OwnedVariant, Variant};
+
+use super::*;
+
+fn from_toml(text: &str) -> Result<Definition, DefinitionError> {
+    Definition::from_toml(&MachineName::new("vm").unwrap(), text)
+}
+
+fn refused(text: &str) -> String {
+    from_toml(text).unwrap_err().to_string()
+}
+
+#[test]
+fn a_whole_file_is_understood() {
+    let definition = from_toml(
+        r#"
+        kernel = "/boot/vmlinuz"
+        cmdline = "console=ttyS0"
+        vcpus = 4
+        memory = "2G"
+        autostart = true
+        [[disk]]
+        path = "/images/a.img"
+        queues = 2
+        [[disk]]
+        id = "data"
+        path = "/images/b.img"
+        read-only = true
+        [[net]]
+        tap = "tap0"
+        [[vhost-user]]
+        type = "fs"
+        socket = "/run/fs.sock"
+        tag = "home"
+        "#,
+    )
+    .unwrap();
+    assert_eq!((definition.vcpus, definition.memory), (4, 2 << 30));
+    assert!(definition.autostart);
+    let ids: Vec<_> = definition.devices.iter().map(|d| d.id.as_str()).collect();
+    assert_eq!(ids, ["disk0", "data", "net0", "vhost-user0"]);
+    let sources: Vec<_> = definition.devices.iter().map(Device::source).collect();
+    assert_eq!(sources[2], "tap:tap0");
+    let DeviceKind::Net(net) = &definition.devices[2].kind else {
+        panic!("it is a card");
+    };
+    assert!(net.mac.starts_with("52:54:00:"), "{}", net.mac);
+}
+
+#[test]
+fn a_mistake_is_named_with_key_value_and_line() {
+    for (text, expected) in [
+        ("vcpus = 1", "kernel: it must be given"),
+        (
+            "kernel = \"/k\"\n\nvcpus = 33",
+            "line 3: vcpus: 33: give 1 to 32",
+        ),
+        (
+            "kernel = \"/k\"\nvcpus = \"two\"",
+            "line 2: vcpus: a string where an integer is expected",
+        ),
+        (
+            "kernel = \"k\"",
+            "line 1: kernel: \"k\": give an absolute path",
+        ),
+        (
+            "kernel = \"/a/../b\"",
+            "line 1: kernel: \"/a/../b\": give a path without ..",
+        ),
+        (
+            "kernel = \"/k\"\n[[disk]]\npath = \"/d\"\nsize = 3",
+            "line 4: disk[0].size: unknown key; there are id, path, read-only, queues, serial",
+        ),
+        (
+            "kernel = \"/k\"\n[[disk]]\nqueues = 1",
+            "line 2: disk[0].path: it must be given",
+        ),
+        (
+            "kernel = \"/k\"\ndisk = \"/d\"",
+            "line 2: disk: a string where a list of dictionaries is expected",
+        ),
+        (
+            "kernel = \"/k\"\n[[net]]\ntap = \"a/b\"",
+            "line 3: net[0].tap: \"a/b\": give an interface's name of 1 to 15 characters without \
+             '/', ':' or blanks",
+        ),
+        (
+            "kernel = \"/k\"\nmemory = 1.5",
+            "line 2: memory: a fraction where an integer or a string is expected",
+        ),
+        (
+            "kernel = \"/k\"\nmemory = \"1M\"",
+            "memory: 1048576 bytes: give 16M to 1T",
+        ),
+        (
+            "kernel = \"/k\"\n[[disk]]\nid = \"x\"\npath = \"/d\"\n[[net]]\nid = \"x\"\ntap = \"t\"",
+            "line 5: net[0].id: x: two devices have this name",
+        ),
+    ] {
+        assert_eq!(refused(text), expected, "{text}");
+    }
+    let syntax = refused("kernel = \"/k\"\nvcpus = = 2");
+    assert!(syntax.starts_with("line 2: "), "{syntax}");
+}
+
+fn dictionary<const N: usize>(entries: [(&str, Variant<'static>); N]) -> Dictionary {
+    entries
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), OwnedVariant::try_from(value).unwrap()))
+        .collect()
+}
+
+#[test]
+fn a_dictionary_says_the_same_as_a_file() {
+    let disk: HashMap<String, Variant<'static>> = HashMap::from([
+        ("path".to_owned(), "/d".into()),
+        ("queues".to_owned(), 4u8.into()),
+    ]);
+    let definition = Definition::from_dictionary(dictionary([
+        ("kernel", "/k".into()),
+        ("memory", (64u64 << 20).into()),
+        ("vcpus", 2i64.into()),
+        ("disk", vec![disk].into()),
+    ]))
+    .unwrap();
+    let file = from_toml(&format!(
+        "kernel = \"/k\"\nmemory = \"64M\"\nvcpus = 2\nuuid = \"{}\"\n[[disk]]\npath = \"/d\"\nqueues = 4",
+        definition.uuid
+    ))
+    .unwrap();
+    assert_eq!(definition, file);
+    let again = Definition::from_dictionary(definition.to_dictionary()).unwrap();
+    assert_eq!(again, definition);
+}
+
+#[test]
+fn a_hostile_dictionary_is_refused() {
+    let refused = |entries| Definition::from_dictionary(entries).unwrap_err();
+    let huge = "x".repeat(1 << 20);
+    let long = refused(dictionary([("kernel", format!("/{huge}").into())]));
+    assert_eq!(long.key, "kernel");
+    assert!(
+        long.problem.len() < 200,
+        "an error does not repeat a megabyte"
+    );
+    let unknown = refused(dictionary([
+        ("kernel", "/k".into()),
+        ("rm -rf", 1u32.into()),
+    ]));
+    assert_eq!(unknown.key, "rm -rf");
+    let many: Dictionary = (0..1000)
+        .map(|n| (format!("key{n}"), OwnedVariant::from(1u32)))
+        .collect();
+    assert!(refused(many).problem.contains("at most 256"));
+    let control = refused(dictionary([
+        ("kernel", "/k".into()),
+        ("cmdline", "a\nb".into()),
+    ]));
+    assert_eq!(control.key, "cmdline");
+    let autostart = refused(dictionary([
+        ("kernel", "/k".into()),
+        ("autostart", true.into()),
+    ]));
+    assert_eq!(autostart.key, "autostart");
+}

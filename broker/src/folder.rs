@@ -1,0 +1,235 @@
+//! The broker's folder: sockets, state and logs, for this user alone.
+//!
+//! ```text
+//! DIR/lock                      held by the broker that runs
+//! DIR/bus  DIR/metrics          sockets
+//! DIR/machines/NAME/control     the core's socket, while it runs
+//! DIR/machines/NAME/end         what the core said of its end
+//! DIR/machines/NAME/state.json  what a new broker needs to adopt it
+//! DIR/defined/NAME.json         a machine that was made by a call
+//! DIR/jobs/N.json               a job that is kept
+//! DIR/log/NAME/*.log            output of its processes and its console
+//! ```
+//! Files of state are replaced whole: a broker that is killed leaves the old one or the new.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::name::MachineName;
+
+/// Largest file of state, in bytes.
+const MAX_STATE: u64 = 1 << 20;
+/// Bytes after which the next process of a role begins a new log.
+const MAX_LOG: u64 = 8 << 20;
+/// Bytes at the end of a log that are looked at for a reason.
+const LOG_TAIL: u64 = 4096;
+/// Longest path of a socket.
+const MAX_SOCKET_PATH: usize = 107;
+
+/// The broker's folder. It is locked as long as this lives.
+#[derive(Debug)]
+pub struct Folder {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+fn make(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+fn remove(path: &Path, result: io::Result<()>) {
+    if let Err(error) = result
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "it cannot be removed");
+    }
+}
+
+impl Folder {
+    /// Makes it if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be made, or another broker has it.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        for part in ["machines", "defined", "jobs", "log"] {
+            make(&path.join(part))?;
+        }
+        let lock = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path.join("lock"))?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+            let text = format!("another broker runs in {} ({errno})", path.display());
+            io::Error::new(io::ErrorKind::AddrInUse, text)
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            _lock: lock,
+        })
+    }
+
+    /// A path in it.
+    pub fn join(&self, part: &str) -> PathBuf {
+        self.path.join(part)
+    }
+
+    /// Where a running machine has its sockets.
+    pub fn machine(&self, name: &MachineName) -> PathBuf {
+        self.join("machines").join(name.as_str())
+    }
+
+    /// Makes the folder of a machine that starts.
+    ///
+    /// # Errors
+    /// It cannot be made, or its sockets' paths would be too long.
+    pub fn make_machine(&self, name: &MachineName) -> io::Result<PathBuf> {
+        let path = self.machine(name);
+        let socket = path.join("control");
+        if socket.as_os_str().len() > MAX_SOCKET_PATH {
+            let text = format!(
+                "{} is longer than {MAX_SOCKET_PATH} bytes, the most that a socket's path may have",
+                socket.display()
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        make(&path)?;
+        make(&self.logs(name))?;
+        Ok(path)
+    }
+
+    /// Removes the folder of a machine that has ended.
+    pub fn remove_machine(&self, name: &MachineName) {
+        let path = self.machine(name);
+        remove(&path, fs::remove_dir_all(&path));
+    }
+
+    /// Where a machine's logs are.
+    pub fn logs(&self, name: &MachineName) -> PathBuf {
+        self.join("log").join(name.as_str())
+    }
+
+    /// Removes the logs of a machine that is forgotten.
+    pub fn remove_logs(&self, name: &MachineName) {
+        let path = self.logs(name);
+        remove(&path, fs::remove_dir_all(&path));
+    }
+
+    /// A log to append to.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn log(&self, name: &MachineName, role: &str) -> io::Result<File> {
+        let path = self.logs(name).join(format!("{role}.log"));
+        if fs::metadata(&path).is_ok_and(|log| log.len() > MAX_LOG) {
+            fs::rename(&path, path.with_extension("log.1"))?;
+        }
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(path)
+    }
+
+    /// The names of the files or folders in `part`.
+    pub fn list(&self, part: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.join(part)).into_iter().flatten();
+        let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+        paths.sort();
+        paths
+    }
+}
+
+/// Replaces a file of state.
+///
+/// # Errors
+/// It cannot be written; the old one is still there.
+pub fn save(path: &Path, state: &impl Serialize) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)?;
+    file.write_all(&serde_json::to_vec(state)?)?;
+    drop(file);
+    fs::rename(new, path)
+}
+
+/// Reads a file of state.
+///
+/// # Errors
+/// It is not there, too large, or of another form.
+pub fn load<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
+    let mut text = Vec::new();
+    File::open(path)?.take(MAX_STATE).read_to_end(&mut text)?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// The last line of a file, without control characters.
+pub fn last_line(path: &Path) -> Option<String> {
+    last_matching(path, |line| !line.trim().is_empty())
+}
+
+/// The last complaint in the log of a process: what is only information is none.
+pub fn last_words(log: &Path) -> Option<String> {
+    let quiet = [" INFO ", " DEBUG ", " TRACE "];
+    last_matching(log, |line| {
+        !line.trim().is_empty() && !quiet.iter().any(|level| line.contains(level))
+    })
+}
+
+fn last_matching(log: &Path, wanted: impl Fn(&str) -> bool) -> Option<String> {
+    let mut file = File::open(log).ok()?;
+    let size = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(size.saturating_sub(LOG_TAIL)))
+        .ok()?;
+    let mut text = Vec::new();
+    file.take(LOG_TAIL).read_to_end(&mut text).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let line = text.lines().rev().find(|line| wanted(line))?;
+    let plain: String = line.chars().filter(|c| !c.is_control()).take(500).collect();
+    Some(plain.trim().to_owned())
+}
+
+/// Removes a file that may not be there.
+pub fn remove_file(path: &Path) {
+    remove(path, fs::remove_file(path));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_broker_has_a_folder() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = Folder::open(place.path()).unwrap();
+        let error = Folder::open(place.path()).unwrap_err().to_string();
+        assert!(error.contains("another broker runs"), "{error}");
+        drop(folder);
+        Folder::open(place.path()).unwrap();
+    }
+
+    #[test]
+    fn the_last_words_of_a_process_are_found() {
+        let place = tempfile::tempdir().unwrap();
+        let log = place.path().join("x.log");
+        fs::write(&log, "one\ntwo \x1b[1mbold\n\n").unwrap();
+        assert_eq!(last_line(&log).unwrap(), "two [1mbold");
+        fs::write(&log, "oh no\n2026 INFO all is well\n").unwrap();
+        assert_eq!(last_words(&log).unwrap(), "oh no");
+        fs::write(&log, "x".repeat(100_000)).unwrap();
+        assert_eq!(last_line(&log).unwrap().len(), 500);
+        fs::write(&log, "").unwrap();
+        assert_eq!(last_line(&log), None);
+    }
+}

@@ -1,0 +1,321 @@
+//! Long operations, as objects that can be watched, cancelled, and read afterwards.
+//!
+//! ```text
+//! running ─► done | failed | cancelled ─► forgotten after KEPT
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use api::job::{Facts, RESULT_ERROR, RESULT_MESSAGE, State};
+use api::{Dictionary, Error};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use zbus::{DBusError as _, OwnedVariant, Str};
+
+use crate::name::MachineName;
+
+/// How long a job can be read after its end.
+pub const KEPT: Duration = Duration::from_secs(300);
+/// Most jobs that are kept.
+const MAX_JOBS: usize = 4096;
+
+/// What a job does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Start a machine.
+    Start,
+    /// Wait for a guest to switch itself off.
+    PowerOff,
+    /// End a machine.
+    Terminate,
+    /// Replace the process of a device.
+    RestartDevice,
+}
+
+impl Kind {
+    /// Its word on the bus.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::PowerOff => "power-off",
+            Self::Terminate => "terminate",
+            Self::RestartDevice => "restart-device",
+        }
+    }
+
+    fn is_cancellable(&self) -> bool {
+        matches!(self, Self::Start | Self::PowerOff)
+    }
+}
+
+/// What of a job outlives the broker.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// Its number.
+    pub id: u32,
+    /// What it does.
+    pub kind: Kind,
+    /// Its machine.
+    pub machine: MachineName,
+    /// How far it is.
+    pub state: State,
+    /// What it does now.
+    pub phase: String,
+    /// D-Bus name of its error.
+    pub error: Option<String>,
+    /// One sentence for a person.
+    pub message: Option<String>,
+    /// When it ended, seconds since 1970.
+    pub ended: Option<u64>,
+}
+
+/// One job.
+#[derive(Debug)]
+pub struct Job {
+    record: Mutex<Record>,
+    cancelled: watch::Sender<bool>,
+    finished: watch::Sender<bool>,
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::UNIX_EPOCH
+        .elapsed()
+        .map_or(0, |time| time.as_secs())
+}
+
+impl Job {
+    fn new(record: Record) -> Arc<Self> {
+        let finished = record.state != State::Running;
+        Arc::new(Self {
+            record: Mutex::new(record),
+            cancelled: watch::Sender::new(false),
+            finished: watch::Sender::new(finished),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What it is now.
+    pub fn record(&self) -> Record {
+        self.lock().clone()
+    }
+
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.lock().id
+    }
+
+    /// What the bus shows.
+    pub fn facts(&self) -> Facts {
+        let record = self.record();
+        let running = record.state == State::Running;
+        let text = |text: String| OwnedVariant::from(Str::from(text));
+        let result = [
+            (RESULT_ERROR, record.error),
+            (RESULT_MESSAGE, record.message),
+        ];
+        Facts {
+            id: record.id,
+            cancellable: running && record.kind.is_cancellable() && !*self.cancelled.borrow(),
+            kind: record.kind.as_str().into(),
+            machine: record.machine.to_string(),
+            state: record.state,
+            phase: record.phase,
+            progress: if running { 0.0 } else { 1.0 },
+            result: result
+                .into_iter()
+                .filter_map(|(key, value)| Some((key.to_owned(), text(value?))))
+                .collect::<Dictionary>(),
+        }
+    }
+
+    /// Says what it does now.
+    pub fn set_phase(&self, phase: &str) {
+        self.lock().phase = phase.into();
+    }
+
+    /// Asks it to end early.
+    ///
+    /// # Errors
+    /// It has ended, or cannot be cancelled.
+    pub fn cancel(&self) -> Result<(), Error> {
+        let record = self.record();
+        if record.state != State::Running {
+            return Err(Error::InvalidState(format!("job {} has ended", record.id)));
+        }
+        if !record.kind.is_cancellable() {
+            let kind = record.kind.as_str();
+            return Err(Error::InvalidState(format!(
+                "job {} cannot be cancelled: {kind} goes to its end",
+                record.id
+            )));
+        }
+        self.cancelled.send_replace(true);
+        Ok(())
+    }
+
+    /// Waits until it is to end early; for ever if nobody wants that.
+    pub async fn cancelled(&self) {
+        let mut cancelled = self.cancelled.subscribe();
+        // The sender lives as long as this job.
+        let _ = cancelled.wait_for(|cancelled| *cancelled).await;
+    }
+
+    /// Waits for its end.
+    pub async fn finished(&self) {
+        let mut finished = self.finished.subscribe();
+        // The sender lives as long as this job.
+        let _ = finished.wait_for(|finished| *finished).await;
+    }
+
+    /// Notes its end.
+    pub(crate) fn finish(&self, result: &Result<(), Error>) {
+        {
+            let record = &mut *self.lock();
+            record.ended = Some(now());
+            record.phase = String::new();
+            match result {
+                Ok(()) => record.state = State::Done,
+                Err(error) => {
+                    record.state = match error {
+                        Error::Cancelled(_) => State::Cancelled,
+                        _ => State::Failed,
+                    };
+                    record.error = Some(error.name().to_string());
+                    record.message = Some(error.to_string());
+                }
+            }
+        }
+        self.finished.send_replace(true);
+    }
+
+    /// How long it is still kept; `None` while it works.
+    pub(crate) fn kept_for(&self) -> Option<Duration> {
+        let ended = self.lock().ended?;
+        let age = Duration::from_secs(now().saturating_sub(ended));
+        Some(KEPT.saturating_sub(age))
+    }
+}
+
+/// All jobs that are known.
+#[derive(Debug, Default)]
+pub struct Jobs(Mutex<Table>);
+
+#[derive(Debug, Default)]
+struct Table {
+    last: u32,
+    jobs: BTreeMap<u32, Arc<Job>>,
+}
+
+impl Jobs {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins one.
+    ///
+    /// # Errors
+    /// There are too many.
+    pub(crate) fn begin(&self, kind: Kind, machine: &MachineName) -> Result<Arc<Job>, Error> {
+        let table = &mut *self.lock();
+        if table.jobs.len() >= MAX_JOBS {
+            return Err(Error::LimitsExceeded(format!(
+                "{MAX_JOBS} jobs are kept already: try again in {} minutes",
+                KEPT.as_secs() / 60
+            )));
+        }
+        table.last = table.last.wrapping_add(1).max(1);
+        let job = Job::new(Record {
+            id: table.last,
+            kind,
+            machine: machine.clone(),
+            state: State::Running,
+            phase: String::new(),
+            error: None,
+            message: None,
+            ended: None,
+        });
+        table.jobs.insert(table.last, Arc::clone(&job));
+        Ok(job)
+    }
+
+    /// Takes over one of a broker before this one.
+    pub(crate) fn restore(&self, record: Record) -> Arc<Job> {
+        let table = &mut *self.lock();
+        table.last = table.last.max(record.id);
+        let id = record.id;
+        let job = Job::new(record);
+        table.jobs.insert(id, Arc::clone(&job));
+        job
+    }
+
+    /// The one of this number.
+    ///
+    /// # Errors
+    /// There is none, or not any more.
+    pub fn get(&self, id: u32) -> Result<Arc<Job>, Error> {
+        let known = self.lock().jobs.get(&id).cloned();
+        known.ok_or_else(|| {
+            Error::NoSuchJob(format!("there is no job {id}: jobs are kept for 5 minutes"))
+        })
+    }
+
+    /// All of them.
+    pub fn all(&self) -> Vec<Arc<Job>> {
+        self.lock().jobs.values().cloned().collect()
+    }
+
+    pub(crate) fn forget(&self, id: u32) {
+        self.lock().jobs.remove(&id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_job_ends_once_and_says_how() {
+        let jobs = Jobs::default();
+        let name = MachineName::new("vm").unwrap();
+        let job = jobs.begin(Kind::Start, &name).unwrap();
+        assert!(job.facts().cancellable);
+        assert_eq!(job.kept_for(), None);
+        job.cancel().unwrap();
+        job.cancelled().await;
+        job.finish(&Err(Error::Cancelled("enough".into())));
+        job.finished().await;
+        let facts = job.facts();
+        assert_eq!(facts.state, State::Cancelled);
+        assert_eq!(
+            facts.result[RESULT_ERROR].downcast_ref::<&str>().unwrap(),
+            "org.godwit.Vmm1.Error.Cancelled"
+        );
+        assert!(job.kept_for().unwrap() > KEPT / 2);
+        assert!(matches!(job.cancel(), Err(Error::InvalidState(_))));
+        let again = jobs.restore(job.record());
+        assert_eq!(again.facts().state, State::Cancelled);
+        let next = jobs.begin(Kind::Terminate, &name).unwrap();
+        assert!(next.id() > job.id());
+        assert!(next.cancel().is_err());
+    }
+
+    #[test]
+    fn there_is_an_end_to_jobs() {
+        let jobs = Jobs::default();
+        let name = MachineName::new("vm").unwrap();
+        for _ in 0..MAX_JOBS {
+            jobs.begin(Kind::Start, &name).unwrap();
+        }
+        assert!(matches!(
+            jobs.begin(Kind::Start, &name),
+            Err(Error::LimitsExceeded(_))
+        ));
+    }
+}

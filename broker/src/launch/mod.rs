@@ -1,0 +1,103 @@
+//! Starting processes: as children, or as systemd units.
+//!
+//! Both give a process the same command line, the same descriptors under the same numbers,
+//! and its output into the same log. A process never ends because its broker does.
+
+pub mod direct;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::process::Process;
+
+/// A program to start.
+#[derive(Debug)]
+pub struct Program {
+    /// Which machine's.
+    pub machine: String,
+    /// `core`, or the name of a device.
+    pub role: String,
+    /// The executable.
+    pub path: PathBuf,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// What it inherits, each under its present number.
+    pub descriptors: Vec<OwnedFd>,
+    /// Where its output goes.
+    pub log: File,
+}
+
+impl Program {
+    /// Adds arguments.
+    pub fn args<T: Into<String>>(&mut self, args: impl IntoIterator<Item = T>) {
+        self.args.extend(args.into_iter().map(Into::into));
+    }
+
+    /// Lets it inherit `descriptor`, and returns the number that it has there.
+    pub fn pass(&mut self, descriptor: OwnedFd) -> RawFd {
+        let number = descriptor.as_raw_fd();
+        self.descriptors.push(descriptor);
+        number
+    }
+}
+
+/// Why a program was not started.
+#[derive(Debug, Error)]
+pub enum LaunchError {
+    /// It cannot be run.
+    #[error("{} cannot be started", .path.display())]
+    Start {
+        /// The executable.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// systemd did not start its unit.
+    #[error("unit {unit} was not started")]
+    Unit {
+        /// The unit.
+        unit: String,
+        /// Its answer.
+        #[source]
+        source: Box<zbus::Error>,
+    },
+    /// The unit's process did not come for its descriptors.
+    #[error("unit {unit} did not come for its descriptors within {seconds} s")]
+    NoShow {
+        /// The unit.
+        unit: String,
+        /// How long it was waited for.
+        seconds: u64,
+    },
+}
+
+/// A way to start processes.
+#[derive(Debug)]
+pub enum Launcher {
+    /// As children.
+    Direct,
+}
+
+impl Launcher {
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+        }
+    }
+
+    /// Starts a program.
+    ///
+    /// # Errors
+    /// It was not started; nothing of it is left.
+    pub async fn start(&self, program: Program) -> Result<Process, LaunchError> {
+        match self {
+            Self::Direct => direct::start(program),
+        }
+    }
+}

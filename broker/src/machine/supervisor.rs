@@ -1,0 +1,465 @@
+//! The task that watches a running machine: it alone ends and restarts processes.
+//!
+//! - A device's process ends: after a moment a new one takes its place, on a new socket that
+//!   the core is handed. Requests in flight are in the core's record, and done by the new one.
+//! - The core ends: its devices are ended, the folder goes, and the state says why.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::Error;
+use api::core::CoreProxy;
+use api::device::State as DeviceState;
+use api::machine::State;
+use nix::sys::signal::Signal;
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::sync::oneshot;
+use tokio::task::AbortHandle;
+
+use super::device::RunningDevice;
+use super::state::{DeviceRecord, MachineState};
+use super::{DeviceStatus, Machine};
+use crate::folder::{self, last_line, last_words};
+use crate::host::Host;
+use crate::process::{Ended, Process};
+use crate::publish::Change;
+
+/// How long a device process may take to end when the core has.
+const DEVICE_DEADLINE: Duration = Duration::from_secs(3);
+
+/// A device whose front-end is gone ends by itself: so soon after it the core has ended too,
+/// if that is why.
+const CORE_DEADLINE: Duration = Duration::from_millis(200);
+
+/// What is wanted of the supervisor.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// End the core's process at once.
+    Kill,
+    /// Replace the process of a device.
+    Restart {
+        /// Which one.
+        at: usize,
+        /// Who waits for it.
+        answer: oneshot::Sender<Result<(), Error>>,
+    },
+}
+
+#[derive(Debug)]
+enum Event {
+    CoreEnded(Ended),
+    DeviceEnded {
+        at: usize,
+        generation: u64,
+        ended: Ended,
+    },
+    /// It is time to start a device again.
+    Due {
+        at: usize,
+        generation: u64,
+    },
+    CoreState(api::core::State),
+}
+
+pub(super) struct Supervisor {
+    host: Arc<Host>,
+    machine: Arc<Machine>,
+    core: Arc<Process>,
+    devices: Vec<RunningDevice>,
+    commands: Receiver<Command>,
+    events: Receiver<Event>,
+    tell: Sender<Event>,
+    /// Tasks that wait for something on its behalf.
+    waiting: Vec<AbortHandle>,
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        for task in &self.waiting {
+            task.abort();
+        }
+    }
+}
+
+impl Supervisor {
+    pub(super) fn new(
+        host: &Arc<Host>,
+        machine: &Arc<Machine>,
+        core: Arc<Process>,
+        commands: Receiver<Command>,
+    ) -> Self {
+        let (tell, events) = channel(64);
+        Self {
+            host: Arc::clone(host),
+            machine: Arc::clone(machine),
+            core,
+            devices: Vec::new(),
+            commands,
+            events,
+            tell,
+            waiting: Vec::new(),
+        }
+    }
+
+    /// Takes the devices, in the order of the definition.
+    pub(super) fn adopt_devices(&mut self, devices: Vec<RunningDevice>) {
+        self.devices = devices;
+    }
+
+    /// Gives them back, when the machine did not start after all.
+    pub(super) fn into_devices(mut self) -> Vec<RunningDevice> {
+        std::mem::take(&mut self.devices)
+    }
+
+    /// Writes down what runs, and lets the guest run.
+    pub(super) async fn begin(
+        &mut self,
+        core: &CoreProxy<'static>,
+        paused: bool,
+    ) -> Result<(), Error> {
+        self.save(true);
+        if !paused {
+            core.resume().await?;
+        }
+        self.machine.update(|inner| {
+            inner.state = if paused {
+                State::Paused
+            } else {
+                State::Running
+            };
+        });
+        self.watch(core);
+        Ok(())
+    }
+
+    /// Watches all processes, and what the core says of itself.
+    pub(super) fn watch(&mut self, core: &CoreProxy<'static>) {
+        let (process, tell) = (Arc::clone(&self.core), self.tell.clone());
+        self.wait(async move {
+            let ended = process.ended().await;
+            // A supervisor that is gone needs to know nothing.
+            let _ = tell.send(Event::CoreEnded(ended)).await;
+        });
+        let (core, tell) = (core.clone(), self.tell.clone());
+        self.wait(async move {
+            let _ = follow(core, tell).await;
+        });
+        for at in 0..self.devices.len() {
+            self.watch_device(at);
+        }
+    }
+
+    fn wait(&mut self, work: impl Future<Output = ()> + Send + 'static) {
+        self.waiting.retain(|task| !task.is_finished());
+        self.waiting.push(tokio::spawn(work).abort_handle());
+    }
+
+    fn watch_device(&mut self, at: usize) {
+        let device = &self.devices[at];
+        let Some(process) = device.process.clone() else {
+            if device.is_ours() {
+                // It ended while nobody watched.
+                self.due(at, Duration::ZERO);
+            }
+            return;
+        };
+        let (generation, tell) = (device.generation, self.tell.clone());
+        self.wait(async move {
+            let ended = process.ended().await;
+            let event = Event::DeviceEnded {
+                at,
+                generation,
+                ended,
+            };
+            let _ = tell.send(event).await;
+        });
+    }
+
+    fn due(&mut self, at: usize, after: Duration) {
+        let (generation, tell) = (self.devices[at].generation, self.tell.clone());
+        self.wait(async move {
+            tokio::time::sleep(after).await;
+            let _ = tell.send(Event::Due { at, generation }).await;
+        });
+    }
+
+    /// Watches until the machine has ended.
+    pub(super) async fn run(mut self) {
+        loop {
+            let event = tokio::select! {
+                Some(event) = self.events.recv() => event,
+                Some(command) = self.commands.recv() => {
+                    match command {
+                        Command::Kill => self.core.signal(Signal::SIGKILL),
+                        Command::Restart { at, answer } => {
+                            // A caller that does not wait is not told.
+                            let _ = answer.send(self.replace(at).await);
+                        }
+                    }
+                    continue;
+                }
+            };
+            match event {
+                Event::CoreEnded(ended) => {
+                    self.end(ended).await;
+                    return;
+                }
+                Event::CoreState(state) => self.machine.set_running_state(state),
+                Event::DeviceEnded {
+                    at,
+                    generation,
+                    ended,
+                } => {
+                    if self.devices[at].generation == generation {
+                        self.lost(at, ended).await;
+                    }
+                }
+                Event::Due { at, generation } => {
+                    if self.devices[at].generation == generation
+                        && self.devices[at].process.is_none()
+                    {
+                        self.try_restart(at).await;
+                    }
+                }
+            }
+        }
+    }
+
+    fn update_device(&self, at: usize, change: impl FnOnce(&mut DeviceStatus)) {
+        let id = self.devices[at].device.id.clone();
+        {
+            let inner = &mut *self.machine.lock();
+            if let Some(status) = inner.devices.get_mut(at) {
+                change(status);
+            }
+        }
+        let machine = self.machine.name.clone();
+        self.machine.publisher.send(Change::Device(machine, id));
+    }
+
+    /// A device's process has ended by itself.
+    async fn lost(&mut self, at: usize, ended: Ended) {
+        let name = self.machine.name.clone();
+        if !matches!(ended, Ended::Signal(_))
+            && tokio::time::timeout(CORE_DEADLINE, self.core.ended())
+                .await
+                .is_ok()
+        {
+            // It ended because the core did, whose end is the next event.
+            self.devices[at].process = None;
+            return;
+        }
+        let device = &mut self.devices[at];
+        device.process = None;
+        let why = device.obituary(&self.host, &name, ended);
+        tracing::warn!(machine = %name, device = %device.device.id, why, "a device process ended");
+        self.host.metrics.device_ended(device.device.kind_name());
+        self.retry(at, &why);
+    }
+
+    /// Starts a device again later, or gives up.
+    fn retry(&mut self, at: usize, why: &str) {
+        match self.devices[at].next_restart() {
+            Some(after) => {
+                self.update_device(at, |status| {
+                    status.state = DeviceState::Restarting;
+                    status.process = None;
+                    status.reason = why.to_owned();
+                });
+                self.due(at, after);
+            }
+            None => self.update_device(at, |status| {
+                status.state = DeviceState::Failed;
+                status.process = None;
+                status.reason = format!("it ended too often; the last time: {why}");
+            }),
+        }
+        self.save(true);
+    }
+
+    async fn try_restart(&mut self, at: usize) {
+        match self.start_device(at).await {
+            Ok(()) => {}
+            Err(error) => {
+                let name = &self.machine.name;
+                tracing::warn!(machine = %name, %error, "a device process was not started");
+                self.drop_process(at).await;
+                self.retry(at, &error.to_string());
+            }
+        }
+    }
+
+    /// Starts a device's process and hands its socket to the core.
+    async fn start_device(&mut self, at: usize) -> Result<(), Error> {
+        let core = self.machine.core("given a new device process")?;
+        let name = self.machine.name.clone();
+        let socket = self.devices[at].start(&self.host, &name).await?;
+        let device = &self.devices[at];
+        let id = device.device.id.clone();
+        core.attach_backend(id.as_str(), socket.into()).await?;
+        let process = device.process.as_ref().map(|process| process.id().clone());
+        let device = &mut self.devices[at];
+        device.reconnects += 1;
+        let reconnects = device.reconnects;
+        self.update_device(at, |status| {
+            status.state = DeviceState::Running;
+            status.process = process;
+            status.reconnects = reconnects;
+        });
+        self.host
+            .metrics
+            .device_restarted(self.devices[at].device.kind_name());
+        self.watch_device(at);
+        self.save(true);
+        Ok(())
+    }
+
+    /// Ends the process of a device, whatever it does.
+    async fn drop_process(&mut self, at: usize) {
+        let device = &mut self.devices[at];
+        // Its end is expected.
+        device.generation += 1;
+        if let Some(process) = device.process.take() {
+            process.signal(Signal::SIGTERM);
+            if tokio::time::timeout(DEVICE_DEADLINE, process.ended())
+                .await
+                .is_err()
+            {
+                process.signal(Signal::SIGKILL);
+                // A killed process ends, or the kernel is broken.
+                let _ = tokio::time::timeout(DEVICE_DEADLINE, process.ended()).await;
+            }
+        }
+    }
+
+    /// Replaces the process of a device, as somebody wants it.
+    async fn replace(&mut self, at: usize) -> Result<(), Error> {
+        let Some(device) = self.devices.get_mut(at) else {
+            return Err(Error::NoSuchDevice(format!(
+                "{} has no device {at}",
+                self.machine.name
+            )));
+        };
+        if !device.is_ours() {
+            return Err(Error::InvalidState(format!(
+                "the process of {} is not the broker's: restart it where it was started",
+                device.device.id
+            )));
+        }
+        device.forgive();
+        self.update_device(at, |status| status.state = DeviceState::Restarting);
+        self.drop_process(at).await;
+        let result = self.start_device(at).await;
+        if let Err(error) = &result {
+            self.drop_process(at).await;
+            self.retry(at, &error.to_string());
+        }
+        result
+    }
+
+    /// The core has ended: so does everything else.
+    pub(super) async fn end(&mut self, ended: Ended) {
+        let name = self.machine.name.clone();
+        self.machine.update(|inner| {
+            inner.state = State::Stopping;
+            inner.live = None;
+        });
+        for device in self
+            .devices
+            .iter()
+            .filter_map(|device| device.process.as_ref())
+        {
+            device.signal(Signal::SIGTERM);
+        }
+        for at in 0..self.devices.len() {
+            self.drop_process(at).await;
+        }
+        let (state, reason) = self.verdict(ended);
+        if state == State::Failed {
+            tracing::error!(machine = %name, reason, "a machine failed");
+        }
+        self.host.metrics.machine_ended(state == State::Failed);
+        self.host.folder.remove_machine(&name);
+        self.machine.update(|inner| {
+            inner.state = state;
+            inner.reason = reason;
+            inner.process = None;
+            inner.started_usec = 0;
+            inner.devices.fill(DeviceStatus::OFF);
+        });
+        for device in &self.devices {
+            let id = device.device.id.clone();
+            self.machine
+                .publisher
+                .send(Change::Device(name.clone(), id));
+        }
+        self.machine.gone.send_replace(true);
+        if self.machine.transient {
+            self.machine.publisher.send(Change::Ended(name));
+        }
+    }
+
+    /// What became of the machine: what the core said last, or else how it ended.
+    fn verdict(&self, ended: Ended) -> (State, String) {
+        let name = &self.machine.name;
+        let said = last_line(&self.host.folder.machine(name).join("end"));
+        match said.as_deref().and_then(|line| line.split_once(' ')) {
+            Some(("0", why)) => (State::Off, why.to_owned()),
+            Some((_, why)) => (State::Failed, why.to_owned()),
+            None => {
+                let log = self.host.folder.logs(name).join("core.log");
+                let line = last_words(&log).filter(|_| !matches!(ended, Ended::Signal(_)));
+                let words =
+                    line.map_or_else(String::new, |line| format!("; its last words: {line}"));
+                (State::Failed, format!("the core failed: {ended}{words}"))
+            }
+        }
+    }
+
+    /// Writes down what a later broker needs.
+    pub(super) fn save(&self, complete: bool) {
+        let (definition, started_usec) = {
+            let inner = self.machine.lock();
+            ((*inner.definition).clone(), inner.started_usec)
+        };
+        let record = |device: &RunningDevice| DeviceRecord {
+            process: device.process.as_ref().map(|process| process.id().clone()),
+            reconnects: device.reconnects,
+            image: device.image(),
+        };
+        let state = MachineState {
+            definition,
+            transient: self.machine.transient,
+            from_file: self.machine.from_file,
+            started_usec,
+            complete,
+            core: Some(self.core.id().clone()),
+            devices: self.devices.iter().map(record).collect(),
+        };
+        let path = self
+            .host
+            .folder
+            .machine(&self.machine.name)
+            .join("state.json");
+        if let Err(error) = folder::save(&path, &state) {
+            let name = &self.machine.name;
+            tracing::error!(machine = %name, %error, "another broker could not adopt it");
+        }
+    }
+}
+
+/// Tells each change of the core's state.
+async fn follow(core: CoreProxy<'static>, tell: Sender<Event>) -> zbus::Result<()> {
+    let cached = CoreProxy::new(core.inner().connection()).await?;
+    let mut changes = cached.receive_state_changed().await;
+    while let Some(change) = api::next(&mut changes).await {
+        if tell
+            .send(Event::CoreState(change.get().await?))
+            .await
+            .is_err()
+        {
+            break;
+        }
+    }
+    Ok(())
+}

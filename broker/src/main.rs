@@ -1,0 +1,246 @@
+//! `godwit-broker`: the D-Bus service `org.godwit.Vmm1`.
+
+use std::env;
+use std::fs::Permissions;
+use std::io::IsTerminal as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use api::private_bus::PrivateBus;
+use broker::broker::Broker;
+use broker::folder::Folder;
+use broker::host::Host;
+use broker::launch::Launcher;
+use broker::metrics::{self, Metrics};
+use broker::policy::Policy;
+use broker::publish;
+use broker::service::{self, ManagerObject};
+use clap::{Parser, ValueEnum};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::geteuid;
+use sd_notify::NotifyState;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use zbus::Connection;
+use zbus::connection::Builder;
+use zbus::fdo::RequestNameFlags;
+
+/// How long a call of the broker to polkit, systemd or a core may take.
+const CALL_DEADLINE: Duration = Duration::from_secs(90);
+
+/// Makes and watches virtual machines, as the D-Bus service org.godwit.Vmm1.
+#[derive(Debug, Parser)]
+#[command(name = "godwit-broker", version)]
+struct Options {
+    /// Serve a private bus on the socket `bus` in the runtime folder, for this user and root
+    /// (the default)
+    #[arg(long, conflicts_with = "system")]
+    embedded: bool,
+    /// Serve the system bus; polkit decides who may do what
+    #[arg(long)]
+    system: bool,
+    /// How processes are started
+    #[arg(long, value_enum, default_value_t = Launch::Direct)]
+    launch: Launch,
+    /// Folder for sockets, state and logs [default: $XDG_RUNTIME_DIR/godwit, or /run/godwit]
+    #[arg(long, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+    /// Folder with a definition NAME.toml for each declared machine
+    #[arg(long, value_name = "DIR")]
+    config_dir: Option<PathBuf>,
+    /// Folder with the programs godwit-vmm, godwit-blk and so on [default: this program's]
+    #[arg(long, value_name = "DIR")]
+    program_dir: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Launch {
+    /// As children of the broker
+    Direct,
+    /// As units of systemd
+    Systemd,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let filter = EnvFilter::try_from_env("GODWIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("godwit-broker: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: Options) -> Result<()> {
+    let (_, most) =
+        getrlimit(Resource::RLIMIT_NOFILE).context("the descriptor limit is unknown")?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)
+        .context("the descriptor limit cannot be raised")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("no threads are to be had")?;
+    let result = runtime.block_on(serve(options));
+    // Whatever waits must not hold the end up.
+    runtime.shutdown_background();
+    result
+}
+
+fn default_runtime_dir() -> PathBuf {
+    match env::var_os("XDG_RUNTIME_DIR") {
+        Some(folder) if !folder.is_empty() => PathBuf::from(folder).join("godwit"),
+        _ => PathBuf::from("/run/godwit"),
+    }
+}
+
+async fn serve(options: Options) -> Result<()> {
+    let runtime_dir = options
+        .runtime_dir
+        .clone()
+        .unwrap_or_else(default_runtime_dir);
+    let runtime_dir = std::path::absolute(&runtime_dir)
+        .with_context(|| format!("--runtime-dir {}", runtime_dir.display()))?;
+    let folder = Folder::open(&runtime_dir)
+        .with_context(|| format!("--runtime-dir {}", runtime_dir.display()))?;
+    let programs = match options.program_dir.clone() {
+        Some(folder) => folder,
+        None => own_folder()?,
+    };
+    let mut terminate = signal(SignalKind::terminate()).context("signals cannot be heard")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("signals cannot be heard")?;
+
+    let (publisher, changes) = publish::channel();
+    let system = match options.system {
+        true => Some(system_bus().await?),
+        false => None,
+    };
+    let policy = match &system {
+        Some(connection) => Policy::polkit(connection).await.context("no polkit")?,
+        None => Policy::Private,
+    };
+    let launcher = launcher(options.launch, &runtime_dir).await?;
+    let metrics = Metrics::default();
+    let metrics_path = folder.join("metrics");
+    let metrics_listener = listen(&metrics_path)?;
+    let bus_path = folder.join("bus");
+    let host = Host {
+        folder,
+        programs,
+        launcher,
+        publisher,
+        metrics: metrics.clone(),
+    };
+    let broker = Broker::new(host, policy, options.config_dir.clone());
+    let counted = Arc::clone(&broker);
+    let registry = metrics.registry(move || counted.census());
+    tokio::spawn(metrics::serve(metrics_listener, registry));
+    let manager = ManagerObject {
+        broker: Arc::clone(&broker),
+        metrics_socket: metrics_path.display().to_string(),
+    };
+
+    match system {
+        Some(connection) => {
+            let server = connection.object_server();
+            server
+                .at(api::path::MANAGER, zbus::fdo::ObjectManager)
+                .await?;
+            server
+                .at(api::path::MANAGER, api::manager::Manager(manager))
+                .await?;
+            tokio::spawn(service::publish(
+                Arc::clone(&broker),
+                connection.clone(),
+                changes,
+            ));
+            broker.take_up().await;
+            connection
+                .request_name_with_flags(api::SERVICE, RequestNameFlags::DO_NOT_QUEUE)
+                .await
+                .with_context(|| format!("the name {} is not to be had", api::SERVICE))?;
+            ready();
+            wait(&mut terminate, &mut interrupt).await;
+        }
+        None => {
+            let (bus, builder) = PrivateBus::new(api::SERVICE, geteuid().as_raw())?;
+            let connection = service::manager(builder, manager)
+                .method_timeout(CALL_DEADLINE)
+                .build()
+                .await
+                .context("no connection to the own bus")?;
+            tokio::spawn(service::publish(Arc::clone(&broker), connection, changes));
+            broker.take_up().await;
+            // From here on somebody can call.
+            let listener = listen(&bus_path)?;
+            tokio::spawn(bus.listen(listener));
+            ready();
+            wait(&mut terminate, &mut interrupt).await;
+        }
+    }
+    // Machines run on; the next broker finds them.
+    Ok(())
+}
+
+async fn wait(
+    terminate: &mut tokio::signal::unix::Signal,
+    interrupt: &mut tokio::signal::unix::Signal,
+) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+fn ready() {
+    // Outside of systemd there is nobody to tell.
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+    tracing::info!("ready");
+}
+
+fn own_folder() -> Result<PathBuf> {
+    let own = env::current_exe().context("this program's path is unknown: give --program-dir")?;
+    own.parent()
+        .map(Path::to_owned)
+        .context("this program is in no folder: give --program-dir")
+}
+
+async fn launcher(launch: Launch, runtime_dir: &Path) -> Result<Launcher> {
+    let _ = runtime_dir;
+    match launch {
+        Launch::Direct => Ok(Launcher::Direct),
+        Launch::Systemd => anyhow::bail!("x"),
+    }
+}
+
+async fn system_bus() -> Result<Connection> {
+    Builder::system()
+        .method_timeout(CALL_DEADLINE)
+        .build()
+        .await
+        .context("no system bus: start dbus, or use --embedded")
+}
+
+/// Listens at `path`, for this user alone. A socket that a dead broker left is replaced: the
+/// folder's lock says that it is dead.
+fn listen(path: &Path) -> Result<UnixListener> {
+    let said = || format!("{} cannot be listened on", path.display());
+    if path.exists() {
+        std::fs::remove_file(path).with_context(said)?;
+    }
+    let listener = UnixListener::bind(path).with_context(said)?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o600)).with_context(said)?;
+    Ok(listener)
+}

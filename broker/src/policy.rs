@@ -1,0 +1,104 @@
+//! Who may do what: polkit decides on the system bus; on a private bus, whoever may call at
+//! all may do everything.
+
+use std::collections::HashMap;
+
+use api::{Caller, Error};
+use zbus::{Connection, Message};
+use zbus_polkit::policykit1::{AuthorityProxy, CheckAuthorizationFlags, Subject};
+
+/// What somebody wants to do, as polkit knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Make a machine, and forget one.
+    Create,
+    /// Start, stop, pause, reset.
+    Manage,
+    /// See and type on its console, and read logs.
+    OpenConsole,
+    /// Replace the process of a device.
+    RestartDevice,
+}
+
+impl Action {
+    /// Its name in the policy.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Create => "org.godwit.Vmm1.create",
+            Self::Manage => "org.godwit.Vmm1.manage",
+            Self::OpenConsole => "org.godwit.Vmm1.open-console",
+            Self::RestartDevice => "org.godwit.Vmm1.restart-device",
+        }
+    }
+}
+
+/// Who decides.
+#[derive(Debug)]
+pub enum Policy {
+    /// The private bus has decided who may call.
+    Private,
+    /// polkit, on the system bus.
+    Polkit(AuthorityProxy<'static>),
+}
+
+impl Policy {
+    /// polkit on this connection.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub async fn polkit(connection: &Connection) -> zbus::Result<Self> {
+        AuthorityProxy::new(connection).await.map(Self::Polkit)
+    }
+
+    /// Refuses a caller that may not do this with the machine.
+    ///
+    /// # Errors
+    /// It may not, or not without a person's confirmation.
+    pub async fn check(
+        &self,
+        caller: &Caller,
+        action: Action,
+        machine: &str,
+        verb: &str,
+    ) -> Result<(), Error> {
+        let Self::Polkit(authority) = self else {
+            return Ok(());
+        };
+        let denied = |why: &str| {
+            let id = action.id();
+            Error::AccessDenied(format!("{verb} {machine}: {why} ({id})"))
+        };
+        let Some(sender) = &caller.sender else {
+            return Err(denied("the caller has no name on the bus"));
+        };
+        let subject = subject(sender).map_err(|error| denied(&error))?;
+        let details = HashMap::from([("machine", machine), ("verb", verb)]);
+        let flags = if caller.interactive {
+            CheckAuthorizationFlags::ALLOW_USER_INTERACTION
+        } else {
+            CheckAuthorizationFlags::empty()
+        };
+        let answer = authority
+            .check_authorization(&subject, action.id(), &details, flags, "")
+            .await
+            .map_err(|error| denied(&format!("polkit does not answer: {error}")))?;
+        if answer.is_authorized {
+            Ok(())
+        } else if answer.is_challenge {
+            Err(Error::InteractiveAuthorizationRequired(format!(
+                "{verb} {machine} needs a confirmation: allow interactive authorization"
+            )))
+        } else {
+            Err(denied("polkit does not allow it"))
+        }
+    }
+}
+
+/// The caller as polkit wants it, which takes it from the header of a message.
+fn subject(sender: &str) -> Result<Subject, String> {
+    let message = Message::method_call("/", "Check")
+        .sender(sender)
+        .build(&())
+        .map_err(|error| error.to_string())?;
+    Subject::new_for_message_header(&message.header()).map_err(|error| error.to_string())
+}

@@ -1,0 +1,277 @@
+//! The D-Bus objects, on what the broker knows.
+
+mod device;
+mod job;
+mod machine;
+mod manager;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use api::path;
+use tokio::sync::mpsc::UnboundedReceiver;
+use zbus::connection::Builder;
+use zbus::fdo::ObjectManager;
+use zbus::{Connection, OwnedObjectPath};
+
+use self::device::DeviceObject;
+use self::job::JobObject;
+use self::machine::MachineObject;
+pub use self::manager::ManagerObject;
+use crate::broker::Broker;
+use crate::machine::Machine;
+use crate::name::{DeviceId, MachineName};
+use crate::publish::Change;
+
+type ManagerInterface = api::manager::Manager<ManagerObject>;
+type MachineInterface = api::machine::Machine<MachineObject>;
+type DeviceInterface = api::device::Device<DeviceObject>;
+type JobInterface = api::job::Job<JobObject>;
+
+/// The manager and its ObjectManager on a connection that is being made.
+pub fn manager(builder: Builder<'static>, manager: ManagerObject) -> Builder<'static> {
+    builder
+        .serve_at(path::MANAGER, ObjectManager)
+        .serve_at(path::MANAGER, api::manager::Manager(manager))
+}
+
+/// What the bus was told last.
+struct Published {
+    broker: Arc<Broker>,
+    connection: Connection,
+    machines: HashMap<MachineName, api::machine::Facts>,
+    devices: HashMap<(MachineName, DeviceId), (usize, api::device::Facts)>,
+}
+
+/// Tells the bus what changed, for ever.
+pub async fn publish(
+    broker: Arc<Broker>,
+    connection: Connection,
+    mut changes: UnboundedReceiver<Change>,
+) {
+    let mut published = Published {
+        broker,
+        connection,
+        machines: HashMap::new(),
+        devices: HashMap::new(),
+    };
+    while let Some(change) = changes.recv().await {
+        let said = format!("{change:?}");
+        if let Err(error) = published.tell(change).await {
+            tracing::warn!(%error, said, "the bus was not told");
+        }
+    }
+}
+
+/// Emits PropertiesChanged for each property that is another than before.
+macro_rules! tell_changes {
+    ($interface:expr, $old:expr, $new:expr, $($field:ident => $changed:ident),+ $(,)?) => {
+        $(if $old.$field != $new.$field {
+            $interface.get().await.$changed($interface.signal_emitter()).await?;
+        })+
+    };
+}
+
+impl Published {
+    async fn tell(&mut self, change: Change) -> zbus::Result<()> {
+        match change {
+            Change::Added(name, done) => {
+                let result = self.add(&name).await;
+                // Who said it may not wait.
+                let _ = done.send(());
+                result
+            }
+            Change::Removed(name, done) => {
+                let result = self.remove(&name).await;
+                let _ = done.send(());
+                result
+            }
+            Change::Machine(name) => self.machine(&name).await,
+            Change::Device(name, id) => self.device(&name, &id).await,
+            Change::Ended(name) => {
+                let broker = Arc::clone(&self.broker);
+                // Not here: the removal waits for this task.
+                tokio::spawn(async move {
+                    if let Ok(machine) = broker.machine(name.as_str()) {
+                        machine.released().await;
+                        if let Err(error) = broker.remove(&machine).await {
+                            tracing::warn!(machine = %name, %error, "it is not forgotten");
+                        }
+                    }
+                });
+                Ok(())
+            }
+            Change::JobNew(id, done) => {
+                let result = self.job_new(id).await;
+                let _ = done.send(());
+                result
+            }
+            Change::Job(id) => self.job(id, false).await,
+            Change::JobEnded(id) => self.job(id, true).await,
+            Change::JobForgotten(id) => {
+                let server = self.connection.object_server();
+                server.remove::<JobInterface, _>(path::job(id)).await?;
+                Ok(())
+            }
+        }
+    }
+
+    async fn add(&mut self, name: &MachineName) -> zbus::Result<()> {
+        let Ok(machine) = self.broker.machine(name.as_str()) else {
+            return Ok(());
+        };
+        let server = self.connection.object_server();
+        let object = MachineObject::new(&self.broker, &machine);
+        let at = path::machine(name.as_str());
+        server.at(at, api::machine::Machine(object)).await?;
+        self.machines
+            .entry(name.clone())
+            .or_insert_with(|| machine.facts());
+        self.remove_devices(name).await?;
+        self.add_devices(name, &machine).await?;
+        self.machine(name).await
+    }
+
+    async fn add_devices(
+        &mut self,
+        name: &MachineName,
+        machine: &Arc<Machine>,
+    ) -> zbus::Result<()> {
+        let server = self.connection.object_server();
+        for at in 0.. {
+            let Some((device, _)) = machine.device(at) else {
+                break;
+            };
+            let object = DeviceObject::new(&self.broker, machine, at);
+            let Some(facts) = object.current() else { break };
+            let place = path::device(name.as_str(), device.id.as_str());
+            server.at(place, api::device::Device(object)).await?;
+            self.devices.insert((name.clone(), device.id), (at, facts));
+        }
+        Ok(())
+    }
+
+    async fn remove_devices(&mut self, name: &MachineName) -> zbus::Result<()> {
+        let server = self.connection.object_server();
+        let mine = self.devices.keys().filter(|(machine, _)| machine == name);
+        for (_, id) in mine.cloned().collect::<Vec<_>>() {
+            let place = path::device(name.as_str(), id.as_str());
+            server.remove::<DeviceInterface, _>(place).await?;
+            self.devices.remove(&(name.clone(), id));
+        }
+        Ok(())
+    }
+
+    async fn remove(&mut self, name: &MachineName) -> zbus::Result<()> {
+        self.remove_devices(name).await?;
+        self.machines.remove(name);
+        let place = path::machine(name.as_str());
+        let server = self.connection.object_server();
+        server.remove::<MachineInterface, _>(place).await?;
+        Ok(())
+    }
+
+    async fn machine(&mut self, name: &MachineName) -> zbus::Result<()> {
+        let Ok(machine) = self.broker.machine(name.as_str()) else {
+            return Ok(());
+        };
+        // One that was not added yet is told whole when it is.
+        let Some(old) = self.machines.get_mut(name) else {
+            return Ok(());
+        };
+        let new = machine.facts();
+        let old = std::mem::replace(old, new.clone());
+        let server = self.connection.object_server();
+        let interface = server
+            .interface::<_, MachineInterface>(path::machine(name.as_str()))
+            .await?;
+        tell_changes!(interface, old, new,
+            devices => devices_changed,
+            vcpus => vcpus_changed,
+            memory => memory_changed,
+            autostart => autostart_changed,
+            definition => definition_changed,
+            unit => unit_changed,
+            process => process_changed,
+            started_usec => started_u_sec_changed,
+            reason => reason_changed,
+            state => state_changed,
+            job => job_changed,
+        );
+        let mine = self.devices.keys().filter(|(machine, _)| machine == name);
+        for (_, id) in mine.cloned().collect::<Vec<_>>() {
+            self.device(name, &id).await?;
+        }
+        Ok(())
+    }
+
+    async fn device(&mut self, name: &MachineName, id: &DeviceId) -> zbus::Result<()> {
+        let Some((at, old)) = self.devices.get_mut(&(name.clone(), id.clone())) else {
+            return Ok(());
+        };
+        let Ok(machine) = self.broker.machine(name.as_str()) else {
+            return Ok(());
+        };
+        let Some(new) = DeviceObject::new(&self.broker, &machine, *at).current() else {
+            return Ok(());
+        };
+        let old = std::mem::replace(old, new.clone());
+        let server = self.connection.object_server();
+        let interface = server
+            .interface::<_, DeviceInterface>(path::device(name.as_str(), id.as_str()))
+            .await?;
+        tell_changes!(interface, old, new,
+            source => source_changed,
+            unit => unit_changed,
+            process => process_changed,
+            reason => reason_changed,
+            reconnects => reconnects_changed,
+            state => state_changed,
+        );
+        Ok(())
+    }
+
+    async fn job_new(&self, id: u32) -> zbus::Result<()> {
+        let Ok(job) = self.broker.jobs.get(id) else {
+            return Ok(());
+        };
+        let server = self.connection.object_server();
+        let object = JobObject::new(&self.broker, &job);
+        server.at(path::job(id), api::job::Job(object)).await?;
+        let emitter = self.manager_emitter()?;
+        ManagerInterface::job_new(&emitter, id, path::job(id).into_inner()).await
+    }
+
+    fn manager_emitter(&self) -> zbus::Result<zbus::object_server::SignalEmitter<'_>> {
+        zbus::object_server::SignalEmitter::new(&self.connection, path::MANAGER)
+    }
+
+    async fn job(&self, id: u32, ended: bool) -> zbus::Result<()> {
+        let Ok(job) = self.broker.jobs.get(id) else {
+            return Ok(());
+        };
+        let at: OwnedObjectPath = path::job(id);
+        let server = self.connection.object_server();
+        let interface = server.interface::<_, JobInterface>(&at).await?;
+        let emitter = interface.signal_emitter();
+        {
+            let job = interface.get().await;
+            job.phase_changed(emitter).await?;
+            if ended {
+                job.state_changed(emitter).await?;
+                job.progress_changed(emitter).await?;
+                job.result_changed(emitter).await?;
+            }
+            job.cancellable_changed(emitter).await?;
+        }
+        if ended {
+            let facts = job.facts();
+            let state = facts.state.as_str();
+            JobInterface::finished(emitter, state, facts.result).await?;
+            let manager = self.manager_emitter()?;
+            let at = at.into_inner();
+            ManagerInterface::job_removed(&manager, id, at, &facts.machine, state).await?;
+        }
+        Ok(())
+    }
+}
