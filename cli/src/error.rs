@@ -46,6 +46,9 @@ pub enum Failure {
         #[source]
         source: io::Error,
     },
+    /// No broker answers, and none can be started with a socket of this name.
+    #[error("no broker answers at {}", socket.display())]
+    NotEmbeddable { socket: PathBuf },
     /// The embedded broker is not installed.
     #[error("godwit-broker is neither beside this program nor in PATH")]
     NoBrokerProgram,
@@ -142,9 +145,10 @@ impl Failure {
     /// The exit status.
     pub fn status(&self) -> u8 {
         match self {
-            Self::NoBroker { .. } | Self::NoBrokerProgram | Self::BrokerStart { .. } => {
-                status::NO_BROKER
-            }
+            Self::NoBroker { .. }
+            | Self::NotEmbeddable { .. }
+            | Self::NoBrokerProgram
+            | Self::BrokerStart { .. } => status::NO_BROKER,
             Self::BadAddress { .. } | Self::PathNotUtf8 { .. } | Self::NoName { .. } => {
                 status::USAGE
             }
@@ -174,6 +178,9 @@ impl Failure {
         let text = match self {
             Self::NoBroker { .. } => {
                 "godwit run starts one; --bus ADDRESS or GODWIT_BUS names another".into()
+            }
+            Self::NotEmbeddable { .. } => {
+                "start godwit-broker, or give --bus FOLDER/bus: an embedded broker's socket is named bus".into()
             }
             Self::BadAddress { .. } => {
                 "give the path of a socket, or an address as unix:path=/run/godwit/bus".into()

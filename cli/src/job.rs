@@ -95,7 +95,7 @@ impl Job {
         let seconds = wait.timeout;
         let patience = seconds.map_or(FOREVER, |seconds| Duration::from_secs(seconds).min(FOREVER));
         let end = Instant::now() + patience;
-        let bar = Bar::new(&self.what);
+        let mut bar = Bar::new(&self.what);
         let mut interrupts = Interrupts::new()?;
         loop {
             let job = self.look().await?;
@@ -120,11 +120,10 @@ impl Job {
                     });
                 }
                 asked = interrupts.next() => {
-                    if bar.hidden(|| asked.is_terminal()) {
-                        bar.close();
+                    bar.close();
+                    if asked.is_terminal() {
                         self.ask(&job, &mut interrupts).await?;
                     } else {
-                        bar.close();
                         return Err(self.detached(&job));
                     }
                 }
@@ -163,18 +162,12 @@ impl Job {
             "[d]etach and let it go on, or [w]ait? (it cannot be cancelled now)"
         };
         say(&format!("\n{}: {choice}", self.what));
-        let answer = tokio::task::spawn_blocking(|| {
+        let mut answer = tokio::task::spawn_blocking(|| {
             let mut line = String::new();
             // No answer is an empty one.
             let _ = io::stdin().read_line(&mut line);
             line
         });
-        let mut changes = self
-            .properties
-            .receive_properties_changed()
-            .await
-            .what(&self.what)?;
-        tokio::pin!(answer);
         loop {
             tokio::select! {
                 answer = &mut answer => {
@@ -186,7 +179,7 @@ impl Job {
                     };
                 }
                 _ = interrupts.next() => return Err(self.detached(job)),
-                _ = changes.next() => {
+                () = sleep(LOOK_AGAIN) => {
                     if !self.look().await?.is_running() {
                         return Ok(());
                     }
@@ -277,13 +270,10 @@ impl Bar {
         self.bar.set_position(position(job.progress));
     }
 
-    /// Does something while the bar is not on the screen.
-    fn hidden<T>(&self, work: impl FnOnce() -> T) -> T {
-        self.bar.suspend(work)
-    }
-
-    fn close(&self) {
+    /// Takes it off the screen; what is shown next brings it back.
+    fn close(&mut self) {
         self.bar.finish_and_clear();
+        self.bar = ProgressBar::hidden();
     }
 }
 

@@ -78,6 +78,9 @@ pub enum Json {
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Makes a machine, starts it and attaches to its console
+    ///
+    /// The machine is forgotten when it ends, unless it is kept. The exit status tells how it
+    /// ended. Where stdin is no terminal, it is typed at the console as it is.
     Run(Box<Run>),
     /// Lists machines
     #[command(visible_alias = "ls")]
@@ -85,8 +88,12 @@ pub enum Verb {
     /// Shows machines with all they have
     Show(Show),
     /// Starts machines that are off
+    ///
+    /// A machine that runs already is left alone. Returns when the guests run.
     Start(Start),
     /// Switches machines off: presses the power button, or ends them at once
+    ///
+    /// A machine that is off already is left alone. Returns when the guests are off.
     Stop(Stop),
     /// Boots machines again at once, without asking the guests
     Reset(Names),
@@ -108,10 +115,16 @@ pub enum Verb {
     /// Prints what a machine's processes said
     Logs(Logs),
     /// Shows what machines and devices use, again and again
+    ///
+    /// Ctrl-C or q ends it. Where stdout is no terminal, and with --json, it looks once.
     Top(Top),
     /// Reads the definitions in the configuration folder again
     Reload,
     /// Shows a machine that works while its disk process is killed
+    ///
+    /// It boots the bundled guest on a scratch disk, kills the process that serves the disk
+    /// while the guest uses it, shows that the guest goes on, and ends the machine. Nothing is
+    /// left behind.
     Demo(Demo),
     /// Prints the completions of a shell
     Completions {
@@ -126,8 +139,6 @@ pub enum Verb {
 }
 
 /// Makes a machine, starts it and attaches to its console.
-///
-/// The machine is forgotten when it ends, unless it is kept.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
@@ -218,8 +229,6 @@ pub struct Show {
 }
 
 /// Starts machines that are off.
-///
-/// A machine that runs already is left alone.
 #[derive(Debug, Args)]
 pub struct Start {
     #[command(flatten)]
@@ -232,8 +241,6 @@ pub struct Start {
 }
 
 /// Switches machines off: presses the power button, or ends them at once.
-///
-/// A machine that is off already is left alone.
 #[derive(Debug, Args)]
 pub struct Stop {
     #[command(flatten)]
@@ -344,8 +351,6 @@ pub struct Logs {
 }
 
 /// Shows what machines and devices use, again and again.
-///
-/// Ctrl-C or q ends it.
 #[derive(Debug, Args)]
 pub struct Top {
     /// Machines; all when none is named
@@ -354,16 +359,12 @@ pub struct Top {
     /// Seconds between two looks
     #[arg(long, short, value_name = "SECONDS", default_value_t = 2.0, value_parser = crate::value::interval)]
     pub interval: f64,
-    /// How often to look; by default until it is ended, and once with --json
+    /// How often to look
     #[arg(long, short = 'n', value_name = "N")]
     pub count: Option<u64>,
 }
 
 /// Shows a machine that works while its disk process is killed.
-///
-/// It boots the bundled guest on a scratch disk, kills the process that serves the disk while
-/// the guest uses it, shows that the guest goes on, and switches the machine off. Nothing is left
-/// behind.
 #[derive(Debug, Args)]
 pub struct Demo {
     /// Another guest's kernel; by default the bundled guest, where it is installed

@@ -1,6 +1,6 @@
 //! Starts the embedded broker.
 //!
-//! It gets a session of its own, so that it outlives this program and the terminal, and writes to
+//! Its folder is that of its socket, which is named `bus` there. It gets a session of its own, so that it outlives this program and the terminal, and writes to
 //! a file beside its socket. When two programs start one at the same time, the broker that comes
 //! second ends, and both programs use the first.
 #![expect(
@@ -22,6 +22,8 @@ use zbus::Connection;
 use crate::error::{Failure, Result};
 
 const PROGRAM: &str = "godwit-broker";
+/// How a broker names its socket, in its folder.
+const SOCKET: &str = "bus";
 /// Where its output goes, beside its socket.
 const LOG: &str = "broker.log";
 /// How long it may take until it answers.
@@ -40,8 +42,15 @@ pub async fn start<F>(socket: &Path, mut connect: impl FnMut() -> F) -> Result<C
 where
     F: Future<Output = Result<Connection>>,
 {
+    let folder = match (socket.parent(), socket.file_name()) {
+        (Some(folder), Some(name)) if name == SOCKET => folder,
+        _ => {
+            return Err(Failure::NotEmbeddable {
+                socket: socket.into(),
+            });
+        }
+    };
     let program = program()?;
-    let folder = socket.parent().unwrap_or(Path::new("/"));
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -52,7 +61,7 @@ where
         })?;
     let log = folder.join(LOG);
     let began = fs::metadata(&log).map_or(0, |file| file.len());
-    let mut child = spawn(&program, socket, &log)?;
+    let mut child = spawn(&program, folder, &log)?;
     let failed = |why: String| Failure::BrokerStart {
         program: program.clone(),
         why,
@@ -99,7 +108,7 @@ fn program() -> Result<PathBuf> {
         .ok_or(Failure::NoBrokerProgram)
 }
 
-fn spawn(program: &Path, socket: &Path, log: &Path) -> Result<Child> {
+fn spawn(program: &Path, folder: &Path, log: &Path) -> Result<Child> {
     let unusable = || Failure::io(format!("{} cannot be written", log.display()));
     let output = File::options()
         .create(true)
@@ -109,8 +118,9 @@ fn spawn(program: &Path, socket: &Path, log: &Path) -> Result<Child> {
     let errors = output.try_clone().map_err(unusable())?;
     let mut command = Command::new(program);
     command
-        .arg("--socket")
-        .arg(socket)
+        .arg("--embedded")
+        .arg("--runtime-dir")
+        .arg(folder)
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(output)

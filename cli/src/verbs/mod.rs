@@ -57,7 +57,11 @@ pub fn report(failure: &Failure) {
     let mut text = format!("error: {failure}");
     let mut source = std::error::Error::source(failure);
     while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
+        let cause_text = cause.to_string();
+        // Some errors hold the text of their cause.
+        if !text.ends_with(&cause_text) {
+            text.push_str(&format!(": {cause_text}"));
+        }
         source = cause.source();
     }
     say(&text);

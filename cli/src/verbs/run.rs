@@ -1,12 +1,10 @@
 //! `godwit run`: makes a machine, starts it, attaches to its console.
 //!
-//! The console is opened before the machine starts, or as soon as it can be, so that the first
-//! line is not missed, nor the last of a guest that is quickly done.
+//! The machine is started paused, its console opened, and then it runs: the first line is not
+//! missed, nor the last of a guest that is quickly done.
 
 use std::fs;
-use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::Duration;
 
 use api::machine::REPLAY;
 use api::manager::TRANSIENT;
@@ -26,8 +24,6 @@ use crate::render::{Output, say};
 const MAX_FILE: u64 = 1 << 20;
 /// Names that are tried when others take them at the same time.
 const TRIES: usize = 20;
-/// Before the console of a machine that starts is tried again.
-const PAUSE: Duration = Duration::from_millis(10);
 
 pub async fn run(broker: &Broker, output: Output, run: Run) -> Result<()> {
     let flags = if run.keep { 0 } else { TRANSIENT };
@@ -42,51 +38,25 @@ pub async fn run(broker: &Broker, output: Output, run: Run) -> Result<()> {
         return announce(output, &machine).await;
     }
     let watch = Watch::start(broker, &machine).await?;
-    let before = open_console(&machine).await?;
-    let start = start_one(broker, &machine, false, Wait::default());
-    let console = match before {
-        Some(console) => {
-            started(&machine, start.await, run.keep).await?;
-            console
-        }
-        None => {
-            tokio::pin!(start);
-            let mut opened = None;
-            let result = loop {
-                tokio::select! {
-                    result = &mut start => break result,
-                    () = tokio::time::sleep(PAUSE), if opened.is_none() => {
-                        // An error will be the start's as well.
-                        opened = open_console(&machine).await.unwrap_or_default();
-                    }
-                }
-            };
-            started(&machine, result, run.keep).await?;
-            match opened {
-                Some(console) => console,
-                None => machine
-                    .proxy
-                    .open_console("", REPLAY)
-                    .await
-                    .what(&machine.name)?
-                    .into(),
-            }
-        }
-    };
+    let start = start_one(broker, &machine, true, Wait::default()).await;
+    if let Err(Failure::Detached { .. }) = start {
+        let name = &machine.name;
+        say(&format!(
+            "{name} will be paused; godwit resume {name} lets it run"
+        ));
+    }
+    started(&machine, start, run.keep).await?;
+    let console = machine
+        .proxy
+        .open_console("", REPLAY)
+        .await
+        .what(&machine.name)?;
+    machine.proxy.resume(0).await.what(&machine.name)?;
     say(&format!(
         "{} runs; {} leaves its console",
         machine.name, run.escape
     ));
-    follow(&machine, watch, console, run.escape, true).await
-}
-
-/// The console, if this machine has one now.
-async fn open_console(machine: &Machine) -> Result<Option<OwnedFd>> {
-    match machine.proxy.open_console("", REPLAY).await {
-        Ok(console) => Ok(Some(console.into())),
-        Err(Error::InvalidState(_)) => Ok(None),
-        Err(error) => Err(error).what(&machine.name),
-    }
+    follow(&machine, watch, console.into(), run.escape, true).await
 }
 
 /// After a start: one that failed leaves no machine behind, unless it is kept.
