@@ -7,12 +7,13 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
-const REASONS: [Reason; 5] = [
+const REASONS: [Reason; 6] = [
     Reason::Filtered,
     Reason::Offload,
     Reason::Size,
     Reason::Runt,
     Reason::Refused,
+    Reason::Stale,
 ];
 
 /// Which way a packet goes.
@@ -37,6 +38,8 @@ pub(crate) enum Reason {
     Runt,
     /// The kernel refused it.
     Refused,
+    /// The driver changed what it takes while the packet waited for buffers.
+    Stale,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]

@@ -125,6 +125,9 @@ pub trait Worker: Send + 'static {
 pub enum Progress {
     /// `pop` said that there is nothing: the guest's next request must kick.
     Emptied,
+    /// What is left, which `unpop` put back, is not enough to go on (a packet that needs more
+    /// buffers than there are): the guest's next request must kick, and is waited for.
+    Short,
     /// Requests may be left on purpose, for want of a packet or of room: the worker waits for a
     /// descriptor instead, or has requests in flight whose end will bring it here.
     Held,

@@ -363,14 +363,13 @@ fn serve<W: Worker>(worker: &mut W, queue: &mut Queue) -> Result<bool, WorkerErr
     queue.refill_budget();
     queue.disable_kicks()?;
     loop {
-        match worker.process(queue)? {
+        let more = match worker.process(queue)? {
             Progress::Held => return Ok(false),
-            Progress::Emptied => {
-                let more = queue.enable_kicks()?;
-                if !more || queue.out_of_budget() {
-                    return Ok(more);
-                }
-            }
+            Progress::Emptied => queue.enable_kicks()?,
+            Progress::Short => queue.enable_kicks_for_more()?,
+        };
+        if !more || queue.out_of_budget() {
+            return Ok(more);
         }
     }
 }

@@ -62,6 +62,34 @@ fn packets_wait_for_buffers_and_for_rings_that_are_stopped() -> Result<()> {
 }
 
 #[test]
+fn a_packet_waits_for_as_many_buffers_as_it_needs() -> Result<()> {
+    let mut net = Net::with_pairs(1, false)?;
+    let mut machine = net.machine(0)?;
+    for round in 0..10 {
+        let (large, small) = (net.host_sends(1500)?, net.host_sends(46)?);
+        // Fewer than it needs, in steps that are each seen for themselves.
+        let used = machine.rings[0].used_index(&machine.ram)?;
+        for _ in 0..5 {
+            net.post(&mut machine, 0, 1, 256)?;
+            std::thread::sleep(Duration::from_millis(2));
+            let now = machine.rings[0].used_index(&machine.ram)?;
+            ensure!(now == used, "half a packet in round {round}");
+        }
+        if round % 2 == 1 {
+            machine.stop_rings()?;
+            machine.start_rings()?;
+        }
+        net.post(&mut machine, 0, 2, 256)?;
+        let packet = net.receive(&mut machine, 0)?;
+        ensure!(packet.frame == large, "another packet in round {round}");
+        assert_eq!(packet.header[10..], [6, 0]);
+        let packet = net.receive(&mut machine, 0)?;
+        ensure!(packet.frame == small, "out of order in round {round}");
+    }
+    Ok(())
+}
+
+#[test]
 fn only_wanted_packets_come() -> Result<()> {
     let mut net = Net::with_pairs(1, false)?;
     let mut machine = net.machine(0)?;
