@@ -1,6 +1,7 @@
 //! The command line of `godwit-vmm`.
 #![expect(unsafe_code, reason = "descriptors are inherited by number")]
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::os::fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -12,7 +13,9 @@ use clap::Parser;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use vmm_core::machine::config::{KvmSource, MachineConfig, SerialConfig};
 use vmm_core::machine::control::Owner;
+use vmm_core::machine::migrate::Incoming;
 use vmm_core::memory::HugePages;
+use vmm_core::migration::setup::Sockets;
 use vmm_core::remote::vhost_user::{Endpoint, VhostUserConfig};
 use vmm_core::transport::DeviceKind;
 
@@ -72,6 +75,10 @@ pub struct Options {
     /// An inherited KVM device
     #[arg(long, value_name = "N")]
     kvm_fd: Option<RawFd>,
+    /// Takes a machine over from another core instead of booting one:
+    /// control=N[,ram=N]…[,state=ID:N]…[,memory=N], all inherited descriptors
+    #[arg(long, value_name = "FROM", conflicts_with = "paused")]
+    incoming: Option<String>,
     /// Does not start the guest before it is resumed
     #[arg(long)]
     pub paused: bool,
@@ -108,6 +115,10 @@ impl Options {
             serial: serial(&self.serial)?,
             vhost_user,
             kvm,
+            incoming: match &self.incoming {
+                Some(text) => Some(incoming(text).with_context(|| format!("--incoming {text}"))?),
+                None => None,
+            },
         };
         Ok((config, owner))
     }
@@ -178,6 +189,38 @@ fn parse<T: FromStr<Err: Display>>(key: &str, value: &str) -> Result<T> {
     value
         .parse()
         .map_err(|error| anyhow!("{key}={value}: {error}"))
+}
+
+/// Where a machine comes from: words of the form key=descriptor.
+fn incoming(text: &str) -> Result<Incoming> {
+    let (mut control, mut memory) = (None, None);
+    let (mut ram, mut states) = (Vec::new(), BTreeMap::new());
+    for word in text.split(',') {
+        let Some((key, value)) = word.split_once('=') else {
+            bail!("{word} is not of the form key=value")
+        };
+        let descriptor = |value: &str| inherited(key, parse(key, value)?);
+        match key {
+            "control" => control = Some(descriptor(value)?),
+            "memory" => memory = Some(descriptor(value)?),
+            "ram" => ram.push(descriptor(value)?),
+            "state" => {
+                let (id, number) = value.rsplit_once(':').context("state needs ID:N")?;
+                if states.insert(id.to_owned(), descriptor(number)?).is_some() {
+                    bail!("there are two sockets for the state of {id}");
+                }
+            }
+            _ => bail!("{key} is no part of it: there are control, ram, state, memory"),
+        }
+    }
+    Ok(Incoming {
+        sockets: Sockets {
+            control: control.context("it needs control=N")?,
+            ram,
+            states,
+        },
+        memory,
+    })
 }
 
 /// One device of the form TYPE,key=value,…

@@ -9,6 +9,8 @@ pub enum Error {
     ZBus(zbus::Error),
     /// The machine is not in a state in which this can be done.
     InvalidState(String),
+    /// An argument that cannot be.
+    InvalidArgument(String),
     /// A device did not do its part.
     DeviceFailed(String),
     /// Something took longer than it may.

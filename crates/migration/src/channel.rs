@@ -28,6 +28,12 @@ impl Cancel {
         Ok(Cancel(Arc::new(event)))
     }
 
+    /// Whether it was called.
+    pub fn is_cancelled(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
+    }
+
     /// Ends every present and future wait with an error of kind `Interrupted`'s sibling,
     /// [`io::ErrorKind::ConnectionAborted`].
     pub fn cancel(&self) {

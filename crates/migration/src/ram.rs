@@ -111,6 +111,11 @@ impl<W: Write> RamWriter<W> {
         })
     }
 
+    /// What it writes to.
+    pub fn channel_mut(&mut self) -> &mut W {
+        &mut self.channel
+    }
+
     /// Bytes written so far.
     pub fn bytes(&self) -> u64 {
         self.bytes

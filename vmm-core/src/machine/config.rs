@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::migrate::Incoming;
 use crate::memory::HugePages;
 use crate::remote::vhost_user::{Endpoint, VhostUserConfig};
 
@@ -37,6 +38,8 @@ pub struct MachineConfig {
     pub vhost_user: Vec<(VhostUserConfig, Endpoint)>,
     /// The KVM device.
     pub kvm: KvmSource,
+    /// Where it comes from, if it is not booted.
+    pub incoming: Option<Incoming>,
 }
 
 /// Where the first serial port leads.

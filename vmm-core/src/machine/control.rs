@@ -10,12 +10,15 @@ use std::time::Duration;
 
 use api::Error;
 use api::core::{Control, Core, PATH, State};
+use api::migration::Migration;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use zbus::{Guid, connection};
 
 use super::event::{Command, Event, Events};
+use super::migrate::Watcher;
+use super::mover::Service as MoverService;
 
 /// How long a command may take before its caller hears that it took too long.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
@@ -32,6 +35,7 @@ pub enum Owner {
 #[derive(Clone)]
 struct Service {
     events: Events,
+    mover: Watcher,
     state: watch::Receiver<State>,
 }
 
@@ -79,6 +83,7 @@ pub fn serve(
     owner: Option<Owner>,
     events: Events,
     state: watch::Receiver<State>,
+    mover: Watcher,
 ) -> io::Result<()> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let signals = {
@@ -87,6 +92,7 @@ pub fn serve(
     };
     let service = Service {
         events: events.clone(),
+        mover,
         state,
     };
     let serve = move || {
@@ -156,10 +162,12 @@ async fn accept(listener: UnixListener, service: Service) -> zbus::Result<()> {
 async fn connection(stream: UnixStream, service: Service) -> zbus::Result<()> {
     stream.set_nonblocking(true)?;
     let mut state = service.state.clone();
+    let mover = MoverService::new(service.events.clone(), service.mover.clone());
     let guid = Guid::generate();
     let connection = connection::Builder::unix_stream(stream)
         .server(guid)
         .p2p()
+        .serve_at(PATH, Migration(mover))
         .serve_at(PATH, Core(service))
         .build()
         .await?;
