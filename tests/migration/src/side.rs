@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use api::core::{CoreProxy, State};
 use api::migration::MigrationProxy;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 use test_framework::console::Console;
@@ -192,8 +193,6 @@ impl Side {
         ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
         // Its owner has heard how it ended, so nothing is waited for.
         source.terminate()?;
-        let status = source.core.wait(DEADLINE)?;
-        ensure!(status.success(), "the source said {}", source.core.stderr());
         Ok(Moved {
             side: destination,
             outcome,
@@ -300,8 +299,11 @@ impl Side {
     }
 
     /// Ends the machine.
-    pub fn terminate(&self) -> Result<()> {
-        self.call(async |connection| Ok(CoreProxy::new(connection).await?.terminate().await?))
+    pub fn terminate(&mut self) -> Result<()> {
+        self.core.signal(Signal::SIGTERM)?;
+        let status = self.core.wait(DEADLINE)?;
+        ensure!(status.success(), "the core said {}", self.core.stderr());
+        Ok(())
     }
 
     fn call<T>(&self, call: impl AsyncFnOnce(&Connection) -> Result<T>) -> Result<T> {
