@@ -47,9 +47,11 @@ impl DirtyTracker {
         core: &CoreWrites,
     ) -> Result<Self, HypervisorError> {
         let mut pending = PageSet::new(&memory.regions());
-        let uncleared = pending.clone();
+        let mut uncleared = pending.clone();
         pending.fill();
         slots.start_log()?;
+        // Where all is dirty at first, the first round has all of it to clear.
+        slots.read_log(|first, bits| uncleared.insert(first, bits))?;
         Ok(Self {
             memory: Arc::clone(memory),
             slots: Arc::clone(slots),
