@@ -6,6 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
@@ -31,6 +32,8 @@ pub enum Fault {
     Stall(usize),
     /// As `Cut`, for what the destination says.
     CutBack(usize),
+    /// What the destination says after so many bytes comes so much later.
+    Late(usize, Duration),
 }
 
 /// One side's ends.
@@ -118,6 +121,7 @@ fn pair(kind: Kind) -> Result<(OwnedFd, OwnedFd)> {
 fn relay(near: UnixStream, far: UnixStream, fault: Fault) -> Result<()> {
     let (back, forth) = match fault {
         Fault::CutBack(at) => (Some(Fault::Cut(at)), None),
+        late @ Fault::Late(..) => (Some(late), None),
         fault => (None, Some(fault)),
     };
     for (from, to, fault) in [(&near, &far, forth), (&far, &near, back)] {
@@ -135,6 +139,12 @@ fn pass(mut from: UnixStream, mut to: UnixStream, fault: Option<Fault>) {
         let until = |at: usize| at.saturating_sub(passed).min(count);
         let good = match fault {
             Some(Fault::Cut(at) | Fault::Stall(at)) => until(at),
+            Some(Fault::Late(at, time)) => {
+                if (passed..passed + count).contains(&at) {
+                    thread::sleep(time);
+                }
+                count
+            }
             Some(Fault::Flip(at)) => {
                 if (passed..passed + count).contains(&at) {
                     bytes[at - passed] ^= 0x10;

@@ -48,7 +48,7 @@ fn connections_that_fail_at_every_point() -> Result<()> {
         ("control", Fault::Cut(10)),
         ("control", Fault::Cut(3000)),
         ("control", Fault::Flip(100)),
-        ("control", Fault::Flip(20_000)),
+        ("control", Fault::Flip(8000)),
         ("control", Fault::CutBack(0)),
         ("control", Fault::CutBack(20)),
         ("ram0", Fault::Cut(0)),
