@@ -12,6 +12,7 @@
 //! | [`remote`] | devices in other processes: vhost-user |
 //! | [`platform`] | what a PC has besides PCI: serial, RTC, power, reset |
 //! | [`boot`] | kernels, ACPI tables, start of a vCPU |
+//! | [`migration`] | moving all of it to another core |
 //! | [`machine`] | all of it together, with its life |
 
 pub mod boot;
@@ -21,6 +22,7 @@ pub mod interrupt;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod migration;
 pub mod pci;
 pub mod platform;
 pub mod remote;

@@ -1,6 +1,7 @@
 //! The command line of `godwit-vmm`.
 #![expect(unsafe_code, reason = "descriptors are inherited by number")]
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
@@ -14,7 +15,9 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{getsockopt, sockopt};
 use vmm_core::machine::config::{ImageSource, KvmSource, MachineConfig, SerialConfig};
 use vmm_core::machine::control::Owner;
+use vmm_core::machine::migrate::Incoming;
 use vmm_core::memory::HugePages;
+use vmm_core::migration::setup::Sockets;
 use vmm_core::remote::vhost_user::{Endpoint, VhostUserConfig};
 use vmm_core::transport::DeviceKind;
 
@@ -84,6 +87,10 @@ pub struct Options {
     /// An inherited file that is told how it ended: exit status, a space, and why
     #[arg(long, value_name = "N")]
     end_fd: Option<RawFd>,
+    /// Takes a machine over from another core instead of booting one:
+    /// control=N[,ram=N]…[,state=ID:N]…[,memory=N], all inherited descriptors
+    #[arg(long, value_name = "FROM", conflicts_with = "paused")]
+    incoming: Option<String>,
     /// Does not start the guest before it is resumed
     #[arg(long)]
     pub paused: bool,
@@ -131,6 +138,10 @@ impl Options {
             vhost_user,
             links,
             kvm,
+            incoming: match &self.incoming {
+                Some(text) => Some(incoming(text).with_context(|| format!("--incoming {text}"))?),
+                None => None,
+            },
         };
         Ok((config, owner))
     }
@@ -227,6 +238,38 @@ struct Device {
     config: VhostUserConfig,
     endpoint: Endpoint,
     link: Option<OwnedFd>,
+}
+
+/// Where a machine comes from: words of the form key=descriptor.
+fn incoming(text: &str) -> Result<Incoming> {
+    let (mut control, mut memory) = (None, None);
+    let (mut ram, mut states) = (Vec::new(), BTreeMap::new());
+    for word in text.split(',') {
+        let Some((key, value)) = word.split_once('=') else {
+            bail!("{word} is not of the form key=value")
+        };
+        let descriptor = |value: &str| inherited(key, parse(key, value)?);
+        match key {
+            "control" => control = Some(descriptor(value)?),
+            "memory" => memory = Some(descriptor(value)?),
+            "ram" => ram.push(descriptor(value)?),
+            "state" => {
+                let (id, number) = value.rsplit_once(':').context("state needs ID:N")?;
+                if states.insert(id.to_owned(), descriptor(number)?).is_some() {
+                    bail!("there are two sockets for the state of {id}");
+                }
+            }
+            _ => bail!("{key} is no part of it: there are control, ram, state, memory"),
+        }
+    }
+    Ok(Incoming {
+        sockets: Sockets {
+            control: control.context("it needs control=N")?,
+            ram,
+            states,
+        },
+        memory,
+    })
 }
 
 /// One device of the form TYPE,key=value,…

@@ -8,6 +8,7 @@
 //! | [`device`] | `org.godwit.Vmm1.Device` | the broker and its clients |
 //! | [`job`] | `org.godwit.Vmm1.Job` | the broker and its clients |
 //! | [`core`] | `org.godwit.Core1` | a machine's core and who started it |
+//! | [`migration`] | `org.godwit.Core1.Migration` | the same two, moving the machine |
 //! | [`device1`] | `org.godwit.Device1` | a device process and its machine's core |
 //!
 //! An interface is a generic struct, [`manager::Manager`] for one, on a trait that a
@@ -27,6 +28,7 @@ mod error;
 pub mod job;
 pub mod machine;
 pub mod manager;
+pub mod migration;
 pub mod path;
 pub mod peer;
 pub mod private_bus;

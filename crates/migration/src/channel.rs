@@ -28,6 +28,12 @@ impl Cancel {
         Ok(Cancel(Arc::new(event)))
     }
 
+    /// Whether it was called.
+    pub fn is_cancelled(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
+    }
+
     /// Ends every present and future wait with an error of kind `Interrupted`'s sibling,
     /// [`io::ErrorKind::ConnectionAborted`].
     pub fn cancel(&self) {
@@ -56,6 +62,22 @@ impl StateChannel {
             cancel,
             socket: true,
         }
+    }
+
+    /// From now on reads and writes fail once `within` has passed.
+    pub fn set_deadline(&mut self, within: Duration) {
+        self.deadline = Instant::now() + within;
+    }
+
+    /// From now on waits end by another cancel.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.cancel = cancel;
+    }
+
+    /// Whether a read would not wait: bytes have come, or the other end has closed.
+    pub fn is_readable(&self) -> bool {
+        let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
     }
 
     fn wait(&self, events: PollFlags) -> io::Result<()> {

@@ -4,9 +4,17 @@
 //! - [`state`]: the eight states of a device, and which transitions there are;
 //! - [`schema`]: which bytes are the state of which unit, and the names of units;
 //! - [`frame`]: how saved state travels and how it is known to be whole;
-//! - [`channel`]: the pipe or socket that it travels on, with a deadline.
+//! - [`channel`]: the pipe or socket that it travels on, with a deadline;
+//! - [`link`]: messages between two cores; [`wire`]: what they say; [`ram`]: how memory travels;
+//! - [`commit`]: who may run the machine, whatever happens;
+//! - [`report`]: what a migration took.
 
 pub mod channel;
+pub mod commit;
 pub mod frame;
+pub mod link;
+pub mod ram;
+pub mod report;
 pub mod schema;
 pub mod state;
+pub mod wire;

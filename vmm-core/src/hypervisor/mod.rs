@@ -22,7 +22,7 @@ pub use cpuid::guest_cpuid;
 pub use interrupts::Interrupts;
 pub use saved_state::{VcpuSavedState, VmSavedState};
 pub use slots::MemorySlots;
-pub use vcpu::{Ended, Vcpu, VcpuBuses, VcpuError, VcpuEvents, VcpuSet};
+pub use vcpu::{Ended, Throttle, Vcpu, VcpuBuses, VcpuError, VcpuEvents, VcpuSet};
 pub use vm::{Vm, open_kvm};
 
 /// Why KVM cannot be used, or what it refused.

@@ -6,8 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_DISABLE_QUIRKS2, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_irqchip, kvm_pit_config,
+    KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap,
+    kvm_irqchip, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
@@ -60,9 +61,14 @@ pub fn open_kvm(path: &Path, descriptor: Option<OwnedFd>) -> Result<Kvm, Hypervi
     }
 }
 
+/// Dirty pages are cleared by whoever has read them, and all are dirty at first: turning the log
+/// on touches no page table (KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_DIRTY_LOG_INITIALLY_SET).
+const MANUAL_DIRTY_LOG: u64 = 3;
+
 /// A virtual machine of KVM with its interrupt controllers, and no vCPU yet.
 pub struct Vm {
     fd: Arc<VmFd>,
+    manual_dirty_log: bool,
 }
 
 impl Vm {
@@ -83,6 +89,17 @@ impl Vm {
             fd.enable_cap(&cap)
                 .map_err(refused("disable the slot zap quirk"))?;
         }
+        let manual = fd.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
+        let manual = u64::try_from(manual).unwrap_or(0) & MANUAL_DIRTY_LOG;
+        if manual != 0 {
+            let mut cap = kvm_enable_cap {
+                cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                ..Default::default()
+            };
+            cap.args[0] = manual;
+            fd.enable_cap(&cap)
+                .map_err(refused("let the dirty log be cleared by hand"))?;
+        }
         fd.create_irq_chip()
             .map_err(refused("create the interrupt controllers"))?;
         let pit = kvm_pit_config {
@@ -91,7 +108,10 @@ impl Vm {
         };
         fd.create_pit2(pit)
             .map_err(refused("create the timer chip"))?;
-        Ok(Self { fd: Arc::new(fd) })
+        Ok(Self {
+            fd: Arc::new(fd),
+            manual_dirty_log: manual != 0,
+        })
     }
 
     /// The model-specific registers that make up a vCPU's state.
@@ -105,6 +125,11 @@ impl Vm {
     /// The descriptor, for what hangs on it: slots, interrupts, doorbells, vCPUs.
     pub(super) fn fd(&self) -> &Arc<VmFd> {
         &self.fd
+    }
+
+    /// Whether dirty pages are cleared by hand; otherwise reading the log clears it.
+    pub(super) fn has_manual_dirty_log(&self) -> bool {
+        self.manual_dirty_log
     }
 
     /// Interrupt controllers, timer chip and clock, as far as this KVM tells them.

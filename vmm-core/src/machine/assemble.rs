@@ -3,6 +3,8 @@
 //! Back-ends are reached all at once, while KVM makes the VM: each takes its time to
 //! answer, and none waits for another.
 
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,6 +20,7 @@ use super::control::{self, News, Owner};
 use super::devices::Devices;
 use super::error::MachineError;
 use super::event::Events;
+use super::migrate::Moving;
 use super::platform::Platform;
 use super::request::RequestSink;
 use super::{Machine, VCPU_DEADLINE};
@@ -28,6 +31,8 @@ use crate::hypervisor::{
     Interrupts, MemorySlots, Vcpu, VcpuBuses, VcpuEvents, VcpuSet, Vm, guest_cpuid, open_kvm,
 };
 use crate::memory::{Memory, Ram, prefault};
+use crate::migration::definition::cpu_features;
+use crate::migration::unit::Unit;
 use crate::pci::{BarAllocator, HostBridge, PciAddress, Root};
 use crate::remote::device1::DeviceLinks;
 use crate::remote::vhost_user::{
@@ -41,7 +46,7 @@ impl Machine {
     /// # Errors
     /// The definition is impossible, or something that it names is not to be had; then
     /// nothing is left behind.
-    pub fn new(config: MachineConfig, owner: Option<Owner>) -> Result<Self, MachineError> {
+    pub fn new(mut config: MachineConfig, owner: Option<Owner>) -> Result<Self, MachineError> {
         config.check()?;
         let kernel = match config.kernel.file {
             Some(file) => Kernel::from_file(&config.kernel.path.display().to_string(), file)?,
@@ -62,15 +67,26 @@ impl Machine {
         let events = Events::new(sender);
         let requests: Arc<dyn RequestSink> = Arc::new(events.clone());
         let memory = Arc::new(Memory::default());
+        let shared_ram = config.incoming.as_mut().and_then(|i| i.memory.as_ref());
+        let shared_ram = shared_ram.map(OwnedFd::try_clone).transpose();
+        let shared_ram = shared_ram.map_err(|source| MachineError::Map {
+            what: "taken over",
+            source,
+        })?;
         let ((vm, ram), devices) = thread::scope(|scope| {
             let devices = scope.spawn(|| connect(config.vhost_user, &memory));
             let vm = Vm::new(&kvm).map_err(MachineError::from);
-            let ram = Ram::allocate(config.memory, config.hugepages).map_err(MachineError::from);
+            let ram = match shared_ram {
+                Some(file) => Ram::adopt(file.into(), config.memory),
+                None => Ram::allocate(config.memory, config.hugepages),
+            };
+            let ram = ram.map_err(MachineError::from);
             let devices = devices.join().unwrap_or_else(|panic| resume_unwind(panic));
             Ok::<_, MachineError>(((vm?, ram?), devices?))
         })?;
         let vm = Arc::new(vm);
-        memory.subscribe(Arc::new(MemorySlots::new(&vm)))?;
+        let slots = Arc::new(MemorySlots::new(&vm));
+        memory.subscribe(Arc::clone(&slots) as _)?;
         for device in &devices {
             memory.subscribe(Arc::clone(device) as _)?;
         }
@@ -95,9 +111,18 @@ impl Machine {
         };
         let backends = devices.clone();
         let devices = plug(devices, &root, &wiring)?;
+        let unit = |(pci, remote): (&Arc<VirtioPciDevice>, _)| {
+            Arc::new(Unit {
+                id: pci.name().to_owned(),
+                pci: Arc::clone(pci),
+                remote,
+            })
+        };
+        let units = devices.iter().zip(backends.clone()).map(unit).collect();
 
         let msrs = Vm::msrs(&kvm)?;
         let mut vcpus = Vec::new();
+        let features = cpu_features(&guest_cpuid(&kvm, 0, config.cpus)?);
         for id in 0..config.cpus {
             let cpuid = guest_cpuid(&kvm, id, config.cpus)?;
             vcpus.push(Vcpu::new(&kvm, &vm, id, &cpuid, &msrs)?);
@@ -120,10 +145,22 @@ impl Machine {
             state: watcher,
             devices: changes,
         };
-        let control = control::serve(owner, events, news, Devices::new(&backends, links))
+        let moving = Moving::new(
+            &events,
+            slots,
+            units,
+            config.cpus,
+            features,
+            config.incoming,
+        );
+        let mover = moving.watcher(ram.file());
+        let devices_told = Devices::new(&backends, links);
+        let control = control::serve(owner, events, news, devices_told, mover)
             .map_err(MachineError::Control)?;
         let machine = Self {
             events: inbox,
+            deferred: VecDeque::new(),
+            moving,
             state,
             memory,
             vm,
@@ -142,7 +179,10 @@ impl Machine {
             },
             pristine,
         };
-        machine.load()?;
+        // What arrives has booted elsewhere, and its memory may be in use there.
+        if machine.moving.incoming.is_none() {
+            machine.load()?;
+        }
         Ok(machine)
     }
 }

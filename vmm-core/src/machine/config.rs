@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::migrate::Incoming;
 use crate::memory::HugePages;
 use crate::remote::vhost_user::{Endpoint, VhostUserConfig};
 
@@ -40,6 +41,8 @@ pub struct MachineConfig {
     pub links: Vec<(String, OwnedFd)>,
     /// The KVM device.
     pub kvm: KvmSource,
+    /// Where it comes from, if it is not booted.
+    pub incoming: Option<Incoming>,
 }
 
 /// A file that is put into memory.

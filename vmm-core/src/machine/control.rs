@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use api::Error;
 use api::core::{Control, Core, DeviceStatus, PATH, SERVICE, State};
+use api::migration::Migration;
 use api::private_bus::PrivateBus;
 use nix::unistd::geteuid;
 use tokio::runtime::Builder;
@@ -20,6 +21,8 @@ use zbus::OwnedFd;
 
 use super::devices::Devices;
 use super::event::{Attachment, Command, Event, Events};
+use super::migrate::Watcher;
+use super::mover::Service as MoverService;
 
 /// How long a command may take before its caller hears that it took too long.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
@@ -48,6 +51,7 @@ pub struct News {
 #[derive(Clone)]
 struct Service {
     events: Events,
+    mover: Watcher,
     state: watch::Receiver<State>,
     devices: Arc<Devices>,
 }
@@ -130,6 +134,7 @@ pub fn serve(
     events: Events,
     news: News,
     devices: Devices,
+    mover: Watcher,
 ) -> io::Result<JoinHandle<()>> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let signals = {
@@ -138,6 +143,7 @@ pub fn serve(
     };
     let service = Service {
         events: events.clone(),
+        mover,
         state: news.state.clone(),
         devices: Arc::new(devices),
     };
@@ -190,7 +196,12 @@ impl Signals {
 /// Serves whoever `owner` is, and tells them the news, until the machine's end.
 async fn listen(owner: Owner, service: Service, mut news: News) -> zbus::Result<()> {
     let (bus, connection) = PrivateBus::new(SERVICE, geteuid().as_raw())?;
-    let connection = connection.serve_at(PATH, Core(service)).build().await?;
+    let mover = MoverService::new(service.events.clone(), service.mover.clone());
+    let connection = connection
+        .serve_at(PATH, Migration(mover))
+        .serve_at(PATH, Core(service))
+        .build()
+        .await?;
     match owner {
         Owner::Listener(listener) => {
             listener.set_nonblocking(true)?;

@@ -12,6 +12,7 @@ use crate::bus::BusError;
 use crate::hypervisor::{HypervisorError, VcpuError};
 use crate::interrupt::InterruptError;
 use crate::memory::{LayoutError, RamError};
+use crate::migration::MigrationError;
 use crate::pci::RootError;
 use crate::remote::vhost_user::VhostUserError;
 use crate::transport::TransportError;
@@ -19,6 +20,15 @@ use crate::transport::TransportError;
 /// Why a machine could not be started, or did not do what it was told.
 #[derive(Debug, Error)]
 pub enum MachineError {
+    /// The machine is elsewhere, maybe.
+    #[error("the machine {0}")]
+    Elsewhere(&'static str),
+    /// A migration that cannot be begun.
+    #[error("a migration is under way")]
+    Migrating,
+    /// A migration failed.
+    #[error(transparent)]
+    Migration(#[from] MigrationError),
     /// The definition.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -107,6 +117,8 @@ impl From<MachineError> for CallError {
         let text = chain(&error);
         match error {
             MachineError::Vcpu(VcpuError::Deadline { .. }) => Self::TimedOut(text),
+            MachineError::Elsewhere(_) | MachineError::Migrating => Self::InvalidState(text),
+            MachineError::Migration(MigrationError::Setup(_)) => Self::InvalidArgs(text),
             MachineError::Transport(_) | MachineError::VhostUser(_) => Self::DeviceFailed(text),
             _ => Self::Internal(text),
         }

@@ -3,10 +3,13 @@
 use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use migration::channel::Cancel;
 use tokio::sync::oneshot;
 
 use super::chain;
+use super::migrate::{Copied, Request as MigrateRequest};
 use super::request::{Request, RequestSink};
 use crate::hypervisor::{Ended, VcpuEvents};
 use crate::transport::TroubleSink;
@@ -29,6 +32,12 @@ pub enum Event {
     Command(Command, oneshot::Sender<Result<(), api::Error>>),
     /// The owner hands over one end of a connection; it waits for the answer.
     Attach(Attachment, oneshot::Sender<Result<(), api::Error>>),
+    /// The owner wants the machine to move.
+    Migrate(Box<MigrateRequest>, oneshot::Sender<Result<(), api::Error>>),
+    /// Everything that can be moved from a running machine has been.
+    Copied(Copied),
+    /// The owner knows where the machine is.
+    Decide(bool, oneshot::Sender<Result<(), api::Error>>),
     /// The process was told to end.
     Terminated,
     /// The host was asked to press the power button.
@@ -67,18 +76,55 @@ pub enum Command {
 /// Sends events to the main thread. Sending never blocks, and what comes after the
 /// machine's end is dropped.
 #[derive(Clone, Debug)]
-pub struct Events(Sender<Event>);
+pub struct Events {
+    sender: Sender<Event>,
+    migration: CurrentMigration,
+}
+
+/// What ends the migration that is under way, whatever the main thread is doing.
+#[derive(Clone, Debug, Default)]
+pub struct CurrentMigration(Arc<Mutex<Option<Cancel>>>);
+
+impl CurrentMigration {
+    fn lock(&self) -> MutexGuard<'_, Option<Cancel>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One has begun, or none is under way any more.
+    pub fn set(&self, cancel: Option<Cancel>) {
+        *self.lock() = cancel;
+    }
+
+    /// Ends it. Whether there was one.
+    pub fn cancel(&self) -> bool {
+        self.lock().as_ref().map(Cancel::cancel).is_some()
+    }
+}
 
 impl Events {
     /// Into `sender`'s channel.
     pub fn new(sender: Sender<Event>) -> Self {
-        Self(sender)
+        Self {
+            sender,
+            migration: CurrentMigration::default(),
+        }
+    }
+
+    /// The migration that is under way.
+    pub fn migration(&self) -> &CurrentMigration {
+        &self.migration
     }
 
     /// Tells the main thread.
     pub fn send(&self, event: Event) {
+        if matches!(
+            event,
+            Event::Terminated | Event::Command(Command::Terminate, _)
+        ) {
+            self.migration.cancel();
+        }
         // A receiver that is gone has ended the machine already.
-        let _ = self.0.send(event);
+        let _ = self.sender.send(event);
     }
 }
 

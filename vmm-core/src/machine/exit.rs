@@ -11,6 +11,8 @@ pub enum Reason {
     PoweredOff,
     /// The owner or a signal ended it.
     Terminated,
+    /// The machine runs elsewhere.
+    Moved,
     /// The guest cannot go on.
     GuestFailed {
         /// On this vCPU.
@@ -27,7 +29,7 @@ impl Reason {
     /// go on, 1 for anything else.
     pub fn exit_status(&self) -> u8 {
         match self {
-            Self::PoweredOff | Self::Terminated => 0,
+            Self::PoweredOff | Self::Terminated | Self::Moved => 0,
             Self::Internal(_) => 1,
             Self::GuestFailed { .. } => 3,
         }
@@ -38,6 +40,7 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::PoweredOff => write!(f, "the guest powered off"),
+            Self::Moved => write!(f, "the machine has moved"),
             Self::Terminated => write!(f, "terminated"),
             Self::GuestFailed { vcpu, ended } => write!(f, "vCPU {vcpu}: {ended}"),
             Self::Internal(why) => write!(f, "{why}"),

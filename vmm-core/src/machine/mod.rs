@@ -22,14 +22,17 @@ mod devices;
 mod error;
 pub mod event;
 mod exit;
+pub mod migrate;
+mod mover;
 mod platform;
 pub mod request;
 
+use std::collections::VecDeque;
 use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::Error as CallError;
 use api::core::State;
@@ -40,6 +43,7 @@ pub use exit::Reason;
 
 use self::console::Console;
 use self::event::{Attachment, Command, Event};
+use self::migrate::Moving;
 use self::platform::Platform;
 use self::request::Request;
 use crate::boot::BootSource;
@@ -62,6 +66,9 @@ const MTRR_DEFAULT: (u32, u64) = (0x2ff, 0x806);
 /// A machine, from its start to its end.
 pub struct Machine {
     events: Receiver<Event>,
+    /// Events that came while something else was done.
+    deferred: VecDeque<Event>,
+    moving: Moving,
     state: watch::Sender<State>,
     memory: Arc<Memory>,
     vm: Arc<Vm>,
@@ -82,10 +89,16 @@ pub struct Machine {
 impl Machine {
     /// Runs the machine until it ends.
     pub fn run(mut self, paused: bool) -> Reason {
-        let started = if paused { Ok(()) } else { self.resume() };
+        let started = match self.moving.incoming.take() {
+            Some(incoming) => self.arrive(incoming),
+            None if paused => Ok(()),
+            None => self
+                .resume()
+                .map_err(|error| Reason::Internal(chain(&error))),
+        };
         let reason = match started {
             Ok(()) => self.serve(),
-            Err(error) => Reason::Internal(chain(&error)),
+            Err(reason) => reason,
         };
         self.state.send_replace(State::Ended);
         if let Err(error) = self.vcpus.pause(VCPU_DEADLINE) {
@@ -101,12 +114,30 @@ impl Machine {
 
     fn serve(&mut self) -> Reason {
         loop {
-            let Ok(event) = self.events.recv() else {
-                return Reason::Internal("nobody is left who could end the machine".into());
-            };
-            if let Some(reason) = self.handle(event) {
-                return reason;
+            match self.next_event() {
+                Ok(event) => {
+                    if let Some(reason) = self.handle(event) {
+                        return reason;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => return Reason::Moved,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Reason::Internal("nobody is left who could end the machine".into());
+                }
             }
+        }
+    }
+
+    /// The next event; a timeout when the machine is elsewhere and this core goes.
+    fn next_event(&mut self) -> Result<Event, RecvTimeoutError> {
+        if let Some(event) = self.deferred.pop_front() {
+            return Ok(event);
+        }
+        match self.moving.goes_at() {
+            None => self.events.recv().map_err(RecvTimeoutError::from),
+            Some(at) => self
+                .events
+                .recv_timeout(at.saturating_duration_since(Instant::now())),
         }
     }
 
@@ -140,19 +171,34 @@ impl Machine {
                 let _ = answer.send(Ok(()));
                 Some(Reason::Terminated)
             }
+            Event::Migrate(request, to) => {
+                let result = self.migrate(*request);
+                migrate::answer(to, result);
+                None
+            }
+            Event::Copied(copied) => {
+                self.copied(copied);
+                None
+            }
+            Event::Decide(runs_there, to) => {
+                let result = self.decide(runs_there);
+                migrate::answer(to, result);
+                None
+            }
             Event::Command(command, answer) => {
                 let result = self.command(command);
                 let failed = result.as_ref().err().map(|error| chain(error));
                 let _ = answer.send(result.map_err(CallError::from));
                 // A machine that could not be reset has no defined state.
                 failed
-                    .filter(|_| command == Command::Reset)
+                    .filter(|_| command == Command::Reset && self.moving.check_here().is_ok())
                     .map(Reason::Internal)
             }
         }
     }
 
     fn command(&mut self, command: Command) -> Result<(), MachineError> {
+        self.moving.check_here()?;
         match command {
             Command::Pause => self.pause(),
             Command::Resume => self.resume(),
@@ -230,6 +276,7 @@ impl Machine {
     /// Puts the kernel into memory and the first vCPU at its entry.
     fn load(&self) -> Result<(), MachineError> {
         let entry = self.boot.load(&self.memory.guest(), &self.acpi)?;
+        self.moving.core_writes.note();
         self.vcpus.each(VCPU_DEADLINE, move |vcpu| {
             vcpu.set_msrs(&[MISC_ENABLE, MTRR_DEFAULT])?;
             if vcpu.id() == 0 {

@@ -21,7 +21,8 @@ pub(super) struct Platform {
     pub(super) output: Arc<OutputBuffer>,
     /// Power button and soft-off.
     pub(super) power: Arc<PowerManagement>,
-    cmos: Arc<Cmos>,
+    /// Real-time clock.
+    pub(super) cmos: Arc<Cmos>,
 }
 
 impl Platform {

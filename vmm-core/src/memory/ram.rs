@@ -50,6 +50,15 @@ pub enum RamError {
         /// Bytes of a page.
         page: u64,
     },
+    /// A file that was handed over is not the RAM of such a machine.
+    #[error("the file that was handed over is not {size} bytes of guest memory")]
+    Adopt {
+        /// Bytes that it should have.
+        size: u64,
+        /// What is wrong with it.
+        #[source]
+        source: io::Error,
+    },
     /// The kernel has no such memory.
     #[error("{size} bytes of guest memory could not be had{hint}")]
     Allocate {
@@ -64,6 +73,10 @@ pub enum RamError {
 }
 
 const PAGE: u64 = 4096;
+/// Its size stays as it is, and so does that.
+const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK
+    .union(SealFlag::F_SEAL_GROW)
+    .union(SealFlag::F_SEAL_SEAL);
 
 /// The file that is the machine's RAM.
 #[derive(Clone, Debug)]
@@ -97,8 +110,7 @@ impl Ram {
         };
         let file = File::from(memfd_create("guest-ram", flags).map_err(|e| failed(e.into()))?);
         file.set_len(size).map_err(failed)?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| failed(e.into()))?;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS)).map_err(|e| failed(e.into()))?;
         if huge.is_some() {
             let length = i64::try_from(size).map_err(|_| RamError::Size { size, page })?;
             fallocate(&file, FallocateFlags::empty(), 0, length).map_err(|e| failed(e.into()))?;
@@ -107,6 +119,27 @@ impl Ram {
             file: Arc::new(file),
             size,
         })
+    }
+
+    /// Takes over the RAM of another machine of the same size, which must be sealed as
+    /// [`Self::allocate`] does: nobody can shrink it under the guest.
+    pub fn adopt(file: File, size: u64) -> Result<Self, RamError> {
+        let failed = |source: io::Error| RamError::Adopt { size, source };
+        let found = file.metadata().map_err(failed)?.len();
+        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|e| failed(e.into()))?;
+        if found != size || SealFlag::from_bits_retain(seals) & SEALS != SEALS {
+            let why = format!("it has {found} bytes and seals {seals:#x}");
+            return Err(failed(io::Error::other(why)));
+        }
+        Ok(Self {
+            file: Arc::new(file),
+            size,
+        })
+    }
+
+    /// The file.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
     }
 
     /// Maps the RAM: below the hole, and above it what does not fit there.
@@ -202,6 +235,25 @@ mod tests {
         let ram = Ram::allocate(1 << 20, None).unwrap();
         assert!(ram.file.set_len(4096).is_err());
         assert!(ram.file.set_len(2 << 20).is_err());
+    }
+
+    #[test]
+    fn only_ram_of_the_same_size_is_adopted() {
+        let ram = Ram::allocate(1 << 20, None).unwrap();
+        let file = || ram.file.try_clone().unwrap();
+        assert_eq!(
+            Ram::adopt(file(), 1 << 20)
+                .unwrap()
+                .regions()
+                .unwrap()
+                .len(),
+            1
+        );
+        assert!(Ram::adopt(file(), 2 << 20).is_err());
+        let unsealed = memfd_create("other", MFdFlags::MFD_ALLOW_SEALING).unwrap();
+        let unsealed = File::from(unsealed);
+        unsealed.set_len(1 << 20).unwrap();
+        assert!(Ram::adopt(unsealed, 1 << 20).is_err());
     }
 
     #[test]

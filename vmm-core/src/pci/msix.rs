@@ -369,7 +369,7 @@ impl Msix {
     }
 
     /// Takes saved state over, with the control register and the vector of each source,
-    /// and commits it to the hypervisor at once. What was pending fires if it may.
+    /// and commits what is different to the hypervisor at once. What was pending fires if it may.
     pub fn restore(
         &mut self,
         state: &MsixState,
@@ -390,7 +390,10 @@ impl Msix {
         shape("vectors", state.entries.len(), self.vectors.len())?;
         shape("pending bits", state.pending.len(), self.sources.len())?;
         shape("sources", vectors.len(), self.sources.len())?;
-        self.reset()?;
+        for source in self.sources.iter().filter(|s| s.attached.is_none()) {
+            // Empty is what it shall be.
+            let _ = source.event.read();
+        }
         for (vector, saved) in self.vectors.iter_mut().zip(&state.entries) {
             vector.message = MsiMessage {
                 address: saved.address & !3,
@@ -398,18 +401,17 @@ impl Msix {
             };
             vector.masked = saved.masked;
         }
-        for ((source, &vector), &pending) in
-            self.sources.iter_mut().zip(vectors).zip(&state.pending)
-        {
+        for (source, &vector) in self.sources.iter_mut().zip(vectors) {
             let exists = usize::from(vector) < self.vectors.len();
             source.vector = if exists { vector } else { NO_VECTOR };
-            if pending {
-                source.event.write(1).map_err(MsixError::Event)?;
-            }
         }
         self.enabled = control & CONTROL_ENABLE != 0;
         self.function_masked = control & CONTROL_FUNCTION_MASK != 0;
-        self.sync()
+        self.sync()?;
+        for (source, _) in self.sources.iter().zip(&state.pending).filter(|(_, p)| **p) {
+            source.event.write(1).map_err(MsixError::Event)?;
+        }
+        Ok(())
     }
 }
 

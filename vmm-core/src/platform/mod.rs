@@ -12,7 +12,7 @@ mod calendar;
 mod cmos;
 mod i8042;
 mod power;
-mod saved_state;
+pub mod saved_state;
 mod serial;
 #[cfg(test)]
 mod testing;

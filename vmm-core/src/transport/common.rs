@@ -324,7 +324,8 @@ impl Common {
         Ok(())
     }
 
-    /// Goes on where [`Self::stop`] or [`Self::restore`] left off.
+    /// Goes on where [`Self::stop`] or [`Self::restore`] left off. A configuration change that the
+    /// driver may not have heard of is signalled once more.
     pub(super) fn resume(&mut self, msix: &Msix) -> Result<(), DeviceError> {
         if self.life != Life::Stopped {
             return Ok(());
@@ -335,6 +336,9 @@ impl Common {
             for event in [&queue.kick, &call] {
                 event.write(1).map_err(DeviceError::new)?;
             }
+        }
+        if self.notifier.is_config_changed() {
+            self.notifier.interrupt();
         }
         Ok(())
     }

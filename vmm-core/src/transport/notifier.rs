@@ -86,7 +86,8 @@ impl Notifier {
         self.sink.trouble(&self.name, error);
     }
 
-    fn interrupt(&self) {
+    /// Signals a configuration change.
+    pub(super) fn interrupt(&self) {
         self.set_config_changed(true);
         if self.driver_ok.load(Ordering::Acquire) {
             // Fails only at 2^64 unheard signals, which one more would not change.

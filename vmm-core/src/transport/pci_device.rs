@@ -268,6 +268,18 @@ impl VirtioPciDevice {
         if registers.common.life() == Life::Running {
             return Err(self.running());
         }
+        self.read_registers(registers)
+    }
+
+    /// The registers as they are now, of a device that may run: how another one can be wired
+    /// ahead. Ring positions and pending interrupts are not those that it stops with.
+    pub fn wiring(&self) -> Result<VirtioPciState, TransportError> {
+        let mut state = self.read_registers(&self.registers())?;
+        state.msix.pending.fill(false);
+        Ok(state)
+    }
+
+    fn read_registers(&self, registers: &Registers) -> Result<VirtioPciState, TransportError> {
         let msix = registers.msix.save().map_err(|e| self.msix_error(e))?;
         Ok(VirtioPciState {
             registers: registers.header.config().save(),
@@ -276,7 +288,8 @@ impl VirtioPciDevice {
         })
     }
 
-    /// Takes saved registers over and wires BARs, doorbells and interrupts as they say.
+    /// Takes saved registers over and wires BARs, doorbells and interrupts as they say; what
+    /// an earlier call has wired in the same way is left alone.
     /// The device runs after [`Self::resume`]. On an error nothing runs; reset it.
     pub fn restore(&self, state: &VirtioPciState) -> Result<(), TransportError> {
         let registers = &mut *self.registers();

@@ -18,6 +18,7 @@ mod kick;
 mod run;
 mod set;
 mod state;
+mod throttle;
 
 use std::io;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ use crate::bus::Bus;
 
 pub use run::Ended;
 pub use set::VcpuSet;
+pub use throttle::Throttle;
 
 /// Where a vCPU's accesses go.
 #[derive(Clone)]

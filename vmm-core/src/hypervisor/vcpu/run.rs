@@ -97,7 +97,13 @@ impl Vcpu {
                 // A kick that came before the step completed the last access and let the
                 // guest do nothing else.
                 Step::Interrupted if wanted || kick.is_wanted() => return None,
-                Step::Interrupted | Step::Again => {}
+                Step::Interrupted => {
+                    kick.nap();
+                    if kick.is_wanted() {
+                        return None;
+                    }
+                }
+                Step::Again => {}
             }
         }
     }

@@ -6,6 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::kick::{Kick, install};
+use super::throttle::{Kicks, Throttle};
 use super::{Vcpu, VcpuBuses, VcpuError, VcpuEvents};
 use crate::hypervisor::HypervisorError;
 
@@ -29,6 +30,7 @@ pub struct VcpuSet {
     /// A vCPU sends its number when it is out of the guest.
     out: Receiver<u32>,
     running: Vec<u32>,
+    kicks: Kicks,
 }
 
 impl VcpuSet {
@@ -45,6 +47,7 @@ impl VcpuSet {
             vcpus: Vec::with_capacity(vcpus.len()),
             out,
             running: Vec::new(),
+            kicks: Kicks::default(),
         };
         for mut vcpu in vcpus {
             let id = vcpu.id();
@@ -62,6 +65,7 @@ impl VcpuSet {
                 .map_err(failed(id))?;
             let gone = |_| failed(id)(std::io::Error::other("the thread ended at once"));
             let kick = kick_receiver.recv().map_err(gone)?;
+            set.kicks.lock().push(Arc::clone(&kick));
             set.vcpus.push(Handle {
                 id,
                 commands,
@@ -70,6 +74,11 @@ impl VcpuSet {
             });
         }
         Ok(set)
+    }
+
+    /// What slows these vCPUs down.
+    pub fn throttle(&self) -> Throttle {
+        Throttle::new(self.kicks.clone())
     }
 
     /// Lets every vCPU run.
@@ -179,6 +188,8 @@ fn serve(
 /// Ends every thread; each leaves the guest first.
 impl Drop for VcpuSet {
     fn drop(&mut self) {
+        // Nobody else kicks from here on.
+        self.kicks.lock().clear();
         for vcpu in &mut self.vcpus {
             // The thread, and with it what the kick touches, lives until its inbox closes.
             vcpu.kick.kick();

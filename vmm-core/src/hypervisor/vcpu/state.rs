@@ -8,6 +8,9 @@ use crate::hypervisor::{HypervisorError, refused};
 
 /// More registers than any KVM lists: a longer saved list is refused.
 const MOST_MSRS: usize = 4096;
+/// IA32_TSC_DEADLINE. KVM drops a write while the local APIC's timer is in another mode, which
+/// it is until the local APIC was restored.
+const TSC_DEADLINE: u32 = 0x6e0;
 
 impl Vcpu {
     /// Everything KVM knows of the vCPU. It must be paused.
@@ -43,7 +46,7 @@ impl Vcpu {
     /// Takes a saved state over. The vCPU must be paused.
     ///
     /// Control registers come before model-specific ones, those before the local APIC
-    /// (its base is one of them), events and run state last.
+    /// (its base is one of them), its timer's deadline after it, events and run state last.
     pub fn restore(&self, state: &VcpuSavedState) -> Result<(), HypervisorError> {
         if state.msrs.len() > MOST_MSRS {
             return Err(HypervisorError::InvalidState {
@@ -67,6 +70,13 @@ impl Vcpu {
         self.fd
             .set_lapic(&state.lapic)
             .map_err(refused("set a local APIC"))?;
+        let timer: Vec<_> = state
+            .msrs
+            .iter()
+            .filter(|(index, deadline)| *index == TSC_DEADLINE && *deadline != 0)
+            .copied()
+            .collect();
+        self.set_msrs(&timer)?;
         self.fd
             .set_debug_regs(&state.debugregs)
             .map_err(refused("set a vCPU's debug registers"))?;

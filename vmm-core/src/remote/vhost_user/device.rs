@@ -116,6 +116,16 @@ impl VhostUserDevice {
         self.shared.reconnects.load(Ordering::Relaxed)
     }
 
+    /// Whether the back-end has state of its own to move.
+    pub fn has_state(&self) -> bool {
+        self.shared.has(Protocol::DEVICE_STATE)
+    }
+
+    /// Whether the back-end can log what it writes. One that cannot, cannot move.
+    pub fn has_log(&self) -> bool {
+        self.shared.has(Protocol::LOG_SHMFD)
+    }
+
     /// Gives the device a new back-end on a connected socket, in the place of the one it
     /// had, and sets everything up in it. An old one that still serves the rings must be
     /// stopped first, with [`VirtioDevice::stop`]: two would serve them for a moment.

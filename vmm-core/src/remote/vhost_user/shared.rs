@@ -107,6 +107,11 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether there is a back-end that has agreed to this.
+    pub(super) fn has(&self, feature: Protocol) -> bool {
+        matches!(&self.state().phase, Phase::Connected(session) if session.has(feature))
+    }
+
     pub(super) fn unsupported(&self, what: &'static str) -> VhostUserError {
         VhostUserError::Unsupported {
             device: self.id().into(),

@@ -1,0 +1,497 @@
+//! How memory travels: records of up to 64 pages on any number of channels.
+//!
+//! ```text
+//! preface   "GODWITRM", u16 version, u16 channel's number, u32 0
+//! record    u32 kind, u32 CRC-32C of all that follows, u64 first page,
+//!           u64 pages with content (a bit each), u64 pages that are zero; then the content
+//! end       a record of kind 2: u64 records before it, two zeroes
+//! ```
+//! Numbers are little-endian; pages are 4 KiB, counted from guest-physical 0. A record's first page
+//! is a multiple of 64, and *which channel* it travels on follows from it alone ([`channel_of`]):
+//! so what was sent later is applied later, without any channel waiting for another.
+
+use std::io::{self, Read, Write};
+
+use thiserror::Error;
+
+/// Bytes of a page.
+pub const PAGE: usize = 4096;
+/// Pages of a record, at most.
+pub const RECORD_PAGES: u64 = 64;
+/// Most channels.
+pub const MAX_CHANNELS: usize = 16;
+
+const MAGIC: [u8; 8] = *b"GODWITRM";
+const VERSION: u16 = 1;
+const PREFACE: usize = 16;
+const HEADER: usize = 32;
+const PAGES: u32 = 1;
+const END: u32 = 2;
+/// Pages beyond this have no 64-bit address.
+const MAX_PAGE: u64 = 1 << 52;
+
+/// The channel, of so many, on which the record travels that starts at `page`.
+pub fn channel_of(page: u64, channels: usize) -> usize {
+    // The remainder is smaller than a usize.
+    usize::try_from(page / RECORD_PAGES % channels.max(1) as u64).unwrap_or(0)
+}
+
+/// What is wrong with what came on a channel.
+#[derive(Debug, Error)]
+pub enum RamError {
+    /// It does not begin as a channel does.
+    #[error(
+        "this is no memory channel {channel} of version {VERSION}: it begins with {found:02x?}"
+    )]
+    Preface {
+        /// The channel's number here.
+        channel: usize,
+        /// What was found.
+        found: [u8; PREFACE],
+    },
+    /// A record that cannot be.
+    #[error("memory channel {channel}: record {record} is impossible: {what}")]
+    Record {
+        /// The channel's number.
+        channel: usize,
+        /// Records before it.
+        record: u64,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A checksum that does not fit.
+    #[error("memory channel {channel}: record {record} is corrupted")]
+    Corrupted {
+        /// The channel's number.
+        channel: usize,
+        /// Records before it.
+        record: u64,
+    },
+    /// The channel failed or ended early.
+    #[error("memory channel {channel} failed after {record} records")]
+    Io {
+        /// The channel's number.
+        channel: usize,
+        /// Records before.
+        record: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Writes one channel. A record is put together in a buffer of its own, so that a page that the
+/// guest changes meanwhile is sent as it was when its checksum was made.
+#[derive(Debug)]
+pub struct RamWriter<W> {
+    channel: W,
+    number: usize,
+    records: u64,
+    bytes: u64,
+    buffer: Vec<u8>,
+}
+
+impl<W: Write> RamWriter<W> {
+    /// Begins channel `number`.
+    pub fn begin(mut channel: W, number: usize) -> Result<Self, RamError> {
+        channel
+            .write_all(&preface(number))
+            .map_err(|source| RamError::Io {
+                channel: number,
+                record: 0,
+                source,
+            })?;
+        let most = usize::try_from(RECORD_PAGES).unwrap_or(64) * PAGE;
+        Ok(Self {
+            channel,
+            number,
+            records: 0,
+            bytes: PREFACE as u64,
+            buffer: Vec::with_capacity(HEADER + most),
+        })
+    }
+
+    /// What it writes to.
+    pub fn channel_mut(&mut self) -> &mut W {
+        &mut self.channel
+    }
+
+    /// Bytes written so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Sends the pages of `bits` from `first` on. `read` fills a page's buffer; `is_new` says
+    /// whether a page was never sent with content, so that it need not be said that it is zero.
+    pub fn pages(
+        &mut self,
+        first: u64,
+        bits: u64,
+        mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+        is_new: impl Fn(u64) -> bool,
+    ) -> Result<Sent, RamError> {
+        let (channel, record) = (self.number, self.records);
+        let failed = |source| RamError::Io {
+            channel,
+            record,
+            source,
+        };
+        self.buffer.clear();
+        self.buffer.resize(HEADER, 0);
+        let mut sent = Sent::default();
+        for at in 0..RECORD_PAGES {
+            if bits >> at & 1 == 0 {
+                continue;
+            }
+            let start = self.buffer.len();
+            self.buffer.resize(start + PAGE, 0);
+            read(first + at, &mut self.buffer[start..]).map_err(failed)?;
+            if self.buffer[start..] == ZERO {
+                self.buffer.truncate(start);
+                if !is_new(first + at) {
+                    sent.zero |= 1 << at;
+                }
+            } else {
+                sent.content |= 1 << at;
+            }
+        }
+        if sent.content | sent.zero == 0 {
+            return Ok(sent);
+        }
+        self.seal(PAGES, [first, sent.content, sent.zero])?;
+        Ok(sent)
+    }
+
+    /// Ends the channel; returns the bytes written in all.
+    pub fn end(mut self) -> Result<u64, RamError> {
+        self.buffer.clear();
+        self.buffer.resize(HEADER, 0);
+        self.seal(END, [self.records, 0, 0])?;
+        Ok(self.bytes)
+    }
+
+    fn seal(&mut self, kind: u32, words: [u64; 3]) -> Result<(), RamError> {
+        self.buffer[..4].copy_from_slice(&kind.to_le_bytes());
+        for (at, word) in (8..).step_by(8).zip(words) {
+            self.buffer[at..at + 8].copy_from_slice(&word.to_le_bytes());
+        }
+        let crc = crc32c::crc32c(&self.buffer[8..]) ^ kind;
+        self.buffer[4..8].copy_from_slice(&crc.to_le_bytes());
+        self.channel
+            .write_all(&self.buffer)
+            .map_err(|source| RamError::Io {
+                channel: self.number,
+                record: self.records,
+                source,
+            })?;
+        self.records += 1;
+        self.bytes += self.buffer.len() as u64;
+        Ok(())
+    }
+}
+
+/// What became of the pages of a record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Sent with their content.
+    pub content: u64,
+    /// Said to be zero.
+    pub zero: u64,
+}
+
+/// Where the pages of a channel go.
+pub trait PageSink {
+    /// Whether the machine has this page.
+    fn has(&self, page: u64) -> bool;
+    /// Fills a page.
+    fn fill(&self, page: u64, content: &[u8]) -> io::Result<()>;
+}
+
+/// Reads one channel. Nothing of a record is passed on before all of it is known to be whole.
+#[derive(Debug)]
+pub struct RamReader<R> {
+    channel: R,
+    number: usize,
+    channels: usize,
+    records: u64,
+    bytes: u64,
+    buffer: Vec<u8>,
+}
+
+impl<R: Read> RamReader<R> {
+    /// Begins channel `number` of `channels`.
+    pub fn begin(channel: R, number: usize, channels: usize) -> Result<Self, RamError> {
+        let mut reader = Self {
+            channel,
+            number,
+            channels,
+            records: 0,
+            bytes: PREFACE as u64,
+            buffer: Vec::new(),
+        };
+        let mut found = [0; PREFACE];
+        reader.read(&mut found)?;
+        if found != preface(number) {
+            return Err(RamError::Preface {
+                channel: number,
+                found,
+            });
+        }
+        Ok(reader)
+    }
+
+    /// Takes one record over; `false` after the end, when all of it is known to have come.
+    pub fn record(&mut self, memory: &impl PageSink) -> Result<bool, RamError> {
+        let mut header = [0; HEADER];
+        self.read(&mut header)?;
+        let kind = u32::from_le_bytes(part(&header, 0));
+        let crc = u32::from_le_bytes(part(&header, 4));
+        let [first, content, zero] = [8, 16, 24].map(|at| u64::from_le_bytes(part(&header, at)));
+        let pages = if kind == PAGES {
+            content.count_ones()
+        } else {
+            0
+        };
+        // At most 64 pages.
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(pages as usize * PAGE, 0);
+        self.read(&mut buffer)?;
+        if crc32c::crc32c_append(crc32c::crc32c(&header[8..]), &buffer) ^ kind != crc {
+            return Err(RamError::Corrupted {
+                channel: self.number,
+                record: self.records,
+            });
+        }
+        let goes_on = match kind {
+            PAGES => {
+                self.check(first, content, zero, memory)?;
+                self.apply(first, content, zero, &buffer, memory)?;
+                true
+            }
+            END if first == self.records => false,
+            END => return Err(self.impossible("records are missing")),
+            _ => return Err(self.impossible("its kind is unknown")),
+        };
+        self.records += 1;
+        self.bytes += (HEADER + buffer.len()) as u64;
+        self.buffer = buffer;
+        Ok(goes_on)
+    }
+
+    /// Bytes read so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn check(
+        &self,
+        first: u64,
+        content: u64,
+        zero: u64,
+        memory: &impl PageSink,
+    ) -> Result<(), RamError> {
+        if !first.is_multiple_of(RECORD_PAGES) || first >= MAX_PAGE {
+            return Err(self.impossible("its first page cannot be one"));
+        }
+        if content & zero != 0 {
+            return Err(self.impossible("a page is zero and is not"));
+        }
+        if channel_of(first, self.channels) != self.number {
+            return Err(self.impossible("it belongs on another channel"));
+        }
+        if !pages_of(first, content | zero).all(|page| memory.has(page)) {
+            return Err(self.impossible("there is no such memory"));
+        }
+        Ok(())
+    }
+
+    fn apply(
+        &self,
+        first: u64,
+        content: u64,
+        zero: u64,
+        bytes: &[u8],
+        memory: &impl PageSink,
+    ) -> Result<(), RamError> {
+        let failed = |source| RamError::Io {
+            channel: self.number,
+            record: self.records,
+            source,
+        };
+        for (page, bytes) in pages_of(first, content).zip(bytes.chunks_exact(PAGE)) {
+            memory.fill(page, bytes).map_err(failed)?;
+        }
+        for page in pages_of(first, zero) {
+            memory.fill(page, &ZERO).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    fn impossible(&self, what: &'static str) -> RamError {
+        RamError::Record {
+            channel: self.number,
+            record: self.records,
+            what,
+        }
+    }
+
+    fn read(&mut self, bytes: &mut [u8]) -> Result<(), RamError> {
+        self.channel
+            .read_exact(bytes)
+            .map_err(|source| RamError::Io {
+                channel: self.number,
+                record: self.records,
+                source,
+            })
+    }
+}
+
+static ZERO: [u8; PAGE] = [0; PAGE];
+
+fn preface(number: usize) -> [u8; PREFACE] {
+    let mut bytes = [0; PREFACE];
+    bytes[..8].copy_from_slice(&MAGIC);
+    bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
+    let number = u16::try_from(number).unwrap_or(u16::MAX);
+    bytes[10..12].copy_from_slice(&number.to_le_bytes());
+    bytes
+}
+
+/// The numbers of the pages whose bits are set.
+pub fn pages_of(first: u64, bits: u64) -> impl Iterator<Item = u64> {
+    (0..RECORD_PAGES)
+        .filter(move |at| bits >> at & 1 != 0)
+        .map(move |at| first + at)
+}
+
+/// Part of a header; callers stay inside.
+fn part<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    std::array::from_fn(|i| bytes[at + i])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Memory(RefCell<BTreeMap<u64, Vec<u8>>>);
+    impl PageSink for Memory {
+        fn has(&self, page: u64) -> bool {
+            page < 1000
+        }
+        fn fill(&self, page: u64, content: &[u8]) -> io::Result<()> {
+            self.0.borrow_mut().insert(page, content.to_vec());
+            Ok(())
+        }
+    }
+
+    /// Page 64 is zero, others are full of their number.
+    fn content(page: u64, into: &mut [u8]) -> io::Result<()> {
+        into.fill(if page == 64 { 0 } else { page as u8 });
+        Ok(())
+    }
+
+    fn stream(first: u64, bits: u64) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut writer = RamWriter::begin(&mut bytes, 0).unwrap();
+        writer.pages(first, bits, content, |_| false).unwrap();
+        let said = writer.end().unwrap();
+        assert_eq!(said, bytes.len() as u64);
+        bytes
+    }
+
+    fn load(bytes: &[u8]) -> Result<Memory, RamError> {
+        let memory = Memory::default();
+        let mut reader = RamReader::begin(bytes, 0, 1)?;
+        while reader.record(&memory)? {}
+        assert_eq!(reader.bytes(), bytes.len() as u64);
+        Ok(memory)
+    }
+
+    #[test]
+    fn pages_arrive_and_zero_ones_without_content() {
+        let bytes = stream(64, 0b1011);
+        assert_eq!(bytes.len(), PREFACE + 2 * HEADER + 2 * PAGE);
+        let memory = load(&bytes).unwrap().0.into_inner();
+        assert_eq!(memory.keys().copied().collect::<Vec<_>>(), [64, 65, 67]);
+        assert!(memory[&64].iter().all(|byte| *byte == 0));
+        assert!(memory[&67].iter().all(|byte| *byte == 67));
+    }
+
+    #[test]
+    fn a_zero_page_that_is_new_is_not_mentioned() {
+        let mut bytes = Vec::new();
+        let mut writer = RamWriter::begin(&mut bytes, 0).unwrap();
+        let sent = writer.pages(64, 1, content, |_| true).unwrap();
+        assert_eq!(sent, Sent::default());
+        assert_eq!(writer.bytes(), PREFACE as u64);
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found_before_anything_of_the_record_is_loaded() {
+        let bytes = stream(64, 0b11);
+        let header = (PREFACE + HEADER) * 8;
+        let sample = (header..bytes.len() * 8).step_by(977);
+        for bit in (0..header).chain(sample) {
+            let mut wrong = bytes.clone();
+            wrong[bit / 8] ^= 1 << (bit % 8);
+            let memory = Memory::default();
+            let result = RamReader::begin(wrong.as_slice(), 0, 1).and_then(|mut reader| {
+                while reader.record(&memory)? {}
+                Ok(())
+            });
+            assert!(result.is_err(), "bit {bit}");
+            let loaded = memory.0.into_inner();
+            for (page, bytes) in loaded {
+                let mut right = vec![0; PAGE];
+                content(page, &mut right).unwrap();
+                assert_eq!(bytes, right, "page {page} was loaded wrongly, bit {bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_found() {
+        let bytes = stream(64, 0b11);
+        for length in (0..bytes.len()).step_by(61) {
+            assert!(load(&bytes[..length]).is_err(), "{length}");
+        }
+        let whole = bytes.len() - HEADER;
+        assert!(load(&bytes[..whole]).is_err(), "without its end");
+    }
+
+    #[test]
+    fn hostile_records_are_refused() {
+        let forge = |words: [u64; 3]| {
+            let mut bytes = preface(0).to_vec();
+            let mut writer = RamWriter {
+                channel: &mut bytes,
+                number: 0,
+                records: 0,
+                bytes: 0,
+                buffer: vec![0; HEADER + words[1].count_ones() as usize * PAGE],
+            };
+            writer.seal(PAGES, words).unwrap();
+            load(&bytes).map(drop).unwrap_err().to_string()
+        };
+        assert!(forge([1, 1, 0]).contains("cannot be one"));
+        assert!(forge([1 << 60, 1, 0]).contains("cannot be one"));
+        assert!(forge([64, 3, 1]).contains("zero and is not"));
+        assert!(forge([6400, 1, 0]).contains("no such memory"));
+        assert!(forge([960, 0, 1 << 63]).contains("no such memory"));
+    }
+
+    #[test]
+    fn a_record_on_the_wrong_channel_could_overtake_another() {
+        assert_eq!(channel_of(64, 4), 1);
+        assert_eq!(channel_of(320, 4), 1);
+        let bytes = stream(64, 1);
+        let mut reader = RamReader::begin(bytes.as_slice(), 0, 4).unwrap();
+        let error = reader.record(&Memory::default()).unwrap_err().to_string();
+        assert!(error.contains("another channel"), "{error}");
+        assert!(RamReader::begin(bytes.as_slice(), 1, 4).is_err());
+    }
+}

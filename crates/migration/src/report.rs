@@ -1,0 +1,138 @@
+//! What a migration took: a timeline of each host, from which the downtime can be read.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+/// Most spans of one side: a hostile peer's report is cut there.
+pub const MAX_SPANS: usize = 4096;
+
+/// Something that took time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    /// Who: `core`, a device's id.
+    pub track: String,
+    /// What: `stop`, `save`, `barrier D`.
+    pub name: String,
+    /// Start, in microseconds since the side's origin.
+    pub start_us: u64,
+    /// End, in microseconds since the side's origin.
+    pub end_us: u64,
+    /// Bytes moved in it.
+    #[serde(default)]
+    pub bytes: u64,
+}
+
+/// One host's timeline.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Side {
+    /// The host's wall clock at the origin, in microseconds since 1970.
+    pub origin_us: u64,
+    /// In the order in which they ended.
+    pub spans: Vec<Span>,
+}
+
+impl Side {
+    /// The span of this name, on this track.
+    pub fn span(&self, track: &str, name: &str) -> Option<&Span> {
+        self.spans
+            .iter()
+            .find(|span| span.track == track && span.name == name)
+    }
+}
+
+/// One round of copying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Round {
+    /// Pages that were to be sent.
+    pub pages: u64,
+    /// Bytes sent.
+    pub bytes: u64,
+    /// Microseconds.
+    pub us: u64,
+}
+
+/// The whole of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Bytes of memory sent, in all.
+    pub memory_bytes: u64,
+    /// The rounds while the guest ran.
+    pub rounds: Vec<Round>,
+    /// The blackout as it was predicted when it began, in microseconds.
+    pub predicted_us: u64,
+    /// From the order to stop to the destination's word that the machine runs, in microseconds on
+    /// the source's clock.
+    pub blackout_us: u64,
+    /// The source's timeline.
+    pub source: Side,
+    /// The destination's timeline.
+    pub destination: Side,
+}
+
+/// Writes one side's timeline. Room is made before the stop, so that noting costs nothing in it.
+#[derive(Debug)]
+pub struct Recorder {
+    origin: Instant,
+    side: Side,
+}
+
+impl Recorder {
+    /// With its origin now.
+    pub fn start() -> Self {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self {
+            origin: Instant::now(),
+            side: Side {
+                origin_us: micros(wall.unwrap_or_default()),
+                spans: Vec::with_capacity(512),
+            },
+        }
+    }
+
+    /// Notes what began at `start` and ends now.
+    pub fn note(&mut self, track: &str, name: &str, start: Instant, bytes: u64) {
+        self.note_span(track, name, start, Instant::now(), bytes);
+    }
+
+    /// Notes what began at `start` and ended at `end`.
+    pub fn note_span(&mut self, track: &str, name: &str, start: Instant, end: Instant, bytes: u64) {
+        if self.side.spans.len() >= MAX_SPANS {
+            return;
+        }
+        let since = |at: Instant| micros(at.saturating_duration_since(self.origin));
+        self.side.spans.push(Span {
+            track: track.to_owned(),
+            name: name.to_owned(),
+            start_us: since(start),
+            end_us: since(end),
+            bytes,
+        });
+    }
+
+    /// The timeline so far.
+    pub fn side(&self) -> &Side {
+        &self.side
+    }
+}
+
+/// In microseconds, as far as they go.
+pub fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_side_has_an_end() {
+        let mut recorder = Recorder::start();
+        for _ in 0..MAX_SPANS + 10 {
+            recorder.note("core", "stop", Instant::now(), 0);
+        }
+        assert_eq!(recorder.side().spans.len(), MAX_SPANS);
+        assert!(recorder.side().span("core", "stop").is_some());
+        assert!(recorder.side().span("core", "go").is_none());
+    }
+}

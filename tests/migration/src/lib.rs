@@ -1,0 +1,8 @@
+//! Helpers for tests of machines that move: a machine on one side, the connections between two,
+//! and what passes on them made to fail.
+
+mod side;
+mod wires;
+
+pub use side::{Moved, Outcome, Side, Spec, beat_on, finish};
+pub use wires::{Fault, Kind, Wires};

@@ -1,0 +1,389 @@
+//! A machine on one side: a core and its device processes.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use api::core::{CoreProxy, State};
+use api::migration::MigrationProxy;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+use test_framework::console::Console;
+use test_framework::machine::DEADLINE;
+use test_framework::process::{Launch, Process};
+use test_framework::programs::program;
+use test_guest::{Report, Workload};
+use tokio::runtime::Runtime;
+use zbus::{Connection, OwnedVariant, connection};
+
+use super::wires::Ends;
+use super::{Fault, Kind, Wires};
+
+/// What a machine is, on both sides.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// What its guest does.
+    pub workload: Workload,
+    /// vCPUs.
+    pub cpus: u32,
+    /// MiB of RAM.
+    pub memory_mib: u64,
+    /// Disks: image and queues.
+    pub disks: Vec<(PathBuf, u16)>,
+    /// Network cards: tap and queue pairs.
+    pub nics: Vec<(String, u16)>,
+    /// Memory channels.
+    pub channels: usize,
+    /// What carries a migration.
+    pub kind: Kind,
+    /// Options of a migration.
+    pub options: Vec<(&'static str, u64)>,
+    /// Flags of a migration.
+    pub flags: Vec<&'static str>,
+}
+
+impl Spec {
+    /// With one vCPU, 64 MiB and nothing else.
+    pub fn of(workload: Workload) -> Self {
+        Self {
+            workload,
+            cpus: 1,
+            memory_mib: 64,
+            disks: Vec::new(),
+            nics: Vec::new(),
+            channels: 2,
+            kind: Kind::Unix,
+            options: Vec::new(),
+            flags: Vec::new(),
+        }
+    }
+
+    /// The devices' ids, in order.
+    pub fn ids(&self) -> Vec<String> {
+        let disks = (0..self.disks.len()).map(|n| format!("disk{n}"));
+        disks
+            .chain((0..self.nics.len()).map(|n| format!("net{n}")))
+            .collect()
+    }
+}
+
+/// How a migration ended, as the source said.
+pub type Outcome = Value;
+
+/// A machine that has moved.
+#[derive(Debug)]
+pub struct Moved {
+    /// Where it is.
+    pub side: Side,
+    /// What the source said.
+    pub outcome: Outcome,
+}
+
+/// One side.
+#[derive(Debug)]
+pub struct Side {
+    /// Its end of the console.
+    pub console: Console,
+    core: Process,
+    devices: Vec<Process>,
+    control: PathBuf,
+    runtime: Runtime,
+    _folder: TempDir,
+}
+
+impl Side {
+    /// A machine that boots.
+    pub fn boot(spec: &Spec) -> Result<Self> {
+        Self::start(spec, None, None)
+    }
+
+    /// A machine that waits for one to come, with the other's memory if it is shared.
+    pub fn expect(spec: &Spec, ends: Ends, memory: Option<OwnedFd>) -> Result<Self> {
+        Self::start(spec, Some(ends), memory)
+    }
+
+    fn start(spec: &Spec, ends: Option<Ends>, memory: Option<OwnedFd>) -> Result<Self> {
+        let folder = TempDir::new().context("no folder for sockets")?;
+        let mut core = Launch::new(&program("godwit-vmm")?)
+            .option("--kernel", test_guest::program())
+            .option("--cmdline", spec.workload.to_string())
+            .option("--cpus", spec.cpus.to_string())
+            .option("--memory", format!("{}M", spec.memory_mib));
+        let mut devices = Vec::new();
+        let disks = spec.disks.iter().map(|(image, queues)| {
+            let queues = queues.to_string();
+            let image = image.display().to_string();
+            // Both sides have it open for a while.
+            let options = vec![
+                ("--blk-file", image),
+                ("--num-queues", queues),
+                ("--lock", "off".to_owned()),
+            ];
+            ("blk", options)
+        });
+        let nics = spec.nics.iter().map(|(tap, pairs)| {
+            let options = vec![
+                ("--tap", tap.clone()),
+                ("--queue-pairs", pairs.to_string()),
+                ("--mac", "52:54:00:12:34:56".to_owned()),
+            ];
+            ("net", options)
+        });
+        for (id, (kind, options)) in spec.ids().iter().zip(disks.chain(nics)) {
+            let socket = folder.path().join(id);
+            let listener = UnixListener::bind(&socket).context("no socket for a device")?;
+            let mut launch = Launch::new(&program(&format!("godwit-{kind}"))?);
+            let number = launch.inherit(listener.into());
+            launch = launch.option("--fd", number.to_string());
+            for (option, value) in options {
+                launch = launch.option(option, value);
+            }
+            devices.push(launch.start()?);
+            let value = format!("{kind},socket={},id={id}", socket.display());
+            core = core.option("--vhost-user", value);
+        }
+        if let Some(ends) = ends {
+            let mut incoming = format!("control={}", core.inherit(ends.control));
+            for ram in ends.ram {
+                write!(incoming, ",ram={}", core.inherit(ram))?;
+            }
+            for (id, state) in ends.states {
+                write!(incoming, ",state={id}:{}", core.inherit(state))?;
+            }
+            if let Some(memory) = memory {
+                write!(incoming, ",memory={}", core.inherit(memory))?;
+            }
+            core = core.option("--incoming", incoming);
+        }
+        let (ours, theirs) = UnixStream::pair().context("no console")?;
+        let console = core.inherit(theirs.into());
+        let control = folder.path().join("control");
+        let core = core
+            .option("--serial", format!("fd={console}"))
+            .option("--control-socket", &control)
+            .start()?;
+        Ok(Self {
+            console: Console::new(ours)?,
+            core,
+            devices,
+            control,
+            runtime: Runtime::new().context("no runtime")?,
+            _folder: folder,
+        })
+    }
+
+    /// The core's process.
+    pub fn core(&mut self) -> &mut Process {
+        &mut self.core
+    }
+
+    /// The devices' processes.
+    pub fn devices(&mut self) -> &mut [Process] {
+        &mut self.devices
+    }
+
+    /// Moves the machine; this side must be left without it in the end.
+    pub fn move_on(self, spec: &Spec) -> Result<Moved> {
+        let (mut source, destination, outcome) = self.try_move(spec, None)?;
+        ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
+        // Its owner has heard how it ended, so nothing is waited for.
+        source.terminate()?;
+        Ok(Moved {
+            side: destination,
+            outcome,
+        })
+    }
+
+    /// Tries to move the machine; both sides, and how the source says that it ended.
+    pub fn try_move(
+        self,
+        spec: &Spec,
+        fault: Option<(&str, Fault)>,
+    ) -> Result<(Side, Side, Outcome)> {
+        let destination = self.begin_move(spec, fault)?;
+        let outcome = self.outcome()?;
+        Ok((self, destination, outcome))
+    }
+
+    /// Starts to move the machine; the other side.
+    pub fn begin_move(&self, spec: &Spec, fault: Option<(&str, Fault)>) -> Result<Side> {
+        let wires = Wires::connect(spec.kind, spec.channels, &spec.ids(), fault)?;
+        let memory = match spec.kind {
+            Kind::Shared => Some(self.memory()?),
+            _ => None,
+        };
+        let destination = Side::expect(spec, wires.destination, memory)?;
+        self.migrate(spec, wires.source)?;
+        Ok(destination)
+    }
+
+    /// Starts to move the machine on these connections.
+    pub fn migrate(&self, spec: &Spec, ends: Ends) -> Result<()> {
+        let number = |(key, value): &(&str, u64)| ((*key).to_owned(), OwnedVariant::from(*value));
+        let flag = |key: &&str| ((*key).to_owned(), OwnedVariant::from(true));
+        let mut options: HashMap<_, _> = spec.options.iter().map(number).collect();
+        options.extend(spec.flags.iter().map(flag));
+        if spec.kind == Kind::Shared {
+            options.insert("shared-memory".into(), OwnedVariant::from(true));
+        }
+        let ram = ends.ram.into_iter().map(Into::into).collect();
+        let states = ends.states.into_iter().map(|(id, fd)| (id, fd.into()));
+        let states = states.collect();
+        self.call(async |connection| {
+            let mover = MigrationProxy::new(connection).await?;
+            let started = mover.migrate(ends.control.into(), ram, states, options);
+            Ok(started.await?)
+        })
+    }
+
+    /// Waits for the end of the migration.
+    pub fn outcome(&self) -> Result<Outcome> {
+        self.call(async |connection| {
+            let mover = MigrationProxy::new(connection).await?;
+            Ok(serde_json::from_str(&mover.wait().await?)?)
+        })
+    }
+
+    /// Cancels the migration.
+    pub fn cancel(&self) -> Result<()> {
+        self.call(async |connection| Ok(MigrationProxy::new(connection).await?.cancel().await?))
+    }
+
+    /// Says where the machine is.
+    pub fn decide(&self, runs_there: bool) -> Result<()> {
+        self.call(async |connection| {
+            let mover = MigrationProxy::new(connection).await?;
+            Ok(mover.decide(runs_there).await?)
+        })
+    }
+
+    /// How far the migration is.
+    pub fn progress(&self) -> Result<Value> {
+        self.call(async |connection| {
+            let mover = MigrationProxy::new(connection).await?;
+            Ok(serde_json::from_str(&mover.progress().await?)?)
+        })
+    }
+
+    /// The file that is its memory.
+    fn memory(&self) -> Result<OwnedFd> {
+        self.call(async |connection| {
+            let mover = MigrationProxy::new(connection).await?;
+            Ok(mover.memory().await?.into())
+        })
+    }
+
+    /// Where it is in its life.
+    pub fn state(&self) -> Result<State> {
+        self.call(async |connection| Ok(CoreProxy::new(connection).await?.state().await?))
+    }
+
+    /// Stops the machine.
+    pub fn pause(&self) -> Result<()> {
+        self.call(async |connection| Ok(CoreProxy::new(connection).await?.pause().await?))
+    }
+
+    /// Lets it run again.
+    pub fn resume(&self) -> Result<()> {
+        self.call(async |connection| Ok(CoreProxy::new(connection).await?.resume().await?))
+    }
+
+    /// Boots it again.
+    pub fn reset(&self) -> Result<()> {
+        self.call(async |connection| Ok(CoreProxy::new(connection).await?.reset().await?))
+    }
+
+    /// Ends the machine.
+    pub fn terminate(&mut self) -> Result<()> {
+        self.core.signal(Signal::SIGTERM)?;
+        let status = self.core.wait(DEADLINE)?;
+        ensure!(status.success(), "the core said {}", self.core.stderr());
+        Ok(())
+    }
+
+    fn call<T>(&self, call: impl AsyncFnOnce(&Connection) -> Result<T>) -> Result<T> {
+        let work = async {
+            let stream = connect(&self.control).await.with_context(|| {
+                format!("the core does not listen; it said: {}", self.core.stderr())
+            })?;
+            let connection = connection::Builder::unix_stream(stream)
+                .p2p()
+                .build()
+                .await?;
+            call(&connection).await
+        };
+        self.runtime
+            .block_on(async { tokio::time::timeout(DEADLINE, work).await })
+            .context("the core did not answer")?
+            .with_context(|| format!("the core said: {}", self.core.stderr()))
+    }
+}
+
+/// A core that has just been started does not listen at once.
+async fn connect(path: &Path) -> Result<UnixStream> {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() > end => return Err(error.into()),
+            Err(_) => tokio::time::sleep(Duration::from_millis(2)).await,
+        }
+    }
+}
+
+/// Waits for a heartbeat of the guest on this side, whose clock never went back; its number.
+pub fn beat_on(side: &mut Side) -> Result<u64> {
+    let (_, (number, back)) = side
+        .console
+        .report("a heartbeat", DEADLINE, |report| match *report {
+            Report::Beat { n, back, .. } => Some((n, back)),
+            _ => None,
+        })
+        .with_context(|| format!("the core said: {}", side.core.stderr()))?;
+    ensure!(back == 0, "the guest's clock went back {back} times");
+    Ok(number)
+}
+
+/// Waits for the end of the guest's work, which must have gone well; pages, reads, writes, packets
+/// sent and answered.
+pub fn finish(mut side: Side) -> Result<(u64, (u64, u64), (u64, u64))> {
+    side.console.send(test_guest::command::STOP)?;
+    let (mut pages, mut blocks, mut packets) = (0, (0, 0), (0, 0));
+    let found = side
+        .console
+        .report("the end of the work", DEADLINE, |report| {
+            match *report {
+                Report::Blk {
+                    reads,
+                    writes,
+                    end: true,
+                    ..
+                } => blocks = (blocks.0 + reads, blocks.1 + writes),
+                Report::Net {
+                    sent,
+                    received,
+                    end: true,
+                    ..
+                } => packets = (packets.0 + sent, packets.1 + received),
+                Report::Verify { pages: checked, .. } => pages += checked,
+                Report::Done { ok, .. } => return Some(ok),
+                _ => {}
+            }
+            None
+        });
+    let (_, ok) = found.with_context(|| format!("the core said: {}", side.core.stderr()))?;
+    if !ok {
+        bail!(
+            "the guest found something wrong: {:#?}",
+            side.console.history()
+        );
+    }
+    let status = side.core.wait(DEADLINE)?;
+    ensure!(status.success(), "the core said {}", side.core.stderr());
+    Ok((pages, blocks, packets))
+}

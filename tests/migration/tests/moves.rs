@@ -1,0 +1,193 @@
+//! Machines that move and lose nothing.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use api::core::State;
+use tempfile::TempDir;
+use test_framework::machine::make_image;
+use test_guest::{BlkMode, Idle, NetMode, Workload};
+use test_machine::{network, work};
+use test_migration::{Fault, Kind, Moved, Side, Spec, beat_on, finish};
+
+/// A guest that dirties memory and says that it lives.
+fn busy() -> Workload {
+    Workload {
+        heartbeat: 20,
+        span: 16,
+        dirty: 40,
+        ..work()
+    }
+}
+
+fn disk(folder: &TempDir, name: &str, queues: u16) -> Result<(std::path::PathBuf, u16)> {
+    let image = folder.path().join(name);
+    make_image(&image, 32)?;
+    Ok((image, queues))
+}
+
+/// Moves a machine so many times, with heartbeats between.
+fn there_and_back(spec: &Spec, times: u32) -> Result<Side> {
+    let mut side = Side::boot(spec)?;
+    let mut last = beat_on(&mut side)?;
+    for _ in 0..times {
+        beat_on(&mut side)?;
+        side = side.move_on(spec)?.side;
+        let beat = beat_on(&mut side)?;
+        ensure!(beat > last, "heartbeat {beat} after {last}");
+        last = beat;
+    }
+    Ok(side)
+}
+
+#[test]
+fn memory_arrives_page_by_page() -> Result<()> {
+    let side = there_and_back(&Spec::of(busy()), 1)?;
+    assert_eq!(finish(side)?.0, 16 << 8);
+    Ok(())
+}
+
+#[test]
+fn ten_times_there_and_back_with_a_disk_at_work() -> Result<()> {
+    let folder = TempDir::new()?;
+    let mut spec = Spec::of(Workload {
+        blk: BlkMode::Loop,
+        depth: 8,
+        ..busy()
+    });
+    spec.cpus = 2;
+    spec.disks = vec![disk(&folder, "a", 4)?, disk(&folder, "b", 1)?];
+    let (pages, blocks, _) = finish(there_and_back(&spec, 10)?)?;
+    assert_eq!(pages, 16 << 8);
+    assert!(blocks.0 > 0 && blocks.1 > 0, "{blocks:?}");
+    Ok(())
+}
+
+#[test]
+fn four_vcpus_that_sleep_over_tcp() -> Result<()> {
+    let folder = TempDir::new()?;
+    let mut spec = Spec::of(Workload {
+        blk: BlkMode::Loop,
+        idle: Idle::Halt,
+        ..busy()
+    });
+    (spec.cpus, spec.channels, spec.kind) = (4, 4, Kind::Tcp);
+    spec.disks = vec![disk(&folder, "a", 2)?];
+    assert_eq!(finish(there_and_back(&spec, 3)?)?.0, 16 << 8);
+    Ok(())
+}
+
+#[test]
+fn shared_memory_is_not_copied() -> Result<()> {
+    let folder = TempDir::new()?;
+    let mut spec = Spec::of(Workload {
+        blk: BlkMode::Loop,
+        ..busy()
+    });
+    spec.kind = Kind::Shared;
+    spec.disks = vec![disk(&folder, "a", 2)?];
+    let mut side = Side::boot(&spec)?;
+    for _ in 0..4 {
+        beat_on(&mut side)?;
+        let moved = side.move_on(&spec)?;
+        assert_eq!(moved.outcome["report"]["memory_bytes"], 0);
+        side = moved.side;
+        beat_on(&mut side)?;
+    }
+    assert_eq!(finish(side)?.0, 16 << 8);
+    Ok(())
+}
+
+#[test]
+fn packets_are_counted_across_moves() -> Result<()> {
+    network("move0", 4)?;
+    let mut spec = Spec::of(Workload {
+        net: NetMode::Loop,
+        ..busy()
+    });
+    spec.nics = vec![("move0".into(), 1)];
+    let (_, _, (sent, received)) = finish(there_and_back(&spec, 3)?)?;
+    assert!(
+        sent > 0 && sent == received,
+        "{sent} sent, {received} answered"
+    );
+    Ok(())
+}
+
+#[test]
+fn only_what_was_used_is_sent_and_the_report_says_what_it_took() -> Result<()> {
+    let mut spec = Spec::of(Workload {
+        span: 4,
+        dirty: 1,
+        ..busy()
+    });
+    spec.memory_mib = 512;
+    let mut side = Side::boot(&spec)?;
+    beat_on(&mut side)?;
+    let Moved { side, outcome } = side.move_on(&spec)?;
+    let report = &outcome["report"];
+    let bytes = report["memory_bytes"].as_u64().unwrap_or(u64::MAX);
+    assert!((4 << 20..16 << 20).contains(&bytes), "{bytes} bytes");
+    let span = |side: &str, name: &str| {
+        let spans = report[side]["spans"].as_array().map(Vec::as_slice);
+        let found = spans.unwrap_or_default().iter().find(|s| s["name"] == name);
+        assert!(found.is_some(), "no {name} at the {side} in {report:#}");
+    };
+    for name in [
+        "barrier A",
+        "barrier B",
+        "barrier C",
+        "barrier D",
+        "barrier E",
+        "save",
+    ] {
+        span("source", name);
+    }
+    for name in ["wire", "load", "memory", "barrier E", "barrier F", "run"] {
+        span("destination", name);
+    }
+    assert!(report["blackout_us"].as_u64() > Some(0));
+    assert_eq!(finish(side)?.0, 4 << 8);
+    Ok(())
+}
+
+#[test]
+fn a_paused_machine_moves_and_stays_paused() -> Result<()> {
+    let folder = TempDir::new()?;
+    let mut spec = Spec::of(Workload {
+        blk: BlkMode::Loop,
+        ..busy()
+    });
+    spec.disks = vec![disk(&folder, "a", 2)?];
+    let mut side = Side::boot(&spec)?;
+    beat_on(&mut side)?;
+    side.pause()?;
+    let mut side = side.move_on(&spec)?.side;
+    assert_eq!(side.state()?, State::Paused);
+    side.resume()?;
+    beat_on(&mut side)?;
+    finish(side)?;
+    Ok(())
+}
+
+#[test]
+fn a_machine_that_is_reset_while_it_is_copied_boots_where_it_arrives() -> Result<()> {
+    let spec = Spec::of(busy());
+    let mut side = Side::boot(&spec)?;
+    for _ in 0..10 {
+        beat_on(&mut side)?;
+    }
+    side.pause()?;
+    // After its welcome the destination is ready late, when all has been copied once.
+    let welcome = 12 + 1 + "Welcome".len();
+    let late = Fault::Late(welcome, Duration::from_secs(2));
+    let mut destination = side.begin_move(&spec, Some(("control", late)))?;
+    while side.progress()?["round"].as_u64() < Some(2) {}
+    side.reset()?;
+    let outcome = side.outcome()?;
+    ensure!(outcome["result"] == "moved", "{outcome:#}");
+    destination.resume()?;
+    beat_on(&mut destination)?;
+    assert_eq!(finish(destination)?.0, 16 << 8);
+    Ok(())
+}

@@ -1,0 +1,371 @@
+//! The machine's side of a migration: what its main thread does for one.
+
+use std::fmt;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use api::Error as CallError;
+use api::core::State;
+use migration::channel::Cancel;
+use migration::commit::Source;
+use migration::link::LinkError;
+use migration::report::Report;
+use migration::wire::CpuFeatures;
+use tokio::sync::{oneshot, watch};
+
+use super::event::{Command, CurrentMigration, Event, Events};
+use super::{Machine, MachineError, Reason, VCPU_DEADLINE, chain};
+use crate::hypervisor::MemorySlots;
+use crate::migration::MigrationError;
+use crate::migration::definition::define;
+use crate::migration::destination::{self, Arriving, NewHost};
+use crate::migration::ram::CoreWrites;
+use crate::migration::saved_state::{CoreState, DeviceWiring};
+use crate::migration::setup::{MigrateOptions, Sockets};
+use crate::migration::source::{self, Job, View};
+use crate::migration::status::{Outcome, Progress, Status, Verdict};
+use crate::migration::switchover::{Ended, Host, Switchover};
+use crate::migration::unit::Unit;
+
+/// How long a core whose machine has moved stays, so that its owner can hear it.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// A machine that comes from another core.
+#[derive(Debug)]
+pub struct Incoming {
+    /// Its way.
+    pub sockets: Sockets,
+    /// The other core's memory, where both map the same.
+    pub memory: Option<OwnedFd>,
+}
+
+/// What the owner wants.
+#[derive(Debug)]
+pub struct Request {
+    /// The way.
+    pub sockets: Sockets,
+    /// How.
+    pub options: MigrateOptions,
+}
+
+/// What came of copying a running machine.
+pub struct Copied(Result<Box<Switchover>, MigrationError>);
+
+impl fmt::Debug for Copied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let error = self.0.as_ref().err();
+        f.debug_tuple("Copied").field(&error).finish()
+    }
+}
+
+/// Where the machine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Here,
+    Undecided,
+    /// Elsewhere, and this core goes then.
+    Gone(Instant),
+}
+
+/// What a machine keeps for its migrations.
+pub(super) struct Moving {
+    place: Place,
+    pub(super) events: Events,
+    pub(super) slots: Arc<MemorySlots>,
+    pub(super) units: Vec<Arc<Unit>>,
+    pub(super) cpus: u32,
+    pub(super) cpu_features: Vec<CpuFeatures>,
+    pub(super) core_writes: CoreWrites,
+    pub(super) status: watch::Sender<Status>,
+    pub(super) incoming: Option<Incoming>,
+    active: bool,
+}
+
+/// What the control thread may see and do while the main thread is busy.
+#[derive(Clone)]
+pub struct Watcher {
+    /// Progress and outcome.
+    pub status: watch::Receiver<Status>,
+    /// Ends the migration.
+    pub current: CurrentMigration,
+    /// Guest memory.
+    pub memory: Arc<File>,
+}
+
+impl Moving {
+    pub(super) fn new(
+        events: &Events,
+        slots: Arc<MemorySlots>,
+        units: Vec<Arc<Unit>>,
+        cpus: u32,
+        cpu_features: Vec<CpuFeatures>,
+        incoming: Option<Incoming>,
+    ) -> Self {
+        Self {
+            place: Place::Here,
+            events: events.clone(),
+            slots,
+            units,
+            cpus,
+            cpu_features,
+            core_writes: CoreWrites::default(),
+            status: watch::channel(Status::default()).0,
+            incoming,
+            active: false,
+        }
+    }
+
+    /// For the control thread; `memory` is the machine's.
+    pub(super) fn watcher(&self, memory: &Arc<File>) -> Watcher {
+        Watcher {
+            status: self.status.subscribe(),
+            current: self.events.migration().clone(),
+            memory: Arc::clone(memory),
+        }
+    }
+
+    /// Refuses what only a machine that is here can do.
+    pub(super) fn check_here(&self) -> Result<(), MachineError> {
+        match self.place {
+            Place::Here => Ok(()),
+            Place::Undecided => Err(MachineError::Elsewhere(
+                "may run at its destination: decide that first",
+            )),
+            Place::Gone(_) => Err(MachineError::Elsewhere("has moved")),
+        }
+    }
+
+    /// When this core goes because its machine is elsewhere.
+    pub(super) fn goes_at(&self) -> Option<Instant> {
+        match self.place {
+            Place::Gone(at) => Some(at),
+            _ => None,
+        }
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        self.active = false;
+        self.events.migration().set(None);
+        self.status.send_modify(|status| {
+            status.active = false;
+            status.progress.phase = "over";
+            status.outcome = Some(outcome);
+        });
+    }
+}
+
+impl Machine {
+    /// Waits for a machine from another core, which is then this one.
+    pub(super) fn arrive(&mut self, incoming: Incoming) -> Result<(), Reason> {
+        let failed = |error: &MigrationError| match error {
+            MigrationError::Link(LinkError::Cancelled) => Reason::Terminated,
+            error => Reason::Internal(format!("the machine did not arrive: {}", chain(error))),
+        };
+        let cancel = Cancel::new().map_err(|error| Reason::Internal(error.to_string()))?;
+        self.moving.events.migration().set(Some(cancel.clone()));
+        let arriving = Arriving {
+            sockets: incoming.sockets,
+            shared_memory: incoming.memory.is_some(),
+            memory: Arc::clone(&self.memory),
+            units: self.moving.units.clone(),
+            definition: self.definition(),
+            cancel,
+        };
+        let result = destination::receive(arriving, self);
+        self.moving.events.migration().set(None);
+        result.map_err(|error| failed(&error))
+    }
+
+    fn definition(&self) -> migration::wire::Definition {
+        let moving = &self.moving;
+        define(
+            moving.cpus,
+            &moving.cpu_features,
+            &self.memory,
+            &moving.units,
+        )
+    }
+
+    /// Starts to copy the machine, on a thread of its own.
+    pub(super) fn migrate(&mut self, request: Request) -> Result<(), MachineError> {
+        self.moving.check_here()?;
+        if self.moving.active {
+            return Err(MachineError::Migrating);
+        }
+        let no_thread = |source| {
+            MachineError::Migration(MigrationError::System {
+                what: "a thread for the migration",
+                source,
+            })
+        };
+        let cancel = Cancel::new().map_err(no_thread)?;
+        let job = Job {
+            view: View {
+                memory: Arc::clone(&self.memory),
+                slots: Arc::clone(&self.moving.slots),
+                units: self.moving.units.clone(),
+                definition: self.definition(),
+                core_writes: self.moving.core_writes.clone(),
+                throttle: self.vcpus.throttle(),
+            },
+            sockets: request.sockets,
+            options: request.options,
+            cancel: cancel.clone(),
+            status: self.moving.status.clone(),
+        };
+        self.moving.status.send_modify(|status| {
+            *status = Status {
+                active: true,
+                progress: Progress {
+                    phase: "negotiating",
+                    converging: true,
+                    ..Progress::default()
+                },
+                outcome: None,
+            };
+        });
+        self.moving.events.migration().set(Some(cancel));
+        self.moving.active = true;
+        let events = self.moving.events.clone();
+        let started = thread::Builder::new()
+            .name("migration".into())
+            .spawn(move || events.send(Event::Copied(Copied(source::run(job)))));
+        match started {
+            Ok(_) => Ok(()),
+            Err(source) => {
+                let error = no_thread(source);
+                self.moving.end(Outcome {
+                    result: Verdict::Kept,
+                    reason: Some(chain(&error)),
+                    report: Report::default(),
+                });
+                Err(error)
+            }
+        }
+    }
+
+    /// The machine was copied while it ran, or was not.
+    pub(super) fn copied(&mut self, copied: Copied) {
+        let ended = match copied.0 {
+            Ok(switchover) => switchover.run(self),
+            Err(error) => Ended {
+                state: Source::Kept,
+                error: Some(error),
+                report: Report::default(),
+            },
+        };
+        let (result, place) = match ended.state {
+            Source::Gone => (Verdict::Moved, Place::Gone(Instant::now() + LINGER)),
+            Source::Unresolved => (Verdict::Undecided, Place::Undecided),
+            _ => (Verdict::Kept, Place::Here),
+        };
+        self.moving.place = place;
+        if place != Place::Here {
+            self.state.send_replace(State::Paused);
+        }
+        self.moving.end(Outcome {
+            result,
+            reason: ended.error.map(|error| chain(&error)),
+            report: ended.report,
+        });
+    }
+
+    /// The owner knows whether the machine runs elsewhere.
+    pub(super) fn decide(&mut self, runs_there: bool) -> Result<(), MachineError> {
+        if self.moving.place != Place::Undecided {
+            return Err(MachineError::Elsewhere("is where everybody knows"));
+        }
+        if runs_there {
+            self.moving.place = Place::Gone(Instant::now());
+            return Ok(());
+        }
+        self.moving.place = Place::Here;
+        self.resume()
+    }
+}
+
+impl Host for Machine {
+    fn stop_vcpus(&mut self) -> Result<(), MigrationError> {
+        Ok(self.vcpus.pause(VCPU_DEADLINE)?)
+    }
+
+    fn pending_request(&mut self) -> Option<String> {
+        let mut pending = None;
+        while let Ok(event) = self.events.try_recv() {
+            match &event {
+                Event::Guest(request) => pending = Some(format!("asked for {request:?}")),
+                Event::Vcpu(vcpu, ended) => pending = Some(format!("ended vCPU {vcpu}: {ended}")),
+                Event::Terminated | Event::Command(Command::Terminate, _) => {
+                    pending = Some("was terminated".into());
+                }
+                _ => {}
+            }
+            self.deferred.push_back(event);
+        }
+        pending
+    }
+
+    fn save_core(&mut self, devices: Vec<DeviceWiring>) -> Result<CoreState, MigrationError> {
+        Ok(CoreState {
+            running: self.is(State::Running),
+            vcpus: self.vcpus.each(VCPU_DEADLINE, |vcpu| vcpu.save())?,
+            vm: self.vm.save()?,
+            serial: self.platform.serial.save(),
+            cmos: self.platform.cmos.save(),
+            power: self.platform.power.save(),
+            root: self.root.save(),
+            bridge: self.bridge.save(),
+            devices,
+        })
+    }
+
+    fn run(&mut self) {
+        if self.is(State::Running) {
+            self.vcpus.run();
+        }
+    }
+
+    fn ran(&self) -> bool {
+        self.is(State::Running)
+    }
+}
+
+impl NewHost for Machine {
+    fn load_core(&mut self, core: CoreState) -> Result<(), MigrationError> {
+        let expected = self.moving.cpus as usize;
+        if core.vcpus.len() != expected {
+            return Err(MigrationError::Vcpus {
+                found: core.vcpus.len(),
+                expected,
+            });
+        }
+        self.vm.restore(&core.vm)?;
+        let vcpus = core.vcpus;
+        self.vcpus.each(VCPU_DEADLINE, move |vcpu| {
+            match vcpus.get(vcpu.id() as usize) {
+                Some(state) => vcpu.restore(state),
+                None => Ok(()),
+            }
+        })?;
+        self.platform.serial.restore(&core.serial)?;
+        self.platform.cmos.restore(&core.cmos)?;
+        self.platform.power.restore(&core.power)?;
+        self.root.restore(&core.root);
+        Ok(self.bridge.restore(&core.bridge)?)
+    }
+
+    fn run(&mut self, running: bool) {
+        if running {
+            self.vcpus.run();
+            self.state.send_replace(State::Running);
+        }
+    }
+}
+
+/// Answers a caller, who may have stopped waiting.
+pub(super) fn answer(to: oneshot::Sender<Result<(), CallError>>, result: Result<(), MachineError>) {
+    let _ = to.send(result.map_err(CallError::from));
+}

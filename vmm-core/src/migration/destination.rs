@@ -1,0 +1,303 @@
+//! The destination, on the main thread of a machine that was made and has not run.
+//!
+//! ```text
+//! Hello ─▶ obstacles? ─▶ Welcome ─▶ threads for memory and devices, Ready (▮A)
+//! Wiring ─▶ PCI, interrupts, doorbells in place        (any number of times)
+//! Stopping ─▶ every device loads from its socket
+//! Core ─▶ vCPUs, chips, PCI ─▶ wait for devices and memory ─▶ Loaded (▮E)
+//! Commit ─▶ devices start ▮F ─▶ vCPUs run ─▶ Running
+//! ```
+//! Whatever fails before *Commit* makes the destination discard itself: it says so, and never runs.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use migration::channel::Cancel;
+use migration::commit::{Destination, DestinationInput};
+use migration::link::{Link, LinkError};
+use migration::report::Recorder;
+use migration::wire::{Blob, Definition, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
+
+use super::barrier::{self, Arrival, Barrier};
+use super::error::system;
+use super::ram::RamReceiver;
+use super::saved_state::{CoreState, DeviceWiring, WiringState, from_blob};
+use super::setup::Sockets;
+use super::switchover::StateSockets;
+use super::unit::{Crew, Unit};
+use super::{ANSWER_DEADLINE, BLACKOUT_DEADLINE, LAST_WORD_DEADLINE, MigrationError};
+use crate::memory::Memory;
+
+/// How long a destination waits for its source to come at all.
+const HELLO_DEADLINE: Duration = Duration::from_secs(600);
+
+/// What the destination needs of its machine.
+pub trait NewHost {
+    /// Takes the core's state over, without the devices'.
+    fn load_core(&mut self, core: CoreState) -> Result<(), MigrationError>;
+    /// Lets vCPUs run, if the machine ran.
+    fn run(&mut self, running: bool);
+}
+
+/// What a destination is made of.
+pub struct Arriving {
+    /// Its sockets.
+    pub sockets: Sockets,
+    /// Guest memory.
+    pub memory: Arc<Memory>,
+    /// Both sides map the same memory.
+    pub shared_memory: bool,
+    /// Devices, in order.
+    pub units: Vec<Arc<Unit>>,
+    /// What the machine is.
+    pub definition: Definition,
+    /// Ends it.
+    pub cancel: Cancel,
+}
+
+/// Takes a machine over. When this returns without an error the machine is here.
+pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), MigrationError> {
+    let Arriving {
+        mut sockets,
+        memory,
+        shared_memory,
+        units,
+        definition,
+        cancel,
+    } = arriving;
+    let states = sockets.take_states(&units, shared_memory)?;
+    let states = StateSockets::new(states).map_err(system("a copy of a device's socket"))?;
+    let mut incoming = Incoming {
+        link: Link::new(sockets.control, cancel),
+        state: Destination::Receiving,
+        recorder: Recorder::start(),
+        crew: Crew::start(&units).map_err(system("a thread for a device"))?,
+        units,
+        states,
+        loading: None,
+        memory: None,
+        running: false,
+    };
+    let result = incoming
+        .negotiate(&definition, shared_memory, sockets.ram.len())
+        .and_then(|()| {
+            if !shared_memory {
+                incoming.memory = Some(RamReceiver::start(sockets.ram, &memory.guest())?);
+            }
+            incoming.serve(host)
+        });
+    if let Err(error) = &result {
+        incoming.discard(error);
+    }
+    result
+}
+
+struct Incoming {
+    link: Link,
+    state: Destination,
+    recorder: Recorder,
+    units: Vec<Arc<Unit>>,
+    crew: Crew,
+    states: StateSockets,
+    loading: Option<Receiver<Arrival<()>>>,
+    memory: Option<RamReceiver>,
+    /// Whether the machine ran at the source.
+    running: bool,
+}
+
+impl Incoming {
+    fn negotiate(
+        &mut self,
+        definition: &Definition,
+        shared: bool,
+        channels: usize,
+    ) -> Result<(), MigrationError> {
+        let hello = match self.link.receive(HELLO_DEADLINE)? {
+            ToDestination::Hello(hello) => hello,
+            other => return Err(unexpected(&other, "hello")),
+        };
+        let reasons = obstacles(definition, shared, channels, &hello);
+        if !reasons.is_empty() {
+            let refused = ToSource::Refused {
+                reasons: reasons.clone(),
+            };
+            self.say(&refused)?;
+            return Err(MigrationError::Refused { reasons });
+        }
+        self.say(&ToSource::Welcome)
+    }
+
+    fn serve(&mut self, host: &mut impl NewHost) -> Result<(), MigrationError> {
+        self.say(&ToSource::Ready)?;
+        loop {
+            if let Some(memory) = &mut self.memory {
+                memory.check()?;
+            }
+            let message: ToDestination = self.link.receive(ANSWER_DEADLINE)?;
+            match (self.state, message) {
+                (Destination::Receiving, ToDestination::Wiring(blob)) => self.wire(&blob)?,
+                (Destination::Receiving, ToDestination::Alive) => {}
+                (Destination::Receiving, ToDestination::Stopping) if self.loading.is_none() => {
+                    let states = self.states.clone();
+                    let load = move |number, unit: &Unit| states.load(number, unit);
+                    self.loading = Some(self.crew.each(load));
+                }
+                (Destination::Receiving, ToDestination::Core(blob)) => self.load(&blob, host)?,
+                (Destination::Loaded, ToDestination::Commit) => return self.start(host),
+                (_, ToDestination::Abort { reason }) => {
+                    return Err(MigrationError::GivenUp { reason });
+                }
+                (_, other) => return Err(unexpected(&other, "what comes next")),
+            }
+        }
+    }
+
+    /// Puts PCI, interrupts and doorbells in place while the source still runs.
+    fn wire(&mut self, blob: &Blob) -> Result<(), MigrationError> {
+        let begin = Instant::now();
+        let wiring: WiringState = from_blob(blob)?;
+        self.restore_devices(wiring.devices)?;
+        self.recorder.note("core", "wire", begin, 0);
+        Ok(())
+    }
+
+    fn restore_devices(&self, devices: Vec<DeviceWiring>) -> Result<(), MigrationError> {
+        let ids = devices.iter().map(|device| &device.id);
+        if !ids.eq(self.units.iter().map(|unit| &unit.id)) {
+            return Err(MigrationError::Units {
+                found: devices.into_iter().map(|device| device.id).collect(),
+                expected: self.crew.names().to_vec(),
+            });
+        }
+        for (unit, device) in self.units.iter().zip(&devices) {
+            unit.pci.restore(&device.state)?;
+        }
+        Ok(())
+    }
+
+    /// Loads everything that is left, up to barrier E.
+    fn load(&mut self, blob: &Blob, host: &mut impl NewHost) -> Result<(), MigrationError> {
+        let begin = Instant::now();
+        let mut core: CoreState = from_blob(blob)?;
+        self.running = core.running;
+        let devices = std::mem::take(&mut core.devices);
+        host.load_core(core)?;
+        // After the local APICs, which take what was pending.
+        self.restore_devices(devices)?;
+        self.recorder
+            .note("core", "load", begin, blob.payload.len() as u64);
+        let loading = self.loading.take().ok_or(MigrationError::Unexpected {
+            said: "its state",
+            expected: "that it stops",
+        })?;
+        barrier::wait(
+            Barrier::E,
+            "load",
+            self.crew.names(),
+            &loading,
+            BLACKOUT_DEADLINE,
+            &mut self.recorder,
+        )?;
+        if let Some(memory) = self.memory.take() {
+            let begin = Instant::now();
+            let bytes = memory.wait(BLACKOUT_DEADLINE)?;
+            self.recorder.note("core", "memory", begin, bytes);
+        }
+        self.state = self.state.on(DestinationInput::Loaded).0;
+        self.say(&ToSource::Loaded)
+    }
+
+    /// The machine is here: devices, then vCPUs, then the word.
+    fn start(&mut self, host: &mut impl NewHost) -> Result<(), MigrationError> {
+        self.state = self.state.on(DestinationInput::Commit).0;
+        if self.running {
+            let resumed = self.crew.each(|_, unit| Ok(unit.pci.resume()?));
+            barrier::wait(
+                Barrier::F,
+                "resume",
+                self.crew.names(),
+                &resumed,
+                BLACKOUT_DEADLINE,
+                &mut self.recorder,
+            )?;
+        }
+        let begin = Instant::now();
+        host.run(self.running);
+        self.recorder.note("core", "run", begin, 0);
+        let timeline = self.recorder.side().clone();
+        // The machine runs, whether the source hears it or not; it stays paused if it does not.
+        if let Err(error) = self.say(&ToSource::Running { timeline }) {
+            tracing::warn!(%error, "the source was not told that the machine runs here");
+        }
+        Ok(())
+    }
+
+    /// Gives up: from now on the machine will never run here.
+    fn discard(&mut self, error: &MigrationError) {
+        let input = match error {
+            MigrationError::Link(LinkError::Deadline { .. }) => DestinationInput::Deadline,
+            MigrationError::Link(LinkError::Cancelled) => DestinationInput::Failed,
+            MigrationError::Link(_) => DestinationInput::LinkLost,
+            MigrationError::GivenUp { .. } => DestinationInput::Abort,
+            _ => DestinationInput::Failed,
+        };
+        let (next, word) = self.state.on(input);
+        self.state = next;
+        self.states.cut();
+        if word.is_some() {
+            if let Ok(cancel) = Cancel::new() {
+                self.link.set_cancel(cancel);
+            }
+            let reason = crate::machine::chain(error);
+            // A link that is lost says it, too.
+            let _ = self
+                .link
+                .send(&ToSource::Discarded { reason }, LAST_WORD_DEADLINE);
+        }
+    }
+
+    fn say(&mut self, message: &ToSource) -> Result<(), MigrationError> {
+        Ok(self.link.send(message, ANSWER_DEADLINE)?)
+    }
+}
+
+fn obstacles(here: &Definition, shared: bool, channels: usize, hello: &Hello) -> Vec<String> {
+    if hello.protocol != PROTOCOL {
+        return vec![format!(
+            "the source speaks version {} of the protocol, the destination {PROTOCOL}",
+            hello.protocol
+        )];
+    }
+    let mut reasons = here.obstacles(&hello.definition);
+    let wanted = match hello.memory {
+        MemoryTransfer::Shared => None,
+        MemoryTransfer::Copied { channels } => Some(channels as usize),
+    };
+    let given = (!shared).then_some(channels);
+    if wanted != given {
+        let say = |channels: Option<usize>| match channels {
+            Some(channels) => format!("copied over {channels} channels"),
+            None => "shared".into(),
+        };
+        reasons.push(format!(
+            "memory is {} at the source and {} at the destination",
+            say(wanted),
+            say(given)
+        ));
+    }
+    reasons
+}
+
+fn unexpected(message: &ToDestination, expected: &'static str) -> MigrationError {
+    let said = match message {
+        ToDestination::Hello(_) => "hello",
+        ToDestination::Wiring(_) => "its wiring",
+        ToDestination::Alive => "that it lives",
+        ToDestination::Stopping => "that it stops",
+        ToDestination::Core(_) => "its state",
+        ToDestination::Commit => "commit",
+        ToDestination::Abort { .. } => "abort",
+    };
+    MigrationError::Unexpected { said, expected }
+}

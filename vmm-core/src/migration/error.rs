@@ -1,0 +1,159 @@
+//! What can end a migration.
+
+use std::io;
+use std::time::Duration;
+
+use migration::commit::SourceInput;
+use migration::link::LinkError;
+use migration::ram::RamError;
+use migration::schema::SchemaError;
+use thiserror::Error;
+
+use super::barrier::Barrier;
+use crate::hypervisor::{HypervisorError, VcpuError};
+use crate::pci::ConfigError;
+use crate::platform::saved_state::InvalidState;
+use crate::remote::vhost_user::VhostUserError;
+use crate::transport::TransportError;
+
+/// Why a machine did not move.
+#[derive(Debug, Error)]
+pub enum MigrationError {
+    /// A device that cannot move.
+    #[error("device {device} cannot move: its back-end has no dirty log")]
+    CannotMove {
+        /// Which device.
+        device: String,
+    },
+    /// What was handed over does not fit the machine.
+    #[error("{0}")]
+    Setup(String),
+    /// The other side's machine is another one.
+    #[error("the machine does not fit its destination: {}", reasons.join("; "))]
+    Refused {
+        /// Everything that does not fit.
+        reasons: Vec<String>,
+    },
+    /// The other side gave up.
+    #[error("the other core gave up: {reason}")]
+    GivenUp {
+        /// Why.
+        reason: String,
+    },
+    /// The other side said something that it should not have.
+    #[error("the other core said {said} instead of {expected}")]
+    Unexpected {
+        /// What came.
+        said: &'static str,
+        /// What was waited for.
+        expected: &'static str,
+    },
+    /// The guest is too fast.
+    #[error(
+        "the guest dirties {} KiB/s and {} KiB/s can be sent: allow a longer downtime, or let \
+         the guest be slowed down", dirtied / 1024, sent / 1024
+    )]
+    NotConverging {
+        /// Bytes a second.
+        dirtied: u64,
+        /// Bytes a second.
+        sent: u64,
+    },
+    /// The guest did something that ends or restarts the machine.
+    #[error("the guest {0} while it was to be moved")]
+    Guest(String),
+    /// Units did not come to a barrier in time.
+    #[error("barrier {barrier}: {units:?} did not arrive within {} ms", within.as_millis())]
+    Late {
+        /// Which barrier.
+        barrier: Barrier,
+        /// Who is missing.
+        units: Vec<String>,
+        /// How long they had.
+        within: Duration,
+    },
+    /// A device failed.
+    #[error("device {device} did not {what}")]
+    Device {
+        /// Which device.
+        device: String,
+        /// What it should have done.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: Box<MigrationError>,
+    },
+    /// The link between the cores failed.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// A memory channel failed.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// Memory channels did not come to an end.
+    #[error("memory channels stand still")]
+    RamStalled,
+    /// Saved state does not fit its schema.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// Saved state names devices that there are not.
+    #[error("saved state is of devices {found:?}, there are {expected:?}")]
+    Units {
+        /// In the state.
+        found: Vec<String>,
+        /// Here.
+        expected: Vec<String>,
+    },
+    /// Saved state has another number of vCPUs.
+    #[error("saved state is of {found} vCPUs, there are {expected}")]
+    Vcpus {
+        /// In the state.
+        found: usize,
+        /// Here.
+        expected: usize,
+    },
+    /// A part of the platform cannot have been in the saved state.
+    #[error(transparent)]
+    Platform(#[from] InvalidState),
+    /// PCI configuration space cannot have been in the saved state.
+    #[error("the PCI host bridge")]
+    Pci(#[from] ConfigError),
+    /// KVM refused something.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// vCPUs did not do what they were told.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A transport did not.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// A back-end did not.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
+    /// The system did not give something.
+    #[error("{what} cannot be had")]
+    System {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl MigrationError {
+    /// What it means for the commit.
+    pub fn input(&self) -> SourceInput {
+        match self {
+            Self::Link(LinkError::Deadline { .. }) => SourceInput::Deadline,
+            Self::Link(LinkError::Cancelled) => SourceInput::Failed,
+            Self::Link(_) | Self::Unexpected { .. } => SourceInput::LinkLost,
+            Self::Refused { .. } | Self::GivenUp { .. } => SourceInput::Discarded,
+            _ => SourceInput::Failed,
+        }
+    }
+}
+
+/// Wraps a failure to get something from the system.
+pub(super) fn system(what: &'static str) -> impl FnOnce(io::Error) -> MigrationError {
+    move |source| MigrationError::System { what, source }
+}

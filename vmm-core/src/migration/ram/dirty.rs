@@ -1,0 +1,135 @@
+//! Which pages must be sent: KVM's log, the devices' logs, and what the core itself has written.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{PAGE, PageSet, WORD_PAGES};
+use crate::hypervisor::{HypervisorError, MemorySlots};
+use crate::memory::Memory;
+use crate::migration::MigrationError;
+use crate::remote::vhost_user::DirtyLog;
+
+/// Words of a chunk: 64 MiB of memory, which KVM clears in half a millisecond.
+const CHUNK_WORDS: usize = 256;
+
+/// Notes that the core itself has written to guest memory, as a reset does: nobody else logs that.
+#[derive(Clone, Debug, Default)]
+pub struct CoreWrites(Arc<AtomicBool>);
+
+impl CoreWrites {
+    /// It has, somewhere.
+    pub fn note(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    fn take(&self) -> bool {
+        self.0.swap(false, Ordering::AcqRel)
+    }
+}
+
+/// Collects dirty pages, and gives them out.
+pub struct DirtyTracker {
+    memory: Arc<Memory>,
+    slots: Arc<MemorySlots>,
+    logs: Vec<Arc<DirtyLog>>,
+    core: CoreWrites,
+    pending: PageSet,
+    /// Pages that KVM has told and that are not cleared in its log.
+    uncleared: PageSet,
+}
+
+impl DirtyTracker {
+    /// Starts KVM's log. Every page is to be sent. `logs` are the devices', which run already.
+    pub fn start(
+        memory: &Arc<Memory>,
+        slots: &Arc<MemorySlots>,
+        logs: Vec<Arc<DirtyLog>>,
+        core: &CoreWrites,
+    ) -> Result<Self, HypervisorError> {
+        let mut pending = PageSet::new(&memory.regions());
+        let mut uncleared = pending.clone();
+        pending.fill();
+        slots.start_log()?;
+        // Where all is dirty at first, the first round has all of it to clear.
+        slots.read_log(|first, bits| uncleared.insert(first, bits))?;
+        Ok(Self {
+            memory: Arc::clone(memory),
+            slots: Arc::clone(slots),
+            logs,
+            core: core.clone(),
+            pending,
+            uncleared,
+        })
+    }
+
+    /// Reads every log; what is dirty is pending.
+    pub fn collect(&mut self) -> Result<(), HypervisorError> {
+        let (pending, uncleared) = (&mut self.pending, &mut self.uncleared);
+        self.slots.read_log(|first, bits| {
+            pending.insert(first, bits);
+            uncleared.insert(first, bits);
+        })?;
+        self.collect_from_devices();
+        Ok(())
+    }
+
+    /// As [`Self::collect`], when no vCPU can have written since.
+    pub fn collect_from_devices(&mut self) {
+        for log in &self.logs {
+            log.take(|first, bits| self.pending.insert(first, &[bits]));
+        }
+        if self.core.take() {
+            self.pending.fill();
+        }
+    }
+
+    /// Bytes that are pending.
+    pub fn pending_bytes(&self) -> u64 {
+        self.pending.count() * PAGE
+    }
+
+    /// Takes some pending pages out, ready to be read: the first page, and words of 64 bits.
+    pub fn take_chunk(&mut self) -> Result<Option<(u64, Vec<u64>)>, HypervisorError> {
+        let Some((first, words)) = self.pending.take_chunk(CHUNK_WORDS) else {
+            return Ok(None);
+        };
+        let uncleared = self.uncleared.take(first, &words);
+        self.slots.clear_log(first, &uncleared)?;
+        Ok(Some((first, words)))
+    }
+
+    /// As [`Self::take_chunk`], when no vCPU can write any more: nothing has to be cleared.
+    pub fn take_last_chunk(&mut self) -> Option<(u64, Vec<u64>)> {
+        self.pending.take_chunk(CHUNK_WORDS)
+    }
+
+    /// Leaves out of `words`, from page `first` on, the pages that were never in memory: holes of
+    /// the file behind it, which read as zero and would become real by being read. Right only for
+    /// pages that were cleared before, and at a destination whose memory is new.
+    pub fn without_holes(&self, first: u64, words: &mut [u64]) -> Result<(), MigrationError> {
+        let regions = self.memory.regions();
+        let gpa = first * PAGE;
+        let Some(region) = regions
+            .iter()
+            .find(|r| (r.gpa()..r.gpa() + r.size()).contains(&gpa))
+        else {
+            return Ok(());
+        };
+        let start = region.offset() + (gpa - region.gpa());
+        let end =
+            (start + words.len() as u64 * WORD_PAGES * PAGE).min(region.offset() + region.size());
+        let mut kept = vec![0; words.len()];
+        for (data, hole) in super::sender::data(region.file(), start, end)? {
+            let pages = (data - start) / PAGE..(hole - start).div_ceil(PAGE);
+            for page in pages {
+                if let Ok(word) = usize::try_from(page / WORD_PAGES) {
+                    kept[word] |= 1 << (page % WORD_PAGES);
+                }
+            }
+        }
+        for (word, kept) in words.iter_mut().zip(kept) {
+            *word &= kept;
+        }
+        Ok(())
+    }
+}

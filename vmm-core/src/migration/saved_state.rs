@@ -1,0 +1,117 @@
+//! What the core saves: everything of the machine that is not memory and not in a device process.
+
+use migration::schema::{Schema, SchemaError};
+use migration::wire::Blob;
+use serde::{Deserialize, Serialize};
+
+use crate::hypervisor::{VcpuSavedState, VmSavedState};
+use crate::pci::saved_state::{HostBridgeState, RootState};
+use crate::platform::saved_state::{CmosSavedState, PowerSavedState, SerialSavedState};
+use crate::transport::saved_state::VirtioPciState;
+
+/// The core, schema 1.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CoreState {
+    /// Whether the machine ran.
+    pub running: bool,
+    /// Interrupt controllers and clock.
+    pub vm: VmSavedState,
+    /// vCPUs, by number.
+    pub vcpus: Vec<VcpuSavedState>,
+    /// First serial port.
+    pub serial: SerialSavedState,
+    /// Real-time clock.
+    pub cmos: CmosSavedState,
+    /// ACPI's fixed hardware.
+    pub power: PowerSavedState,
+    /// PCI's root.
+    pub root: RootState,
+    /// PCI's host bridge.
+    pub bridge: HostBridgeState,
+    /// Devices, by their order.
+    pub devices: Vec<DeviceWiring>,
+}
+
+/// How devices are wired while the machine still runs, schema 1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WiringState {
+    /// Devices, by their order.
+    pub devices: Vec<DeviceWiring>,
+}
+
+/// A device as the guest sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceWiring {
+    /// Its id.
+    pub id: String,
+    /// Configuration space, MSI-X, virtio's registers.
+    pub state: VirtioPciState,
+}
+
+impl Schema for CoreState {
+    const KIND: &'static str = "core";
+    const NUMBER: u32 = 1;
+
+    fn from_old(number: u32, _payload: &[u8]) -> Result<Self, SchemaError> {
+        Err(SchemaError::unknown::<Self>(number))
+    }
+}
+
+impl Schema for WiringState {
+    const KIND: &'static str = "wiring";
+    const NUMBER: u32 = 1;
+
+    fn from_old(number: u32, _payload: &[u8]) -> Result<Self, SchemaError> {
+        Err(SchemaError::unknown::<Self>(number))
+    }
+}
+
+/// For the link.
+pub fn to_blob<S: Schema>(state: &S) -> Result<Blob, SchemaError> {
+    Ok(Blob {
+        schema: S::NUMBER,
+        payload: state.encode()?,
+    })
+}
+
+/// From the link.
+pub fn from_blob<S: Schema>(blob: &Blob) -> Result<S, SchemaError> {
+    S::decode(blob.schema, &blob.payload)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_schema_that_is_not_known_is_named() {
+        let blob = Blob {
+            schema: 7,
+            payload: Vec::new(),
+        };
+        let error = from_blob::<CoreState>(&blob).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "schema 7 of core is unknown here, the newest known is 1"
+        );
+    }
+
+    #[test]
+    fn cut_state_is_refused() {
+        let whole = to_blob(&WiringState {
+            devices: Vec::new(),
+        })
+        .unwrap();
+        assert!(from_blob::<WiringState>(&whole).is_ok());
+        for length in 0..whole.payload.len() {
+            let cut = Blob {
+                schema: 1,
+                payload: whole.payload[..length].to_vec(),
+            };
+            assert!(from_blob::<WiringState>(&cut).is_err());
+        }
+    }
+}

@@ -1,0 +1,380 @@
+//! The source before the stop, on a thread of its own while the machine runs.
+//!
+//! ```text
+//! Hello ─▶ Welcome ─ logs on ─ wiring ─ round 1 (all pages) ─ round 2 (dirty ones) … ─ stop
+//!                                       ▲ Ready may come at any time after Welcome
+//! ```
+//! Whatever fails here leaves the machine as it is: it never stopped.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use migration::channel::Cancel;
+use migration::link::Link;
+use migration::report::{Recorder, Report, Round, micros};
+use migration::wire::{Blob, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
+use tokio::sync::watch;
+
+use super::barrier::Barrier;
+use super::converge::{Convergence, Decision, Measured};
+use super::error::system;
+use super::ram::{CoreWrites, DirtyTracker, RamSender};
+use super::saved_state::{DeviceWiring, WiringState, to_blob};
+use super::setup::{MigrateOptions, Sockets};
+use super::status::{Progress, Status};
+use super::switchover::{StateSockets, Switchover};
+use super::unit::{Crew, Unit};
+use super::{ALIVE_EVERY, ANSWER_DEADLINE, LAST_WORD_DEADLINE, MigrationError};
+use crate::hypervisor::{MemorySlots, Throttle};
+use crate::memory::Memory;
+use migration::wire::Definition;
+
+/// The running machine, as far as the source's thread has to do with it.
+pub struct View {
+    /// Guest memory.
+    pub memory: Arc<Memory>,
+    /// KVM's dirty log.
+    pub slots: Arc<MemorySlots>,
+    /// Devices, in order.
+    pub units: Vec<Arc<Unit>>,
+    /// What the machine is.
+    pub definition: Definition,
+    /// What the core writes to guest memory meanwhile.
+    pub core_writes: CoreWrites,
+    /// Slows the guest down.
+    pub throttle: Throttle,
+}
+
+/// A migration to do.
+pub struct Job {
+    /// The machine.
+    pub view: View,
+    /// Its way.
+    pub sockets: Sockets,
+    /// How.
+    pub options: MigrateOptions,
+    /// Ends it.
+    pub cancel: Cancel,
+    /// Where its progress is seen.
+    pub status: watch::Sender<Status>,
+}
+
+/// Copies the machine until it is time to stop it. On a failure the other side is told, logs are
+/// off again, and the machine was never stopped.
+pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
+    let Job {
+        view,
+        mut sockets,
+        options,
+        cancel,
+        status,
+    } = job;
+    let states = sockets.take_states(&view.units, options.shared_memory)?;
+    if !options.shared_memory
+        && let Some(unit) = view.units.iter().find(|unit| !unit.remote.has_log())
+    {
+        return Err(MigrationError::CannotMove {
+            device: unit.id.clone(),
+        });
+    }
+    let states = StateSockets::new(states).map_err(system("a copy of a device's socket"))?;
+    let mut source = Source {
+        link: Link::new(sockets.control, cancel.clone()),
+        recorder: Recorder::start(),
+        report: Report::default(),
+        convergence: Convergence::new(
+            options,
+            view.definition.cpus,
+            u32::try_from(view.units.len()).unwrap_or(u32::MAX),
+        ),
+        view,
+        options,
+        cancel,
+        status,
+        ready: false,
+        wiring: None,
+        alive: Instant::now(),
+        began: Instant::now(),
+    };
+    let mut memory = None;
+    let prepared = source.prepare(sockets.ram, &mut memory).and_then(|crew| {
+        source.copy(&mut memory)?;
+        Ok(crew)
+    });
+    // The guest gets all of its time back, whatever comes now.
+    let unthrottled = source.view.throttle.set(0).map_err(system("a thread"));
+    match unthrottled.and(prepared) {
+        Ok(crew) => Ok(Box::new(Switchover {
+            link: source.link,
+            memory,
+            crew,
+            states,
+            recorder: source.recorder,
+            report: source.report,
+            view: source.view,
+            cancel: source.cancel,
+            status: source.status,
+        })),
+        Err(error) => {
+            say_last(&mut source.link, &error);
+            source.cancel.cancel();
+            drop(memory);
+            source.view.stop_logs();
+            Err(error)
+        }
+    }
+}
+
+/// Tries to tell the other side that it is over.
+pub(super) fn say_last(link: &mut Link, error: &MigrationError) {
+    if let Ok(cancel) = Cancel::new() {
+        link.set_cancel(cancel);
+    }
+    let reason = crate::machine::chain(error);
+    // A link that is lost says it, too.
+    let _ = link.send(&ToDestination::Abort { reason }, LAST_WORD_DEADLINE);
+}
+
+/// Memory on its way.
+pub(super) struct MovingMemory {
+    pub(super) tracker: DirtyTracker,
+    pub(super) sender: RamSender,
+}
+
+struct Source {
+    view: View,
+    link: Link,
+    options: MigrateOptions,
+    cancel: Cancel,
+    status: watch::Sender<Status>,
+    recorder: Recorder,
+    report: Report,
+    convergence: Convergence,
+    /// Barrier A is passed.
+    ready: bool,
+    /// What the other side was told last.
+    wiring: Option<Blob>,
+    /// When the other side heard something last.
+    alive: Instant,
+    began: Instant,
+}
+
+impl Source {
+    /// Everything until the first page is sent.
+    fn prepare(
+        &mut self,
+        channels: Vec<std::os::fd::OwnedFd>,
+        memory: &mut Option<MovingMemory>,
+    ) -> Result<Crew, MigrationError> {
+        let transfer = if self.options.shared_memory {
+            MemoryTransfer::Shared
+        } else {
+            MemoryTransfer::Copied {
+                channels: u32::try_from(channels.len()).unwrap_or(u32::MAX),
+            }
+        };
+        let hello = Hello {
+            protocol: PROTOCOL,
+            definition: self.view.definition.clone(),
+            memory: transfer,
+        };
+        self.progress("negotiating", |_| {});
+        self.say(&ToDestination::Hello(hello))?;
+        match self.link.receive(ANSWER_DEADLINE)? {
+            ToSource::Welcome => {}
+            other => return Err(unexpected(other, "a welcome")),
+        }
+        self.recorder.note("core", "negotiate", self.began, 0);
+        let crew = Crew::start(&self.view.units).map_err(system("a thread for a device"))?;
+        if !self.options.shared_memory {
+            let units = self.view.units.iter();
+            let logs = units.map(|unit| unit.remote.start_log());
+            let logs = logs.collect::<Result<_, _>>()?;
+            let view = &self.view;
+            let tracker = DirtyTracker::start(&view.memory, &view.slots, logs, &view.core_writes)?;
+            let sender = RamSender::start(channels, &view.memory.guest(), &self.cancel)?;
+            *memory = Some(MovingMemory { tracker, sender });
+        }
+        self.tell_wiring()?;
+        Ok(crew)
+    }
+
+    /// Rounds of copying, until the stop is short enough.
+    fn copy(&mut self, memory: &mut Option<MovingMemory>) -> Result<(), MigrationError> {
+        let mut first = true;
+        loop {
+            let mut remaining = 0;
+            if let Some(memory) = memory {
+                if !first {
+                    memory.tracker.collect()?;
+                }
+                remaining = memory.tracker.pending_bytes();
+            }
+            let decision = if first && memory.is_some() {
+                Decision::Copy
+            } else {
+                self.convergence.decide(remaining, Instant::now())?
+            };
+            let predicted = self.convergence.predict(remaining);
+            self.report.predicted_us = micros(predicted);
+            self.note_progress(memory.as_ref(), remaining, predicted);
+            match (decision, memory.as_mut()) {
+                (Decision::Stop, _) | (_, None) if self.ready => return Ok(()),
+                (Decision::Stop, _) | (_, None) => self.await_ready()?,
+                (Decision::Copy, Some(memory)) => self.round(memory, first)?,
+                (Decision::Throttle(percent), Some(memory)) => {
+                    let throttle = &mut self.view.throttle;
+                    throttle.set(percent).map_err(system("a thread"))?;
+                    self.round(memory, first)?;
+                }
+            }
+            first = false;
+        }
+    }
+
+    fn round(&mut self, memory: &mut MovingMemory, first: bool) -> Result<(), MigrationError> {
+        let begin = Instant::now();
+        let pages = memory.tracker.pending_bytes() / super::ram::PAGE;
+        let before = memory.sender.sent();
+        while let Some((page, mut words)) = memory.tracker.take_chunk()? {
+            if first {
+                memory.tracker.without_holes(page, &mut words)?;
+            }
+            memory.sender.send(page, &words)?;
+            self.listen()?;
+            let remaining = memory.tracker.pending_bytes();
+            let sent = memory.sender.sent();
+            self.progress("copying", |progress| {
+                progress.sent_bytes = sent;
+                progress.remaining_bytes = remaining;
+            });
+        }
+        memory.sender.flush()?;
+        let time = begin.elapsed();
+        memory.tracker.collect()?;
+        let bytes = memory.sender.sent() - before;
+        self.convergence.measured(Measured {
+            sent: bytes,
+            time,
+            dirtied: memory.tracker.pending_bytes(),
+        });
+        self.report.rounds.push(Round {
+            pages,
+            bytes,
+            us: micros(time),
+        });
+        self.recorder.note("core", "round", begin, bytes);
+        self.tell_wiring()
+    }
+
+    /// Waits for barrier A.
+    fn await_ready(&mut self) -> Result<(), MigrationError> {
+        match self.link.receive(ANSWER_DEADLINE)? {
+            ToSource::Ready => {
+                self.pass_a();
+                Ok(())
+            }
+            other => Err(unexpected(other, "that it is ready")),
+        }
+    }
+
+    /// Hears what the other side has said, and lets it hear something now and then.
+    fn listen(&mut self) -> Result<(), MigrationError> {
+        while self.link.has_message() {
+            match self.link.receive(ANSWER_DEADLINE)? {
+                ToSource::Ready if !self.ready => self.pass_a(),
+                other => return Err(unexpected(other, "nothing")),
+            }
+        }
+        if self.alive.elapsed() >= ALIVE_EVERY {
+            self.say(&ToDestination::Alive)?;
+        }
+        Ok(())
+    }
+
+    fn pass_a(&mut self) {
+        self.ready = true;
+        self.recorder.note("core", Barrier::A.name(), self.began, 0);
+    }
+
+    /// Says how devices are wired, if that has changed.
+    fn tell_wiring(&mut self) -> Result<(), MigrationError> {
+        let device = |unit: &Arc<Unit>| {
+            Ok(DeviceWiring {
+                id: unit.id.clone(),
+                state: unit.pci.wiring()?,
+            })
+        };
+        let devices = self.view.units.iter().map(device);
+        let devices = devices.collect::<Result<_, MigrationError>>()?;
+        let blob = to_blob(&WiringState { devices })?;
+        if self.wiring.as_ref() != Some(&blob) {
+            self.say(&ToDestination::Wiring(blob.clone()))?;
+            self.wiring = Some(blob);
+        }
+        self.listen()
+    }
+
+    fn say(&mut self, message: &ToDestination) -> Result<(), MigrationError> {
+        self.alive = Instant::now();
+        Ok(self.link.send(message, ANSWER_DEADLINE)?)
+    }
+
+    fn note_progress(
+        &mut self,
+        memory: Option<&MovingMemory>,
+        remaining: u64,
+        predicted: Duration,
+    ) {
+        let sent = memory.map_or(0, |memory| memory.sender.sent());
+        let round = self.report.rounds.len() as u64 + 1;
+        let throttle = self.view.throttle.percent();
+        let convergence = &self.convergence;
+        let (rate, dirty_rate) = (convergence.rate(), convergence.dirty_rate());
+        let converging = convergence.is_converging();
+        self.progress("copying", |progress| {
+            progress.round = round;
+            progress.sent_bytes = sent;
+            progress.remaining_bytes = remaining;
+            progress.rate = rate;
+            progress.dirty_rate = dirty_rate;
+            progress.predicted_us = micros(predicted);
+            progress.converging = converging;
+            progress.throttle = throttle;
+        });
+    }
+
+    fn progress(&self, phase: &'static str, change: impl FnOnce(&mut Progress)) {
+        self.status.send_modify(|status| {
+            status.progress.phase = phase;
+            change(&mut status.progress);
+        });
+    }
+}
+
+impl View {
+    /// Ends every log. One that does not end costs time and no more.
+    pub fn stop_logs(&self) {
+        if let Err(error) = self.slots.stop_log() {
+            tracing::warn!(%error, "KVM's dirty log stays on");
+        }
+        for unit in &self.units {
+            if let Err(error) = unit.remote.stop_log() {
+                tracing::warn!(%error, "a dirty log stays on");
+            }
+        }
+    }
+}
+
+/// What a message means that was not the one waited for.
+pub(super) fn unexpected(message: ToSource, expected: &'static str) -> MigrationError {
+    let said = match message {
+        ToSource::Refused { reasons } => return MigrationError::Refused { reasons },
+        ToSource::Discarded { reason } => return MigrationError::GivenUp { reason },
+        ToSource::Welcome => "welcome",
+        ToSource::Ready => "ready",
+        ToSource::Loaded => "loaded",
+        ToSource::Running { .. } => "running",
+    };
+    MigrationError::Unexpected { said, expected }
+}

@@ -1,0 +1,356 @@
+//! The blackout, on the machine's main thread.
+//!
+//! ```text
+//!  main     Stopping ▮B vCPUs ▮C     ▮D ─ last pages ─ core ─ rest of the pages ▮E Commit … Running
+//!  devices                    stop ─┘└─ save, each to its twin ─┘
+//! ```
+//! Until *Commit* is sent every failure goes back: devices, then vCPUs, as before. Afterwards
+//! only the other side's word, or a person's, does: see [`migration::commit`].
+
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use migration::channel::{Cancel, StateChannel};
+use migration::commit::{Source, SourceInput, SourceWord};
+use migration::link::Link;
+use migration::report::{Recorder, Report, micros};
+use migration::wire::{ToDestination, ToSource};
+use nix::sys::socket::{Shutdown as SocketShutdown, shutdown};
+use tokio::sync::watch;
+
+use super::barrier::{self, Arrival, Barrier};
+use super::error::system;
+use super::saved_state::{CoreState, DeviceWiring, to_blob};
+use super::source::{MovingMemory, View, say_last, unexpected};
+use super::status::Status;
+use super::unit::{Crew, Unit, arrive};
+use super::{BLACKOUT_DEADLINE, MigrationError};
+use crate::remote::vhost_user::StateDirection;
+
+/// What the switchover needs of the machine whose main thread it runs on.
+pub trait Host {
+    /// Gets every vCPU out of the guest. Fine when they are out.
+    fn stop_vcpus(&mut self) -> Result<(), MigrationError>;
+    /// What the guest has asked for that must be done here, and not elsewhere.
+    fn pending_request(&mut self) -> Option<String>;
+    /// The core's state, with that of the stopped devices.
+    fn save_core(&mut self, devices: Vec<DeviceWiring>) -> Result<CoreState, MigrationError>;
+    /// Lets vCPUs run, if the machine ran.
+    fn run(&mut self);
+    /// Whether the machine ran when the switchover began.
+    fn ran(&self) -> bool;
+}
+
+/// Everything that was made before the stop.
+pub struct Switchover {
+    pub(super) link: Link,
+    /// `None` where both sides map the same.
+    pub(super) memory: Option<MovingMemory>,
+    pub(super) crew: Crew,
+    pub(super) states: StateSockets,
+    pub(super) recorder: Recorder,
+    pub(super) report: Report,
+    pub(super) view: View,
+    pub(super) cancel: Cancel,
+    /// What the owner sees.
+    pub status: watch::Sender<Status>,
+}
+
+/// How a switchover ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Where the machine is.
+    pub state: Source,
+    /// Why it is not at the destination.
+    pub error: Option<MigrationError>,
+    /// What it took.
+    pub report: Report,
+}
+
+impl Switchover {
+    /// Moves the machine over, or leaves everything as it was.
+    pub fn run(mut self, host: &mut impl Host) -> Ended {
+        let begin = Instant::now();
+        self.status
+            .send_modify(|status| status.progress.phase = "switchover");
+        let (mut state, _) = Source::Copying.on(SourceInput::Stop);
+        let result = self.blackout(host, &mut state);
+        self.report.blackout_us = micros(begin.elapsed());
+        let error = result.err();
+        if let Some(error) = &error {
+            let before = state;
+            let (next, word) = state.on(error.input());
+            state = next;
+            if word == Some(SourceWord::Abort) {
+                say_last(&mut self.link, error);
+            }
+            if state == Source::Committed {
+                // Nothing but the other side's word says what became of it.
+                state = state.on(SourceInput::LinkLost).0;
+            }
+            if state == Source::Unresolved {
+                self.view.stop_logs();
+            }
+            if state == Source::Kept {
+                tracing::warn!(
+                    ?before,
+                    "the migration is given up, the machine goes on here"
+                );
+                self.go_back(host);
+            }
+        }
+        self.report.source = self.recorder.side().clone();
+        Ended {
+            state,
+            error,
+            report: self.report,
+        }
+    }
+
+    fn blackout(&mut self, host: &mut impl Host, state: &mut Source) -> Result<(), MigrationError> {
+        self.say(&ToDestination::Stopping)?;
+        let begin = Instant::now();
+        host.stop_vcpus()?;
+        self.recorder.note("core", Barrier::B.name(), begin, 0);
+        if let Some(what) = host.pending_request() {
+            return Err(MigrationError::Guest(what));
+        }
+        self.quiet_peers();
+        let (stopped, saved) = self.stop_and_save();
+        let devices = barrier::wait(
+            Barrier::D,
+            "stop",
+            self.crew.names(),
+            &stopped,
+            BLACKOUT_DEADLINE,
+            &mut self.recorder,
+        )?;
+        self.send_dirty(|memory| Ok(memory.tracker.collect()?))?;
+        let begin = Instant::now();
+        let core = to_blob(&host.save_core(devices)?)?;
+        let bytes = core.payload.len() as u64;
+        self.say(&ToDestination::Core(core))?;
+        self.recorder.note("core", "save", begin, bytes);
+        barrier::wait(
+            Barrier::E,
+            "save",
+            self.crew.names(),
+            &saved,
+            BLACKOUT_DEADLINE,
+            &mut self.recorder,
+        )?;
+        self.send_dirty(|memory| {
+            memory.tracker.collect_from_devices();
+            Ok(())
+        })?;
+        let begin = Instant::now();
+        if let Some(memory) = self.memory.take() {
+            self.report.memory_bytes = memory.sender.end()?;
+            self.recorder
+                .note("core", "memory", begin, self.report.memory_bytes);
+        }
+        self.await_loaded(state)?;
+        self.commit(state)
+    }
+
+    /// Barrier C. vhost-user devices start no access to other devices: nothing has to be said.
+    fn quiet_peers(&mut self) {
+        self.recorder
+            .note("core", Barrier::C.name(), Instant::now(), 0);
+    }
+
+    /// Stops every device, and lets it save at once; each arrives twice.
+    fn stop_and_save(&self) -> (Receiver<Arrival<DeviceWiring>>, Receiver<Arrival<()>>) {
+        let ((stop, stopped), (save, saved)) = (channel(), channel());
+        self.crew.send(|number| {
+            let (stop, save, states) = (stop.clone(), save.clone(), self.states.clone());
+            Box::new(move |unit| {
+                let is_stopped = arrive(&stop, number, || {
+                    unit.pci.stop()?;
+                    Ok(DeviceWiring {
+                        id: unit.id.clone(),
+                        state: unit.pci.save()?,
+                    })
+                });
+                if is_stopped {
+                    arrive(&save, number, || states.save(number, unit));
+                }
+            })
+        });
+        (stopped, saved)
+    }
+
+    /// Sends what is dirty, on threads of its own.
+    fn send_dirty(
+        &mut self,
+        collect: impl FnOnce(&mut MovingMemory) -> Result<(), MigrationError>,
+    ) -> Result<(), MigrationError> {
+        let Some(memory) = &mut self.memory else {
+            return Ok(());
+        };
+        let begin = Instant::now();
+        collect(memory)?;
+        let bytes = memory.tracker.pending_bytes();
+        while let Some((page, words)) = memory.tracker.take_last_chunk() {
+            memory.sender.send(page, &words)?;
+        }
+        self.recorder.note("core", "last pages", begin, bytes);
+        Ok(())
+    }
+
+    /// Barrier E: the other side has everything.
+    fn await_loaded(&mut self, state: &mut Source) -> Result<(), MigrationError> {
+        let begin = Instant::now();
+        match self.link.receive(BLACKOUT_DEADLINE)? {
+            ToSource::Loaded => {}
+            other => return Err(unexpected(other, "that it has loaded everything")),
+        }
+        self.recorder.note("core", Barrier::E.name(), begin, 0);
+        // Too late to cancel from here on. What was cancelled before is seen here.
+        let cancel = Cancel::new().map_err(system("an eventfd"))?;
+        if self.cancel.is_cancelled() {
+            return Err(migration::link::LinkError::Cancelled.into());
+        }
+        self.link.set_cancel(cancel);
+        let (next, word) = state.on(SourceInput::Loaded);
+        *state = next;
+        debug_assert_eq!(word, Some(SourceWord::Commit));
+        Ok(())
+    }
+
+    /// The right to run is the other side's when the word is said, and its answer ends it.
+    fn commit(&mut self, state: &mut Source) -> Result<(), MigrationError> {
+        let begin = Instant::now();
+        self.say(&ToDestination::Commit)?;
+        match self.link.receive(BLACKOUT_DEADLINE)? {
+            ToSource::Running { timeline } => {
+                self.report.destination = timeline;
+                self.report
+                    .destination
+                    .spans
+                    .truncate(migration::report::MAX_SPANS);
+            }
+            other => return Err(unexpected(other, "that the machine runs")),
+        }
+        self.recorder.note("core", "commit", begin, 0);
+        *state = state.on(SourceInput::Running).0;
+        Ok(())
+    }
+
+    /// The machine goes on here: devices, then vCPUs, then whatever takes longer.
+    fn go_back(&mut self, host: &mut impl Host) {
+        let begin = Instant::now();
+        self.cancel.cancel();
+        self.states.cut();
+        if host.ran() {
+            // In line behind whatever each device still does.
+            let resumed = self.crew.each(|_, unit| Ok(unit.pci.resume()?));
+            let resumed = barrier::wait(
+                Barrier::F,
+                "resume",
+                self.crew.names(),
+                &resumed,
+                BLACKOUT_DEADLINE,
+                &mut self.recorder,
+            );
+            if let Err(error) = resumed {
+                tracing::error!(%error, "a device did not come back after a migration was given up");
+            }
+            host.run();
+        }
+        self.memory = None;
+        self.view.stop_logs();
+        self.recorder.note("core", "go back", begin, 0);
+    }
+
+    fn say(&mut self, message: &ToDestination) -> Result<(), MigrationError> {
+        Ok(self.link.send(message, BLACKOUT_DEADLINE)?)
+    }
+}
+
+/// The sockets from device to device. A copy of each is kept here until its device has saved, so
+/// that a device that waits for a silent twin can be made to stop waiting.
+#[derive(Clone)]
+pub(super) struct StateSockets(Arc<Mutex<Vec<Option<Pair>>>>);
+
+struct Pair {
+    given: Option<OwnedFd>,
+    kept: OwnedFd,
+}
+
+impl StateSockets {
+    pub(super) fn new(sockets: Vec<Option<OwnedFd>>) -> io::Result<Self> {
+        let pair = |socket: OwnedFd| {
+            Ok(Pair {
+                kept: socket.try_clone()?,
+                given: Some(socket),
+            })
+        };
+        let pairs = sockets
+            .into_iter()
+            .map(|socket| socket.map(pair).transpose());
+        Ok(Self(Arc::new(Mutex::new(
+            pairs.collect::<io::Result<_>>()?,
+        ))))
+    }
+
+    fn pairs(&self) -> MutexGuard<'_, Vec<Option<Pair>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets a stopped device save itself into its socket. Nothing for one without state.
+    fn save(&self, number: usize, unit: &Unit) -> Result<(), MigrationError> {
+        self.transfer(number, unit, StateDirection::Save)
+    }
+
+    /// Lets a stopped device load itself from its socket.
+    pub(super) fn load(&self, number: usize, unit: &Unit) -> Result<(), MigrationError> {
+        self.transfer(number, unit, StateDirection::Load)
+    }
+
+    fn transfer(
+        &self,
+        number: usize,
+        unit: &Unit,
+        direction: StateDirection,
+    ) -> Result<(), MigrationError> {
+        let given = self.pairs()[number].as_mut().and_then(|p| p.given.take());
+        let Some(socket) = given else { return Ok(()) };
+        if let Some(mut file) = unit.remote.transfer_state(direction, socket)? {
+            self.relay(number, &mut file, direction)?;
+        }
+        let result = unit.remote.check_state(BLACKOUT_DEADLINE);
+        // With the last copy the twin sees the end.
+        self.pairs()[number] = None;
+        Ok(result?)
+    }
+
+    /// For a back-end that insists on a descriptor of its own.
+    fn relay(
+        &self,
+        number: usize,
+        file: &mut std::fs::File,
+        direction: StateDirection,
+    ) -> Result<(), MigrationError> {
+        let pair = self.pairs()[number].take();
+        let Some(pair) = pair else { return Ok(()) };
+        let cancel = Cancel::new().map_err(system("an eventfd"))?;
+        let mut socket = StateChannel::new(pair.kept, BLACKOUT_DEADLINE, cancel);
+        let copied = match direction {
+            StateDirection::Save => io::copy(file, &mut socket),
+            StateDirection::Load => io::copy(&mut socket, file),
+        };
+        copied.map(drop).map_err(system("a device's state"))
+    }
+
+    /// Ends every transfer that is still under way.
+    pub(super) fn cut(&self) {
+        for pair in self.pairs().iter().flatten() {
+            // A file, or a socket that is closed already, needs none.
+            let _ = shutdown(pair.kept.as_raw_fd(), SocketShutdown::Both);
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! The devices of a machine, as its migration sees them, and a thread for each.
+//!
+//! Threads are made before the stop, so that in it nothing has to be started. What is sent to a
+//! device's thread is done in order; what is sent to several is done at once.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use super::MigrationError;
+use super::barrier::Arrival;
+use crate::remote::vhost_user::VhostUserDevice;
+use crate::transport::VirtioPciDevice;
+
+/// A device.
+pub struct Unit {
+    /// Its id in the machine's definition.
+    pub id: String,
+    /// What the guest sees.
+    pub pci: Arc<VirtioPciDevice>,
+    /// Its process.
+    pub remote: Arc<VhostUserDevice>,
+}
+
+type Job = Box<dyn FnOnce(&Unit) + Send>;
+
+struct Worker {
+    jobs: Sender<Job>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A thread for each device.
+pub struct Crew {
+    names: Vec<String>,
+    workers: Vec<Worker>,
+}
+
+impl Crew {
+    /// Starts the threads.
+    pub fn start(units: &[Arc<Unit>]) -> io::Result<Self> {
+        let start = |unit: &Arc<Unit>| {
+            let (jobs, inbox) = channel::<Job>();
+            let unit = Arc::clone(unit);
+            let thread = thread::Builder::new()
+                .name(format!("move-{}", unit.id))
+                .spawn(move || inbox.into_iter().for_each(|job| job(&unit)))?;
+            Ok(Worker {
+                jobs,
+                thread: Some(thread),
+            })
+        };
+        Ok(Self {
+            names: units.iter().map(|unit| unit.id.clone()).collect(),
+            workers: units.iter().map(start).collect::<io::Result<_>>()?,
+        })
+    }
+
+    /// The devices' ids, in order.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Lets the thread of each device do what `job` makes for its number, all at once.
+    pub fn send(&self, mut job: impl FnMut(usize) -> Job) {
+        for (number, worker) in self.workers.iter().enumerate() {
+            // A thread that is gone shows as a device that does not arrive.
+            let _ = worker.jobs.send(job(number));
+        }
+    }
+
+    /// Lets each device do `work`, all at once; each arrives at what is returned.
+    pub fn each<T, F>(&self, work: F) -> Receiver<Arrival<T>>
+    where
+        T: Send + 'static,
+        F: Fn(usize, &Unit) -> Result<T, MigrationError> + Send + Sync + 'static,
+    {
+        let (sender, arrivals) = channel();
+        let work = Arc::new(work);
+        self.send(|number| {
+            let (sender, work) = (sender.clone(), Arc::clone(&work));
+            Box::new(move |unit| {
+                arrive(&sender, number, || work(number, unit));
+            })
+        });
+        arrivals
+    }
+}
+
+/// Does `work`, and says so.
+pub fn arrive<T>(
+    sender: &Sender<Arrival<T>>,
+    unit: usize,
+    work: impl FnOnce() -> Result<T, MigrationError>,
+) -> bool {
+    let start = Instant::now();
+    let result = work();
+    let is_ok = result.is_ok();
+    // Nobody waits any more only after a deadline or another's failure.
+    let _ = sender.send(Arrival {
+        unit,
+        start,
+        end: Instant::now(),
+        result,
+    });
+    is_ok
+}
+
+/// Every wait of a job has a deadline, so the threads end.
+impl Drop for Crew {
+    fn drop(&mut self) {
+        for worker in &mut self.workers {
+            worker.jobs = channel().0;
+        }
+        for worker in &mut self.workers {
+            if worker.thread.take().is_some_and(|t| t.join().is_err()) {
+                tracing::error!("the thread of a device panicked in its migration");
+            }
+        }
+    }
+}
