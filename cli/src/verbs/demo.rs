@@ -1,0 +1,249 @@
+//! `godwit demo`: a machine that goes on while its disk process is killed.
+//!
+//! ```text
+//! scratch disk ─► machine runs ─► kill -9 its disk process ─► a new one took over ─► pause,
+//! resume ─► off, and nothing is left
+//! ```
+//! It is a client like any other: all that it shows can be done with the other verbs.
+
+use std::env;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use api::machine::REPLAY;
+use api::manager::TRANSIENT;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use super::start::start_one;
+use crate::connection::{Broker, IfAbsent, Machine};
+use crate::definition;
+use crate::error::{Failure, Result, What as _, is_gone};
+use crate::job::{Interrupts, Job};
+use crate::options::{Define, Demo, Wait};
+use crate::render::{self, say};
+use crate::value::{Disk, Size};
+use crate::view;
+
+/// File name of the bundled guest, where it is installed.
+const GUEST: &str = "godwit-demo-guest";
+/// Makes the bundled guest use its disk until it is told to stop.
+const CMDLINE: &str = "heartbeat=1000 poweroff=1 blk=loop blk_mib=16";
+/// The machine's disk.
+const DISK: &str = "disk0";
+/// Bytes of the scratch disk.
+const DISK_SIZE: u64 = 64 << 20;
+/// How long each state is shown.
+const SHOWN: Duration = Duration::from_secs(3);
+/// Before the disk is looked at again.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Most bytes of the guest that are printed.
+const MAX_PRINTED: u64 = 64 << 20;
+/// How long a new process may take to serve the disk.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+pub async fn run(bus: Option<&str>, demo: Demo) -> Result<()> {
+    let kernel = demo
+        .kernel
+        .clone()
+        .or_else(bundled)
+        .ok_or(Failure::NoDemoGuest)?;
+    let broker = Broker::find(bus, IfAbsent::Start).await?;
+    let folder = TempDir::with_prefix("godwit-demo-").map_err(Failure::io("no scratch folder"))?;
+    let (machine, console) = create(&broker, &demo, kernel, folder.path()).await?;
+    let printer = std::thread::spawn(move || print(console));
+    let mut interrupts = Interrupts::new()?;
+    let shown = tokio::select! {
+        shown = show(&machine) => shown,
+        _ = interrupts.next() => Err(Failure::Interrupted),
+    };
+    let ended = end(&broker, &machine).await;
+    let _ = printer.join();
+    shown.and(ended)?;
+    say("\nthe machine is off; nothing of it is left.");
+    Ok(())
+}
+
+/// The guest that is installed beside this program, or in ../lib/godwit.
+fn bundled() -> Option<PathBuf> {
+    let program = env::current_exe().ok()?;
+    let folder = program.parent()?;
+    let places = [folder.join(GUEST), folder.join("../lib/godwit").join(GUEST)];
+    places.into_iter().find(|guest| guest.is_file())
+}
+
+/// Makes the machine, with a disk of its own.
+async fn create(
+    broker: &Broker,
+    demo: &Demo,
+    kernel: PathBuf,
+    folder: &Path,
+) -> Result<(Machine, UnixStream)> {
+    let image = folder.join("disk");
+    File::create(&image)
+        .and_then(|file| file.set_len(DISK_SIZE))
+        .map_err(Failure::io(format!(
+            "no scratch disk at {}",
+            image.display()
+        )))?;
+    let define = Define {
+        kernel: Some(kernel),
+        initrd: demo.initrd.clone(),
+        cmdline: Some(demo.cmdline.clone().unwrap_or_else(|| CMDLINE.into())),
+        cpus: Some(2),
+        memory: Some(Size(256 << 20)),
+        disk: vec![Disk {
+            path: image,
+            id: Some(DISK.into()),
+            ..Disk::default()
+        }],
+        net: demo.net.clone(),
+        ..Define::default()
+    };
+    let name = format!("demo-{}", std::process::id());
+    let manager = broker.manager().await?;
+    let path = manager
+        .create_machine(&name, definition::of_options(&define)?, TRANSIENT)
+        .await
+        .what(&name)?;
+    let machine = Machine::at(broker, &name, path).await?;
+    start_one(broker, &machine, false, Wait::default()).await?;
+    let console = machine.proxy.open_console("", REPLAY).await.what(&name)?;
+    Ok((
+        machine,
+        UnixStream::from(std::os::fd::OwnedFd::from(console)),
+    ))
+}
+
+/// Prints what the guest prints, until its console is closed.
+fn print(console: UnixStream) {
+    let mut console = BufReader::new(console).take(MAX_PRINTED);
+    let mut line = Vec::new();
+    while let Ok(1..) = console.read_until(b'\n', &mut line) {
+        let text = String::from_utf8_lossy(&line);
+        if render::write(format!("  guest: {}\n", text.trim_end()).as_bytes()).is_err() {
+            return;
+        }
+        line.clear();
+    }
+}
+
+/// What there is to see.
+async fn show(machine: &Machine) -> Result<()> {
+    let (view, _) = machine.look().await?;
+    say(&format!(
+        "\n{} is a machine of {} processes:",
+        view.name,
+        1 + view.devices.len()
+    ));
+    if let Some(process) = view.process {
+        say(&format!("  {process:>8}  core, {} vCPUs", view.vcpus));
+    }
+    for device in &view.devices {
+        let process = device
+            .process
+            .map_or_else(String::new, |process| process.to_string());
+        say(&format!(
+            "  {process:>8}  {} {} on {}",
+            device.kind, device.id, device.source
+        ));
+    }
+    say("");
+    tokio::time::sleep(SHOWN).await;
+
+    let before = disk(machine).await?;
+    let process = before
+        .process
+        .ok_or_else(|| wrong("the disk has no process"))?;
+    say(&format!(
+        "\nkill -9 {process}: the guest's disk loses its process while it is used"
+    ));
+    let process = i32::try_from(process).map_err(|_| wrong("a process id is too large"))?;
+    kill(Pid::from_raw(process), Signal::SIGKILL).map_err(|errno| {
+        Failure::io(format!("process {process} cannot be killed"))(errno.into())
+    })?;
+    let after = taken_over(machine, before.reconnects).await?;
+    let process = after
+        .process
+        .map_or_else(String::new, |process| process.to_string());
+    say(&format!(
+        "process {process} took over with all requests in flight; the guest goes on\n"
+    ));
+    tokio::time::sleep(SHOWN).await;
+
+    say("\npaused for a second: vCPUs and devices stand still");
+    machine.proxy.pause(0).await.what(&machine.name)?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    machine.proxy.resume(0).await.what(&machine.name)?;
+    say("resumed\n");
+    tokio::time::sleep(SHOWN).await;
+    // Whatever happened, it was not the end.
+    match machine.state().await?.as_str() {
+        "running" => Ok(()),
+        state => Err(wrong(&format!("the machine is {state}"))),
+    }
+}
+
+async fn disk(machine: &Machine) -> Result<view::Device> {
+    let (view, _) = machine.look().await?;
+    let disk = view.devices.into_iter().find(|device| device.id == DISK);
+    disk.ok_or_else(|| wrong("the machine has lost its disk"))
+}
+
+/// Waits until a new process serves the disk.
+async fn taken_over(machine: &Machine, reconnects: u32) -> Result<view::Device> {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        let disk = disk(machine).await?;
+        if disk.reconnects > reconnects && disk.state == "running" {
+            return Ok(disk);
+        }
+        if Instant::now() > end {
+            return Err(wrong(&format!(
+                "the disk is {}: {}",
+                disk.state, disk.reason
+            )));
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+fn wrong(what: &str) -> Failure {
+    Failure::Demo(what.into())
+}
+
+/// Ends the machine, which the broker then forgets.
+async fn end(broker: &Broker, machine: &Machine) -> Result<()> {
+    let what = format!("end of {}", machine.name);
+    match machine.proxy.terminate(0).await {
+        Ok(path) => match Job::at(broker, &what, path)
+            .await?
+            .wait(Wait::default())
+            .await
+        {
+            // It was forgotten with its machine.
+            Err(Failure::Refused { error, .. }) if is_gone(&error) => Ok(()),
+            ended => ended.map(|_| ()),
+        },
+        Err(error) if is_gone(&error) => Ok(()),
+        Err(error) => Err(error).what(what),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use test_guest::{BlkMode, Workload};
+
+    #[test]
+    fn the_bundled_guest_knows_what_it_is_told() {
+        let workload = Workload::parse(CMDLINE).unwrap();
+        assert_eq!(workload.blk, BlkMode::Loop);
+        assert!(u64::from(workload.blk_mib) << 20 <= DISK_SIZE);
+        assert!(workload.heartbeat > 0 && workload.seconds == 0);
+    }
+}

@@ -1,0 +1,98 @@
+//! `godwit device`: the devices of machines.
+
+use api::device::DeviceProxy;
+use serde::Serialize;
+use zbus::proxy::CacheProperties;
+
+use super::start::{print, wait_for};
+use crate::connection::Broker;
+use crate::error::{Failure, Result, What as _};
+use crate::job::Job;
+use crate::options::{Device as Verb, Wait};
+use crate::render::{Output, text};
+use crate::view;
+
+/// A device and its machine's name, as JSON in one object.
+#[derive(Debug, Serialize)]
+struct Shown {
+    machine: String,
+    #[serde(flatten)]
+    device: view::Device,
+}
+
+pub async fn run(broker: &Broker, output: Output, verb: Verb) -> Result<()> {
+    match verb {
+        Verb::List { names } => list(broker, output, names).await,
+        Verb::Show { name, device } => show(broker, output, name, &device).await,
+        Verb::Restart { name, device, wait } => {
+            let job = restart(broker, &name, &device, wait).await?;
+            print(output, &[Some(job)])
+        }
+    }
+}
+
+async fn list(broker: &Broker, output: Output, names: Vec<String>) -> Result<()> {
+    let machines = if names.is_empty() {
+        broker.machines().await?
+    } else {
+        let mut machines = Vec::new();
+        for name in &names {
+            machines.push(broker.machine(name).await?.look().await?.0);
+        }
+        machines
+    };
+    let of_one = |machine: view::Machine| {
+        let name = machine.name;
+        machine.devices.into_iter().map(move |device| Shown {
+            machine: name.clone(),
+            device,
+        })
+    };
+    let shown: Vec<_> = machines.into_iter().flat_map(of_one).collect();
+    output.print(shown.as_slice(), |shown| {
+        let pairs = shown
+            .iter()
+            .map(|shown| (Some(shown.machine.as_str()), &shown.device));
+        text::devices(pairs, output.legend)
+    })
+}
+
+async fn show(broker: &Broker, output: Output, name: String, id: &str) -> Result<()> {
+    let (machine, _) = broker.machine(&name).await?.look().await?;
+    let device = find(machine.devices, &name, id)?;
+    let shown = Shown {
+        machine: name,
+        device,
+    };
+    output.print(&shown, |shown| text::device(&shown.machine, &shown.device))
+}
+
+fn find(devices: Vec<view::Device>, machine: &str, id: &str) -> Result<view::Device> {
+    let ids: Vec<_> = devices.iter().map(|device| device.id.clone()).collect();
+    let found = devices.into_iter().find(|device| device.id == id);
+    found.ok_or_else(|| Failure::NoDevice {
+        machine: machine.into(),
+        device: id.into(),
+        there_are: if ids.is_empty() {
+            "none".into()
+        } else {
+            ids.join(", ")
+        },
+    })
+}
+
+/// Replaces the process of a device.
+pub async fn restart(broker: &Broker, name: &str, id: &str, wait: Wait) -> Result<view::Job> {
+    let (machine, _) = broker.machine(name).await?.look().await?;
+    find(machine.devices, name, id)?;
+    let what = format!("{name}/{id}");
+    let device = DeviceProxy::builder(broker.connection())
+        .path(api::path::device(name, id))
+        .cache_properties(CacheProperties::No)
+        .build()
+        .await
+        .what(&what)?;
+    let path = device.restart(0).await.what(&what)?;
+    let job = Job::at(broker, &format!("restart of {what}"), path).await?;
+    wait_for(&job, wait).await
+}

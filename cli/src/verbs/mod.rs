@@ -1,0 +1,121 @@
+//! The verbs, a file each.
+
+mod completions;
+mod console;
+mod control;
+mod demo;
+mod device;
+mod job;
+mod list;
+mod logs;
+mod man;
+mod reload;
+mod run;
+mod show;
+mod start;
+mod stop;
+mod top;
+mod watch;
+
+use crate::connection::{Broker, IfAbsent};
+use crate::error::{Failure, Result};
+use crate::options::{Options, Verb};
+use crate::render::{Output, say};
+
+/// Does what the command line says.
+///
+/// # Errors
+/// It could not be done.
+pub async fn run(options: Options) -> Result<()> {
+    let output = Output::new(&options.common);
+    let bus = options.common.bus.as_deref();
+    let find = |if_absent| Broker::find(bus, if_absent);
+    match options.verb {
+        Verb::Run(run) => run::run(&find(IfAbsent::Start).await?, output, *run).await,
+        Verb::Start(start) => start::run(&find(IfAbsent::Start).await?, output, start).await,
+        Verb::Demo(demo) => demo::run(bus, demo).await,
+        Verb::Completions { shell } => completions::run(shell),
+        Verb::Man { folder } => man::run(&folder),
+        Verb::List(list) => list::run(&find(IfAbsent::Fail).await?, output, list).await,
+        Verb::Show(show) => show::run(&find(IfAbsent::Fail).await?, output, show).await,
+        Verb::Stop(stop) => stop::run(&find(IfAbsent::Fail).await?, output, stop).await,
+        Verb::Reset(names) => control::reset(&find(IfAbsent::Fail).await?, names).await,
+        Verb::Pause(names) => control::pause(&find(IfAbsent::Fail).await?, names).await,
+        Verb::Resume(names) => control::resume(&find(IfAbsent::Fail).await?, names).await,
+        Verb::Remove(names) => control::remove(&find(IfAbsent::Fail).await?, names).await,
+        Verb::Console(console) => console::run(&find(IfAbsent::Fail).await?, console).await,
+        Verb::Job(job) => job::run(&find(IfAbsent::Fail).await?, output, job).await,
+        Verb::Device(device) => device::run(&find(IfAbsent::Fail).await?, output, device).await,
+        Verb::Logs(logs) => logs::run(&find(IfAbsent::Fail).await?, logs).await,
+        Verb::Top(top) => top::run(&find(IfAbsent::Fail).await?, output, top).await,
+        Verb::Reload => reload::run(&find(IfAbsent::Fail).await?).await,
+    }
+}
+
+/// Tells a person about a failure.
+pub fn report(failure: &Failure) {
+    let mut text = format!("error: {failure}");
+    let mut source = std::error::Error::source(failure);
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Some errors hold the text of their cause.
+        if !text.ends_with(&cause_text) {
+            text.push_str(&format!(": {cause_text}"));
+        }
+        source = cause.source();
+    }
+    say(&text);
+    if let Some(hint) = failure.hint() {
+        say(&format!("hint: {hint}"));
+    }
+}
+
+/// Does something with each of `things`, and goes on when it fails with one. Returns what came
+/// of those with which it succeeded.
+async fn each<T, R>(things: &[T], mut action: impl AsyncFnMut(&T) -> Result<R>) -> Each<R> {
+    let mut each = Each {
+        done: Vec::new(),
+        failures: Vec::new(),
+        of: things.len(),
+    };
+    for thing in things {
+        match action(thing).await {
+            Ok(result) => each.done.push(result),
+            Err(failure) => {
+                // It was not only this one that was interrupted.
+                let over = matches!(failure, Failure::Detached { .. } | Failure::Interrupted);
+                each.failures.push(failure);
+                if over {
+                    break;
+                }
+            }
+        }
+    }
+    each
+}
+
+/// What came of doing something several times.
+struct Each<R> {
+    done: Vec<R>,
+    failures: Vec<Failure>,
+    of: usize,
+}
+
+impl<R> Each<R> {
+    /// The failure of all: the only one, or a sum of those that are reported here, with the
+    /// exit status of the first.
+    fn result(mut self) -> Result<()> {
+        if self.of == 1 || self.failures.len() == 1 && self.done.is_empty() {
+            return self.failures.pop().map_or(Ok(()), Err);
+        }
+        let Some(first) = self.failures.first() else {
+            return Ok(());
+        };
+        self.failures.iter().for_each(report);
+        Err(Failure::Several {
+            failed: self.failures.len(),
+            of: self.of,
+            status: first.status(),
+        })
+    }
+}

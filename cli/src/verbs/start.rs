@@ -1,0 +1,59 @@
+//! `godwit start`: machines that are off.
+
+use api::machine::PAUSED;
+
+use super::each;
+use crate::connection::{Broker, Machine};
+use crate::error::{Result, What as _};
+use crate::job::Job;
+use crate::options::{Start, Wait};
+use crate::render::Output;
+use crate::view;
+
+pub async fn run(broker: &Broker, output: Output, start: Start) -> Result<()> {
+    let jobs = each(&start.names.names, async |name| {
+        let machine = broker.machine(name).await?;
+        let state = machine.state().await?;
+        // So that it can be said again.
+        if matches!(state.as_str(), "running" | "paused") {
+            return Ok(None);
+        }
+        start_one(broker, &machine, start.paused, start.wait)
+            .await
+            .map(Some)
+    })
+    .await;
+    print(output, &jobs.done)?;
+    jobs.result()
+}
+
+/// Starts a machine; its job as it is at the end, or now if nobody waits.
+pub async fn start_one(
+    broker: &Broker,
+    machine: &Machine,
+    paused: bool,
+    wait: Wait,
+) -> Result<view::Job> {
+    let flags = if paused { PAUSED } else { 0 };
+    let path = machine.proxy.start(flags).await.what(&machine.name)?;
+    let what = format!("start of {}", machine.name);
+    wait_for(&Job::at(broker, &what, path).await?, wait).await
+}
+
+/// Waits for a job, or not.
+pub async fn wait_for(job: &Job, wait: Wait) -> Result<view::Job> {
+    if wait.no_wait {
+        job.look().await
+    } else {
+        job.wait(wait).await
+    }
+}
+
+/// Prints the jobs for a program; a person sees their success by silence.
+pub fn print(output: Output, jobs: &[Option<view::Job>]) -> Result<()> {
+    let jobs: Vec<_> = jobs.iter().flatten().collect();
+    if output.is_json() {
+        output.print(&jobs, |_| String::new())?;
+    }
+    Ok(())
+}
