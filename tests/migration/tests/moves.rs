@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use api::core::State;
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use test_framework::machine::make_image;
 use test_guest::{BlkMode, Idle, NetMode, Workload};
@@ -189,5 +190,41 @@ fn a_machine_that_is_reset_while_it_is_copied_boots_where_it_arrives() -> Result
     destination.resume()?;
     beat_on(&mut destination)?;
     assert_eq!(finish(destination)?.0, 16 << 8);
+    Ok(())
+}
+
+#[test]
+fn what_devices_write_while_they_stop_arrives() -> Result<()> {
+    let folder = TempDir::new()?;
+    let mut spec = Spec::of(Workload {
+        blk: BlkMode::Loop,
+        depth: 8,
+        ..busy()
+    });
+    spec.disks = vec![disk(&folder, "a", 4)?];
+    let mut side = Side::boot(&spec)?;
+    beat_on(&mut side)?;
+    for _ in 0..3 {
+        let welcome = 12 + 1 + "Welcome".len();
+        let late = Fault::Late(welcome, Duration::from_secs(4));
+        let destination = side.begin_move(&spec, Some(("control", late)))?;
+        let round = |side: &Side| anyhow::Ok(side.progress()?["round"].as_u64().unwrap_or(0));
+        while round(&side)? < 2 {}
+        // Requests that are in flight now end only when the vCPUs stand still: what their ends
+        // write is in no log but the device's, since all that the guest wrote before was sent.
+        side.devices()[0].signal(Signal::SIGSTOP)?;
+        let stopped = round(&side)?;
+        while side.progress()?["phase"] != "switchover" {}
+        ensure!(
+            round(&side)? >= stopped + 3,
+            "too few rounds to show anything"
+        );
+        side.devices()[0].signal(Signal::SIGCONT)?;
+        let outcome = side.outcome()?;
+        ensure!(outcome["result"] == "moved", "{outcome:#}");
+        side = destination;
+        beat_on(&mut side)?;
+    }
+    finish(side)?;
     Ok(())
 }
