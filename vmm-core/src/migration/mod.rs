@@ -12,6 +12,7 @@
 //! | [`source`] | everything before the stop, on a thread of its own |
 //! | [`switchover`] | the blackout, on the machine's main thread |
 //! | [`destination`] | the other side |
+//! | [`snapshot`] | the same, to files and from them |
 //! | [`status`] | what the owner sees of it |
 //!
 //! ```text
@@ -37,6 +38,7 @@ mod error;
 pub mod ram;
 pub mod saved_state;
 pub mod setup;
+pub mod snapshot;
 pub mod source;
 pub mod status;
 pub mod switchover;

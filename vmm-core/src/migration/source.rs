@@ -115,6 +115,8 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
             report: source.report,
             view: source.view,
             cancel: source.cancel,
+            limit: options.blackout_limit(),
+            end: Instant::now(),
             status: source.status,
         })),
         Err(error) => {
