@@ -18,6 +18,7 @@ use vmm_core::machine::control::Owner;
 use vmm_core::machine::migrate::Incoming;
 use vmm_core::memory::HugePages;
 use vmm_core::migration::setup::Sockets;
+use vmm_core::migration::snapshot::Files;
 use vmm_core::remote::vhost_user::{Endpoint, VhostUserConfig};
 use vmm_core::transport::DeviceKind;
 
@@ -87,8 +88,8 @@ pub struct Options {
     /// An inherited file that is told how it ended: exit status, a space, and why
     #[arg(long, value_name = "N")]
     end_fd: Option<RawFd>,
-    /// Takes a machine over from another core instead of booting one:
-    /// control=N[,ram=N]…[,state=ID:N]…[,memory=N], all inherited descriptors
+    /// Takes a machine over from another core, or from files, instead of booting one:
+    /// control=N|snapshot=N[,ram=N]…[,state=ID:N]…[,memory=N], all inherited descriptors
     #[arg(long, value_name = "FROM", conflicts_with = "paused")]
     incoming: Option<String>,
     /// Does not start the guest before it is resumed
@@ -242,7 +243,7 @@ struct Device {
 
 /// Where a machine comes from: words of the form key=descriptor.
 fn incoming(text: &str) -> Result<Incoming> {
-    let (mut control, mut memory) = (None, None);
+    let (mut control, mut memory, mut core) = (None, None, None);
     let (mut ram, mut states) = (Vec::new(), BTreeMap::new());
     for word in text.split(',') {
         let Some((key, value)) = word.split_once('=') else {
@@ -251,6 +252,7 @@ fn incoming(text: &str) -> Result<Incoming> {
         let descriptor = |value: &str| inherited(key, parse(key, value)?);
         match key {
             "control" => control = Some(descriptor(value)?),
+            "snapshot" => core = Some(descriptor(value)?),
             "memory" => memory = Some(descriptor(value)?),
             "ram" => ram.push(descriptor(value)?),
             "state" => {
@@ -259,17 +261,21 @@ fn incoming(text: &str) -> Result<Incoming> {
                     bail!("there are two sockets for the state of {id}");
                 }
             }
-            _ => bail!("{key} is no part of it: there are control, ram, state, memory"),
+            _ => bail!("{key} is no part of it: there are control, snapshot, ram, state, memory"),
         }
     }
-    Ok(Incoming {
-        sockets: Sockets {
-            control: control.context("it needs control=N")?,
-            ram,
-            states,
-        },
-        memory,
-    })
+    match (control, core, memory) {
+        (Some(control), None, memory) => Ok(Incoming::Migration {
+            sockets: Sockets {
+                control,
+                ram,
+                states,
+            },
+            memory,
+        }),
+        (None, Some(core), None) => Ok(Incoming::Snapshot(Files { core, ram, states })),
+        _ => bail!("it needs control=N, or snapshot=N without memory"),
+    }
 }
 
 /// One device of the form TYPE,key=value,…

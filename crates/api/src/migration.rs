@@ -21,6 +21,13 @@ pub trait Mover: Send + Sync + 'static {
         states: HashMap<String, OwnedFd>,
         options: HashMap<String, OwnedVariant>,
     ) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`MigrationProxy::snapshot`].
+    fn snapshot(
+        &self,
+        core: OwnedFd,
+        ram: Vec<OwnedFd>,
+        states: HashMap<String, OwnedFd>,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
     /// See [`MigrationProxy::wait`].
     fn wait(&self) -> impl Future<Output = Result<String, Error>> + Send;
     /// See [`MigrationProxy::cancel`].
@@ -48,7 +55,8 @@ pub struct Migration<M>(pub M);
 impl<M: Mover> Migration<M> {
     /// Starts to move the machine. `control` is connected to the other core, `ram` are 1 to 16
     /// connections for memory (none where memory is shared), `states` one for each device with
-    /// state, by id. Options: `max-downtime-ms` (t, 300), `auto-converge` (b), `shared-memory` (b,
+    /// state, by id. Options: `max-downtime-ms` (t, 300),
+    /// `blackout-limit-ms` (t, 10000: a stop that lasts longer is given up), `auto-converge` (b), `shared-memory` (b,
     /// the other core maps [`Self::memory`]), `patience-s` (t, 60: how long a migration that does
     /// not converge goes on).
     async fn migrate(
@@ -59,6 +67,18 @@ impl<M: Mover> Migration<M> {
         options: HashMap<String, OwnedVariant>,
     ) -> Result<(), Error> {
         self.0.migrate(control, ram, states, options).await
+    }
+
+    /// Writes the machine into files, which are empty: one for the core, 1 to 16 for memory, one
+    /// for each device with state, by id. The machine stands still meanwhile and then goes on.
+    /// `godwit-vmm --incoming snapshot=N,…` makes a machine of them, which is paused at first.
+    async fn snapshot(
+        &self,
+        core: OwnedFd,
+        ram: Vec<OwnedFd>,
+        states: HashMap<String, OwnedFd>,
+    ) -> Result<(), Error> {
+        self.0.snapshot(core, ram, states).await
     }
 
     /// Waits until no migration is under way. How the last one ended, as JSON: `result` (`moved`,

@@ -80,6 +80,11 @@ impl StateChannel {
         matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
     }
 
+    /// Waits until a read would not, by the deadline.
+    pub fn await_readable(&self) -> io::Result<()> {
+        self.wait(PollFlags::POLLIN)
+    }
+
     fn wait(&self, events: PollFlags) -> io::Result<()> {
         loop {
             let left = self.deadline.saturating_duration_since(Instant::now());

@@ -85,6 +85,16 @@ impl Link {
         self.channel.is_readable()
     }
 
+    /// Waits until something has come, but no longer than this. Whether it has.
+    pub fn await_message(&mut self, within: Duration) -> Result<bool, LinkError> {
+        self.channel.set_deadline(within);
+        match self.channel.await_readable() {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(false),
+            Err(error) => Err(LinkError::new(error, within)),
+        }
+    }
+
     /// Sends one message.
     pub fn send<T: Serialize>(&mut self, message: &T, within: Duration) -> Result<(), LinkError> {
         let unsendable = |why: String| LinkError::Unsendable { why };
@@ -204,6 +214,7 @@ mod tests {
         let cancel = Cancel::new().unwrap();
         let mut link = Link::new(a.into(), cancel.clone());
         assert!(!link.has_message());
+        assert!(!link.await_message(SHORT).unwrap());
         let error = link.receive::<String>(SHORT).unwrap_err();
         assert!(matches!(error, LinkError::Deadline { .. }));
         cancel.cancel();

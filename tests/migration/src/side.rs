@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -84,6 +85,35 @@ pub struct Moved {
     pub outcome: Outcome,
 }
 
+/// Where a machine comes from.
+#[derive(Debug)]
+enum Origin {
+    Boot,
+    Other(Ends, Option<OwnedFd>),
+    Files(Ends),
+}
+
+/// The files of a snapshot.
+fn files(spec: &Spec, folder: &Path, new: bool) -> Result<Ends> {
+    let open = |name: String| -> Result<OwnedFd> {
+        let path = folder.join(name);
+        let mut options = File::options();
+        let file = options.read(true).write(new).create(new).open(&path);
+        Ok(file.with_context(|| path.display().to_string())?.into())
+    };
+    Ok(Ends {
+        control: open("core".into())?,
+        ram: (0..spec.channels)
+            .map(|number| open(format!("ram{number}")))
+            .collect::<Result<_>>()?,
+        states: spec
+            .ids()
+            .into_iter()
+            .map(|id| Ok((id.clone(), open(id)?)))
+            .collect::<Result<_>>()?,
+    })
+}
+
 /// One side.
 #[derive(Debug)]
 pub struct Side {
@@ -99,15 +129,32 @@ pub struct Side {
 impl Side {
     /// A machine that boots.
     pub fn boot(spec: &Spec) -> Result<Self> {
-        Self::start(spec, None, None)
+        Self::start(spec, Origin::Boot)
+    }
+
+    /// A machine that is in the files of `folder`, paused.
+    pub fn restore(spec: &Spec, folder: &Path) -> Result<Self> {
+        Self::start(spec, Origin::Files(files(spec, folder, false)?))
+    }
+
+    /// Writes the machine into files in `folder`.
+    pub fn snapshot(&self, spec: &Spec, folder: &Path) -> Result<()> {
+        let ends = files(spec, folder, true)?;
+        let ram = ends.ram.into_iter().map(Into::into).collect();
+        let states = ends.states.into_iter().map(|(id, fd)| (id, fd.into()));
+        let states = states.collect();
+        self.call(async |connection| {
+            let mover = MigrationProxy::new(connection).await?;
+            Ok(mover.snapshot(ends.control.into(), ram, states).await?)
+        })
     }
 
     /// A machine that waits for one to come, with the other's memory if it is shared.
     pub fn expect(spec: &Spec, ends: Ends, memory: Option<OwnedFd>) -> Result<Self> {
-        Self::start(spec, Some(ends), memory)
+        Self::start(spec, Origin::Other(ends, memory))
     }
 
-    fn start(spec: &Spec, ends: Option<Ends>, memory: Option<OwnedFd>) -> Result<Self> {
+    fn start(spec: &Spec, from: Origin) -> Result<Self> {
         let folder = TempDir::new().context("no folder for sockets")?;
         let mut core = Launch::new(&program("godwit-vmm")?)
             .option("--kernel", test_guest::program())
@@ -147,8 +194,13 @@ impl Side {
             let value = format!("{kind},socket={},id={id}", socket.display());
             core = core.option("--vhost-user", value);
         }
-        if let Some(ends) = ends {
-            let mut incoming = format!("control={}", core.inherit(ends.control));
+        let from = match from {
+            Origin::Boot => None,
+            Origin::Other(ends, memory) => Some(("control", ends, memory)),
+            Origin::Files(ends) => Some(("snapshot", ends, None)),
+        };
+        if let Some((key, ends, memory)) = from {
+            let mut incoming = format!("{key}={}", core.inherit(ends.control));
             for ram in ends.ram {
                 write!(incoming, ",ram={}", core.inherit(ram))?;
             }

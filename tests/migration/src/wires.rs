@@ -131,18 +131,29 @@ fn relay(near: UnixStream, far: UnixStream, fault: Fault) -> Result<()> {
     Ok(())
 }
 
+/// Of `count` bytes after `passed`, those before `at`.
+fn until(at: usize, passed: usize, count: usize) -> usize {
+    at.saturating_sub(passed).min(count)
+}
+
 fn pass(mut from: UnixStream, mut to: UnixStream, fault: Option<Fault>) {
     use std::net::Shutdown;
     let mut passed = 0;
     let mut bytes = [0; 4096];
-    while let Ok(count @ 1..) = from.read(&mut bytes) {
-        let until = |at: usize| at.saturating_sub(passed).min(count);
+    while let Ok(mut count @ 1..) = from.read(&mut bytes) {
         let good = match fault {
-            Some(Fault::Cut(at) | Fault::Stall(at)) => until(at),
+            Some(Fault::Cut(at) | Fault::Stall(at)) => until(at, passed, count),
             Some(Fault::Late(at, time)) => {
-                if (passed..passed + count).contains(&at) {
+                let early = until(at, passed, count);
+                if to.write_all(&bytes[..early]).is_err() {
+                    break;
+                }
+                if early < count && passed <= at {
                     thread::sleep(time);
                 }
+                bytes.copy_within(early..count, 0);
+                passed += early;
+                count -= early;
                 count
             }
             Some(Fault::Flip(at)) => {

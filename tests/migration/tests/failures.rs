@@ -182,6 +182,27 @@ fn a_guest_that_is_too_fast_is_given_up_or_slowed_down() -> Result<()> {
 }
 
 #[test]
+fn connections_that_stand_still() -> Result<()> {
+    let folder = TempDir::new()?;
+    let mut spec = spec(&folder)?;
+    spec.options = vec![("blackout-limit-ms", 3000)];
+    let mut side = Side::boot(&spec)?;
+    beat_on(&mut side)?;
+    for name in ["control", "disk1"] {
+        // What comes before the stop passes: hello and wiring are shorter than the core's state.
+        let fault = Fault::Stall(if name == "control" { 12_000 } else { 0 });
+        let (mut source, destination, outcome) = side.try_move(&spec, Some((name, fault)))?;
+        ensure!(outcome["result"] == "kept", "{name}: {outcome:#}");
+        beat_on(&mut source)?;
+        drop(destination);
+        side = source.move_on(&spec)?.side;
+        beat_on(&mut side)?;
+    }
+    finish(side)?;
+    Ok(())
+}
+
+#[test]
 fn a_lost_word_after_the_commit_leaves_it_to_somebody() -> Result<()> {
     let folder = TempDir::new()?;
     let spec = spec(&folder)?;

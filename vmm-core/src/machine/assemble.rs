@@ -20,7 +20,7 @@ use super::control::{self, News, Owner};
 use super::devices::Devices;
 use super::error::MachineError;
 use super::event::Events;
-use super::migrate::Moving;
+use super::migrate::{Incoming, Moving};
 use super::platform::Platform;
 use super::request::RequestSink;
 use super::{Machine, VCPU_DEADLINE};
@@ -46,7 +46,7 @@ impl Machine {
     /// # Errors
     /// The definition is impossible, or something that it names is not to be had; then
     /// nothing is left behind.
-    pub fn new(mut config: MachineConfig, owner: Option<Owner>) -> Result<Self, MachineError> {
+    pub fn new(config: MachineConfig, owner: Option<Owner>) -> Result<Self, MachineError> {
         config.check()?;
         let kernel = match config.kernel.file {
             Some(file) => Kernel::from_file(&config.kernel.path.display().to_string(), file)?,
@@ -67,7 +67,7 @@ impl Machine {
         let events = Events::new(sender);
         let requests: Arc<dyn RequestSink> = Arc::new(events.clone());
         let memory = Arc::new(Memory::default());
-        let shared_ram = config.incoming.as_mut().and_then(|i| i.memory.as_ref());
+        let shared_ram = config.incoming.as_ref().and_then(Incoming::memory);
         let shared_ram = shared_ram.map(OwnedFd::try_clone).transpose();
         let shared_ram = shared_ram.map_err(|source| MachineError::Map {
             what: "taken over",

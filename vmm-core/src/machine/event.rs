@@ -12,6 +12,7 @@ use super::chain;
 use super::migrate::{Copied, Request as MigrateRequest};
 use super::request::{Request, RequestSink};
 use crate::hypervisor::{Ended, VcpuEvents};
+use crate::migration::snapshot::Files;
 use crate::transport::TroubleSink;
 
 /// Something that the main thread must act on.
@@ -34,6 +35,8 @@ pub enum Event {
     Attach(Attachment, oneshot::Sender<Result<(), api::Error>>),
     /// The owner wants the machine to move.
     Migrate(Box<MigrateRequest>, oneshot::Sender<Result<(), api::Error>>),
+    /// The owner wants the machine in files.
+    Snapshot(Box<Files>, oneshot::Sender<Result<(), api::Error>>),
     /// Everything that can be moved from a running machine has been.
     Copied(Copied),
     /// The owner knows where the machine is.

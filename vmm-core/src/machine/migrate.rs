@@ -25,6 +25,7 @@ use crate::migration::destination::{self, Arriving, NewHost};
 use crate::migration::ram::CoreWrites;
 use crate::migration::saved_state::{CoreState, DeviceWiring};
 use crate::migration::setup::{MigrateOptions, Sockets};
+use crate::migration::snapshot::{self, Files, Subject};
 use crate::migration::source::{self, Job, View};
 use crate::migration::status::{Outcome, Progress, Status, Verdict};
 use crate::migration::switchover::{Ended, Host, Switchover};
@@ -33,13 +34,28 @@ use crate::migration::unit::Unit;
 /// How long a core whose machine has moved stays, so that its owner can hear it.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// A machine that comes from another core.
+/// A machine that is not booted.
 #[derive(Debug)]
-pub struct Incoming {
-    /// Its way.
-    pub sockets: Sockets,
-    /// The other core's memory, where both map the same.
-    pub memory: Option<OwnedFd>,
+pub enum Incoming {
+    /// It comes from another core.
+    Migration {
+        /// Its way.
+        sockets: Sockets,
+        /// The other core's memory, where both map the same.
+        memory: Option<OwnedFd>,
+    },
+    /// It is in files.
+    Snapshot(Files),
+}
+
+impl Incoming {
+    /// The memory that it has already.
+    pub(super) fn memory(&self) -> Option<&OwnedFd> {
+        match self {
+            Self::Migration { memory, .. } => memory.as_ref(),
+            Self::Snapshot(_) => None,
+        }
+    }
 }
 
 /// What the owner wants.
@@ -164,11 +180,18 @@ impl Machine {
             MigrationError::Link(LinkError::Cancelled) => Reason::Terminated,
             error => Reason::Internal(format!("the machine did not arrive: {}", chain(error))),
         };
+        let (sockets, shared) = match incoming {
+            Incoming::Migration { sockets, memory } => (sockets, memory.is_some()),
+            Incoming::Snapshot(files) => {
+                let subject = self.subject();
+                return snapshot::restore(files, &subject, self).map_err(|error| failed(&error));
+            }
+        };
         let cancel = Cancel::new().map_err(|error| Reason::Internal(error.to_string()))?;
         self.moving.events.migration().set(Some(cancel.clone()));
         let arriving = Arriving {
-            sockets: incoming.sockets,
-            shared_memory: incoming.memory.is_some(),
+            sockets,
+            shared_memory: shared,
             memory: Arc::clone(&self.memory),
             units: self.moving.units.clone(),
             definition: self.definition(),
@@ -177,6 +200,25 @@ impl Machine {
         let result = destination::receive(arriving, self);
         self.moving.events.migration().set(None);
         result.map_err(|error| failed(&error))
+    }
+
+    fn subject(&self) -> Subject {
+        Subject {
+            memory: Arc::clone(&self.memory),
+            slots: Arc::clone(&self.moving.slots),
+            units: self.moving.units.clone(),
+            definition: self.definition(),
+        }
+    }
+
+    /// Puts the machine into files; it goes on afterwards.
+    pub(super) fn snapshot(&mut self, files: Files) -> Result<(), MachineError> {
+        self.moving.check_here()?;
+        if self.moving.active {
+            return Err(MachineError::Migrating);
+        }
+        let subject = self.subject();
+        Ok(snapshot::take(files, &subject, self)?)
     }
 
     fn definition(&self) -> migration::wire::Definition {

@@ -176,6 +176,11 @@ impl Machine {
                 migrate::answer(to, result);
                 None
             }
+            Event::Snapshot(files, to) => {
+                let result = self.snapshot(*files);
+                migrate::answer(to, result);
+                None
+            }
             Event::Copied(copied) => {
                 self.copied(copied);
                 None

@@ -11,6 +11,7 @@ use zbus::{OwnedFd, OwnedVariant};
 use super::event::{Event, Events};
 use super::migrate::{Request, Watcher};
 use crate::migration::setup::{MigrateOptions, Sockets};
+use crate::migration::snapshot::Files;
 
 /// How long the main thread has to begin a migration. It may be in the middle of another one's
 /// switchover.
@@ -64,6 +65,20 @@ impl Mover for Service {
         self.ask(|answer| Event::Migrate(request, answer)).await
     }
 
+    async fn snapshot(
+        &self,
+        core: OwnedFd,
+        ram: Vec<OwnedFd>,
+        states: HashMap<String, OwnedFd>,
+    ) -> Result<(), Error> {
+        let files = Box::new(Files {
+            core: core.into(),
+            ram: ram.into_iter().map(Into::into).collect(),
+            states: states.into_iter().map(|(id, fd)| (id, fd.into())).collect(),
+        });
+        self.ask(|answer| Event::Snapshot(files, answer)).await
+    }
+
     async fn wait(&self) -> Result<String, Error> {
         let mut status = self.watcher.status.clone();
         let ended = status
@@ -112,13 +127,14 @@ fn parse(dictionary: HashMap<String, OwnedVariant>) -> Result<MigrateOptions, Er
         let flag = |value: OwnedVariant| bool::try_from(value).map_err(|_| wrong());
         match key.as_str() {
             "max-downtime-ms" => options.max_downtime_ms = number(value)?,
+            "blackout-limit-ms" => options.blackout_limit_ms = number(value)?,
             "patience-s" => options.patience_s = number(value)?,
             "auto-converge" => options.auto_converge = flag(value)?,
             "shared-memory" => options.shared_memory = flag(value)?,
             _ => {
                 return Err(Error::InvalidArgs(format!(
-                    "{key} is no option of a migration: there are max-downtime-ms, patience-s, \
-                     auto-converge, shared-memory"
+                    "{key} is no option of a migration: there are max-downtime-ms, blackout-limit-ms, \
+                     patience-s, auto-converge, shared-memory"
                 )));
             }
         }

@@ -157,22 +157,8 @@ impl Incoming {
     fn wire(&mut self, blob: &Blob) -> Result<(), MigrationError> {
         let begin = Instant::now();
         let wiring: WiringState = from_blob(blob)?;
-        self.restore_devices(wiring.devices)?;
+        restore_devices(&self.units, wiring.devices)?;
         self.recorder.note("core", "wire", begin, 0);
-        Ok(())
-    }
-
-    fn restore_devices(&self, devices: Vec<DeviceWiring>) -> Result<(), MigrationError> {
-        let ids = devices.iter().map(|device| &device.id);
-        if !ids.eq(self.units.iter().map(|unit| &unit.id)) {
-            return Err(MigrationError::Units {
-                found: devices.into_iter().map(|device| device.id).collect(),
-                expected: self.crew.names().to_vec(),
-            });
-        }
-        for (unit, device) in self.units.iter().zip(&devices) {
-            unit.pci.restore(&device.state)?;
-        }
         Ok(())
     }
 
@@ -184,7 +170,7 @@ impl Incoming {
         let devices = std::mem::take(&mut core.devices);
         host.load_core(core)?;
         // After the local APICs, which take what was pending.
-        self.restore_devices(devices)?;
+        restore_devices(&self.units, devices)?;
         self.recorder
             .note("core", "load", begin, blob.payload.len() as u64);
         let loading = self.loading.take().ok_or(MigrationError::Unexpected {
@@ -260,6 +246,24 @@ impl Incoming {
     fn say(&mut self, message: &ToSource) -> Result<(), MigrationError> {
         Ok(self.link.send(message, ANSWER_DEADLINE)?)
     }
+}
+
+/// Gives each device the registers that it had, what is wired in the same way already left alone.
+pub(super) fn restore_devices(
+    units: &[Arc<Unit>],
+    devices: Vec<DeviceWiring>,
+) -> Result<(), MigrationError> {
+    let ids = devices.iter().map(|device| &device.id);
+    if !ids.eq(units.iter().map(|unit| &unit.id)) {
+        return Err(MigrationError::Units {
+            found: devices.into_iter().map(|device| device.id).collect(),
+            expected: units.iter().map(|unit| unit.id.clone()).collect(),
+        });
+    }
+    for (unit, device) in units.iter().zip(&devices) {
+        unit.pci.restore(&device.state)?;
+    }
+    Ok(())
 }
 
 fn obstacles(here: &Definition, shared: bool, channels: usize, hello: &Hello) -> Vec<String> {

@@ -12,6 +12,7 @@
 //! | [`source`] | everything before the stop, on a thread of its own |
 //! | [`switchover`] | the blackout, on the machine's main thread |
 //! | [`destination`] | the other side |
+//! | [`snapshot`] | the same, to files and from them |
 //! | [`status`] | what the owner sees of it |
 //!
 //! ```text
@@ -37,6 +38,7 @@ mod error;
 pub mod ram;
 pub mod saved_state;
 pub mod setup;
+pub mod snapshot;
 pub mod source;
 pub mod status;
 pub mod switchover;
@@ -48,6 +50,10 @@ pub use error::MigrationError;
 
 /// How long the other side has for an answer while the guest runs.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+/// How long the other side has to become ready for the machine.
+pub const READY_DEADLINE: Duration = Duration::from_secs(300);
+/// How long the source waits between two rounds for the other side to become ready.
+pub const READY_STEP: Duration = Duration::from_millis(50);
 /// How long any single step of the blackout may take, before it is given up.
 pub const BLACKOUT_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a memory channel may stand still.

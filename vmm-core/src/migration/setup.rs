@@ -27,6 +27,8 @@ pub struct Sockets {
 pub struct MigrateOptions {
     /// The stop begins when it is predicted to be shorter, in milliseconds.
     pub max_downtime_ms: u64,
+    /// A stop that lasts longer is given up, in milliseconds: the machine goes on where it was.
+    pub blackout_limit_ms: u64,
     /// A guest that dirties memory too fast is slowed down.
     pub auto_converge: bool,
     /// Memory is not sent: the destination maps the same file.
@@ -39,6 +41,7 @@ impl Default for MigrateOptions {
     fn default() -> Self {
         Self {
             max_downtime_ms: 300,
+            blackout_limit_ms: 10_000,
             auto_converge: false,
             shared_memory: false,
             patience_s: 60,
@@ -50,6 +53,11 @@ impl MigrateOptions {
     /// The longest stop that is wanted.
     pub fn max_downtime(&self) -> Duration {
         Duration::from_millis(self.max_downtime_ms)
+    }
+
+    /// The longest stop that is borne before it is given up.
+    pub fn blackout_limit(&self) -> Duration {
+        Duration::from_millis(self.blackout_limit_ms)
     }
 
     /// How long a migration may not converge.

@@ -24,7 +24,9 @@ use super::setup::{MigrateOptions, Sockets};
 use super::status::{Progress, Status};
 use super::switchover::{StateSockets, Switchover};
 use super::unit::{Crew, Unit};
-use super::{ALIVE_EVERY, ANSWER_DEADLINE, LAST_WORD_DEADLINE, MigrationError};
+use super::{
+    ALIVE_EVERY, ANSWER_DEADLINE, LAST_WORD_DEADLINE, MigrationError, READY_DEADLINE, READY_STEP,
+};
 use crate::hypervisor::{MemorySlots, Throttle};
 use crate::memory::Memory;
 use migration::wire::Definition;
@@ -113,6 +115,8 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
             report: source.report,
             view: source.view,
             cancel: source.cancel,
+            limit: options.blackout_limit(),
+            end: Instant::now(),
             status: source.status,
         })),
         Err(error) => {
@@ -220,7 +224,12 @@ impl Source {
             self.note_progress(memory.as_ref(), remaining, predicted);
             match (decision, memory.as_mut()) {
                 (Decision::Stop, _) | (_, None) if self.ready => return Ok(()),
-                (Decision::Stop, _) | (_, None) => self.await_ready()?,
+                (Decision::Stop, memory) | (_, memory @ None) => {
+                    self.await_ready()?;
+                    if let Some(memory) = memory {
+                        self.round(memory, first)?;
+                    }
+                }
                 (Decision::Copy, Some(memory)) => self.round(memory, first)?,
                 (Decision::Throttle(percent), Some(memory)) => {
                     let throttle = &mut self.view.throttle;
@@ -267,15 +276,17 @@ impl Source {
         self.tell_wiring()
     }
 
-    /// Waits for barrier A.
+    /// Waits a moment for barrier A; meanwhile more gets dirty, so it is not longer.
     fn await_ready(&mut self) -> Result<(), MigrationError> {
-        match self.link.receive(ANSWER_DEADLINE)? {
-            ToSource::Ready => {
-                self.pass_a();
-                Ok(())
-            }
-            other => Err(unexpected(other, "that it is ready")),
+        if self.began.elapsed() >= READY_DEADLINE {
+            return Err(MigrationError::Late {
+                barrier: Barrier::A,
+                units: vec!["destination".into()],
+                within: READY_DEADLINE,
+            });
         }
+        self.link.await_message(READY_STEP)?;
+        self.listen()
     }
 
     /// Hears what the other side has said, and lets it hear something now and then.

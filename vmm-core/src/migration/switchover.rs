@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use migration::channel::{Cancel, StateChannel};
 use migration::commit::{Source, SourceInput, SourceWord};
@@ -55,6 +55,10 @@ pub struct Switchover {
     pub(super) report: Report,
     pub(super) view: View,
     pub(super) cancel: Cancel,
+    /// How long the blackout may last before it is given up.
+    pub(super) limit: Duration,
+    /// When that is.
+    pub(super) end: Instant,
     /// What the owner sees.
     pub status: watch::Sender<Status>,
 }
@@ -74,6 +78,7 @@ impl Switchover {
     /// Moves the machine over, or leaves everything as it was.
     pub fn run(mut self, host: &mut impl Host) -> Ended {
         let begin = Instant::now();
+        self.end = begin + self.limit;
         self.status
             .send_modify(|status| status.progress.phase = "switchover");
         let (mut state, _) = Source::Copying.on(SourceInput::Stop);
@@ -119,13 +124,13 @@ impl Switchover {
             return Err(MigrationError::Guest(what));
         }
         self.quiet_peers();
-        let (stopped, saved) = self.stop_and_save();
+        let (stopped, saved) = self.states.stop_and_save(&self.crew);
         let devices = barrier::wait(
             Barrier::D,
             "stop",
             self.crew.names(),
             &stopped,
-            BLACKOUT_DEADLINE,
+            self.left(),
             &mut self.recorder,
         )?;
         self.send_dirty(|memory| Ok(memory.tracker.collect()?))?;
@@ -139,7 +144,7 @@ impl Switchover {
             "save",
             self.crew.names(),
             &saved,
-            BLACKOUT_DEADLINE,
+            self.left(),
             &mut self.recorder,
         )?;
         self.send_dirty(|memory| {
@@ -160,27 +165,6 @@ impl Switchover {
     fn quiet_peers(&mut self) {
         self.recorder
             .note("core", Barrier::C.name(), Instant::now(), 0);
-    }
-
-    /// Stops every device, and lets it save at once; each arrives twice.
-    fn stop_and_save(&self) -> (Receiver<Arrival<DeviceWiring>>, Receiver<Arrival<()>>) {
-        let ((stop, stopped), (save, saved)) = (channel(), channel());
-        self.crew.send(|number| {
-            let (stop, save, states) = (stop.clone(), save.clone(), self.states.clone());
-            Box::new(move |unit| {
-                let is_stopped = arrive(&stop, number, || {
-                    unit.pci.stop()?;
-                    Ok(DeviceWiring {
-                        id: unit.id.clone(),
-                        state: unit.pci.save()?,
-                    })
-                });
-                if is_stopped {
-                    arrive(&save, number, || states.save(number, unit));
-                }
-            })
-        });
-        (stopped, saved)
     }
 
     /// Sends what is dirty, on threads of its own.
@@ -204,7 +188,7 @@ impl Switchover {
     /// Barrier E: the other side has everything.
     fn await_loaded(&mut self, state: &mut Source) -> Result<(), MigrationError> {
         let begin = Instant::now();
-        match self.link.receive(BLACKOUT_DEADLINE)? {
+        match self.link.receive(self.left())? {
             ToSource::Loaded => {}
             other => return Err(unexpected(other, "that it has loaded everything")),
         }
@@ -266,8 +250,14 @@ impl Switchover {
         self.recorder.note("core", "go back", begin, 0);
     }
 
+    /// What is left of the time that the blackout may last.
+    fn left(&self) -> Duration {
+        self.end.saturating_duration_since(Instant::now())
+    }
+
     fn say(&mut self, message: &ToDestination) -> Result<(), MigrationError> {
-        Ok(self.link.send(message, BLACKOUT_DEADLINE)?)
+        let left = self.left();
+        Ok(self.link.send(message, left)?)
     }
 }
 
@@ -299,6 +289,30 @@ impl StateSockets {
 
     fn pairs(&self) -> MutexGuard<'_, Vec<Option<Pair>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops every device, and lets it save at once; each arrives twice.
+    pub(super) fn stop_and_save(
+        &self,
+        crew: &Crew,
+    ) -> (Receiver<Arrival<DeviceWiring>>, Receiver<Arrival<()>>) {
+        let ((stop, stopped), (save, saved)) = (channel(), channel());
+        crew.send(|number| {
+            let (stop, save, states) = (stop.clone(), save.clone(), self.clone());
+            Box::new(move |unit| {
+                let is_stopped = arrive(&stop, number, || {
+                    unit.pci.stop()?;
+                    Ok(DeviceWiring {
+                        id: unit.id.clone(),
+                        state: unit.pci.save()?,
+                    })
+                });
+                if is_stopped {
+                    arrive(&save, number, || states.save(number, unit));
+                }
+            })
+        });
+        (stopped, saved)
     }
 
     /// Lets a stopped device save itself into its socket. Nothing for one without state.

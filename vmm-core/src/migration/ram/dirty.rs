@@ -62,6 +62,21 @@ impl DirtyTracker {
         })
     }
 
+    /// Every page of a machine that stands still, without any log.
+    pub fn everything(memory: &Arc<Memory>, slots: &Arc<MemorySlots>) -> Self {
+        let mut pending = PageSet::new(&memory.regions());
+        let uncleared = pending.clone();
+        pending.fill();
+        Self {
+            memory: Arc::clone(memory),
+            slots: Arc::clone(slots),
+            logs: Vec::new(),
+            core: CoreWrites::default(),
+            pending,
+            uncleared,
+        }
+    }
+
     /// Reads every log; what is dirty is pending.
     pub fn collect(&mut self) -> Result<(), HypervisorError> {
         let (pending, uncleared) = (&mut self.pending, &mut self.uncleared);

@@ -1,0 +1,199 @@
+//! A machine in files, by the same streams: one frame for the core, memory channels, and each
+//! device's own state.
+//!
+//! ```text
+//! take     vCPUs stop ─ devices stop and save ─ memory ─ core ─ the machine goes on
+//! restore  core's frame, definition compared ─ devices load, memory ─ core ─ resumed by its owner
+//! ```
+//! What is written is whole when the call returns without an error. What is read is checked as if
+//! it came from a stranger.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Write as _};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use migration::channel::Cancel;
+use migration::frame::{FrameError, FrameReader, FrameWriter};
+use migration::report::Recorder;
+use migration::schema::{Schema, SchemaError, UnitId};
+use migration::wire::{Blob, Definition};
+use serde::{Deserialize, Serialize};
+
+use super::barrier::{self, Barrier};
+use super::destination::NewHost;
+use super::error::system;
+use super::ram::{DirtyTracker, RamReceiver, RamSender};
+use super::saved_state::{CoreState, from_blob, to_blob};
+use super::setup::Sockets;
+use super::switchover::{Host, StateSockets};
+use super::unit::{Crew, Unit};
+use super::{BLACKOUT_DEADLINE, MigrationError};
+use crate::hypervisor::MemorySlots;
+use crate::memory::Memory;
+
+/// Name of the core's unit.
+const CORE: &str = "core";
+
+/// Open files that are, or will be, a machine.
+#[derive(Debug)]
+pub struct Files {
+    /// For the core.
+    pub core: OwnedFd,
+    /// For memory.
+    pub ram: Vec<OwnedFd>,
+    /// For the devices, by id.
+    pub states: BTreeMap<String, OwnedFd>,
+}
+
+/// The core's file, schema 1.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SnapshotState {
+    definition: Definition,
+    channels: u32,
+    core: Blob,
+}
+
+impl Schema for SnapshotState {
+    const KIND: &'static str = "snapshot";
+    const NUMBER: u32 = 1;
+
+    fn from_old(number: u32, _payload: &[u8]) -> Result<Self, SchemaError> {
+        Err(SchemaError::unknown::<Self>(number))
+    }
+}
+
+/// What a snapshot is taken of, or restored into.
+pub struct Subject {
+    /// Guest memory.
+    pub memory: Arc<Memory>,
+    /// KVM's slots.
+    pub slots: Arc<MemorySlots>,
+    /// Devices, in order.
+    pub units: Vec<Arc<Unit>>,
+    /// What the machine is.
+    pub definition: Definition,
+}
+
+impl From<FrameError> for MigrationError {
+    fn from(error: FrameError) -> Self {
+        Self::System {
+            what: "the core's file",
+            source: std::io::Error::other(error),
+        }
+    }
+}
+
+/// Writes the machine, and lets it go on if it ran.
+pub fn take(files: Files, subject: &Subject, host: &mut impl Host) -> Result<(), MigrationError> {
+    let crew = Crew::start(&subject.units).map_err(system("a thread for a device"))?;
+    let result = write(files, subject, &crew, host);
+    if host.ran() {
+        let resumed = crew.each(|_, unit| Ok(unit.pci.resume()?));
+        let names = crew.names();
+        let recorder = &mut Recorder::start();
+        let deadline = BLACKOUT_DEADLINE;
+        let resumed = barrier::wait(Barrier::F, "resume", names, &resumed, deadline, recorder);
+        host.run();
+        resumed?;
+    }
+    result
+}
+
+fn write(
+    files: Files,
+    subject: &Subject,
+    crew: &Crew,
+    host: &mut impl Host,
+) -> Result<(), MigrationError> {
+    let (core_file, ram, states) = split(files, subject)?;
+    let channels = u32::try_from(ram.len()).unwrap_or(u32::MAX);
+    let recorder = &mut Recorder::start();
+    host.stop_vcpus()?;
+    if let Some(what) = host.pending_request() {
+        return Err(MigrationError::Guest(what));
+    }
+    let (stopped, saved) = states.stop_and_save(crew);
+    let deadline = BLACKOUT_DEADLINE;
+    let names = crew.names();
+    let devices = barrier::wait(Barrier::D, "stop", names, &stopped, deadline, recorder)?;
+    let cancel = Cancel::new().map_err(system("an eventfd"))?;
+    let mut tracker = DirtyTracker::everything(&subject.memory, &subject.slots);
+    let mut sender = RamSender::start(ram, &subject.memory.guest(), &cancel)?;
+    while let Some((page, mut words)) = tracker.take_last_chunk() {
+        tracker.without_holes(page, &mut words)?;
+        sender.send(page, &words)?;
+    }
+    sender.end()?;
+    barrier::wait(Barrier::E, "save", names, &saved, deadline, recorder)?;
+    let state = SnapshotState {
+        definition: subject.definition.clone(),
+        channels,
+        core: to_blob(&host.save_core(devices)?)?,
+    };
+    let file = BufWriter::new(File::from(core_file));
+    let (mut file, _) = FrameWriter::begin(file, &core_unit()?, &state)?.finish()?;
+    file.flush().map_err(system("the core's file"))
+}
+
+/// Makes the machine that is in `files` this one. It is paused afterwards, whatever it was.
+pub fn restore(
+    files: Files,
+    subject: &Subject,
+    host: &mut impl NewHost,
+) -> Result<(), MigrationError> {
+    let (core_file, ram, states) = split(files, subject)?;
+    let mut reader = FrameReader::begin(BufReader::new(File::from(core_file)))?;
+    let state: SnapshotState = reader.structured(&core_unit()?)?;
+    reader.finish()?;
+    let mut reasons = subject.definition.obstacles(&state.definition);
+    if state.channels as usize != ram.len() {
+        reasons.push(format!(
+            "memory is in {} files, {} were given",
+            state.channels,
+            ram.len()
+        ));
+    }
+    if !reasons.is_empty() {
+        return Err(MigrationError::Refused { reasons });
+    }
+    let crew = Crew::start(&subject.units).map_err(system("a thread for a device"))?;
+    let loaded = crew.each(move |number, unit| states.load(number, unit));
+    let memory = RamReceiver::start(ram, &subject.memory.guest())?;
+    let recorder = &mut Recorder::start();
+    let deadline = BLACKOUT_DEADLINE;
+    barrier::wait(
+        Barrier::E,
+        "load",
+        crew.names(),
+        &loaded,
+        deadline,
+        recorder,
+    )?;
+    memory.wait(BLACKOUT_DEADLINE)?;
+    let mut core: CoreState = from_blob(&state.core)?;
+    let devices = std::mem::take(&mut core.devices);
+    host.load_core(core)?;
+    super::destination::restore_devices(&subject.units, devices)
+}
+
+fn core_unit() -> Result<UnitId, MigrationError> {
+    UnitId::new(CORE).map_err(|error| MigrationError::Setup(error.to_string()))
+}
+
+/// The files of core, memory and devices, complete and no more.
+fn split(
+    files: Files,
+    subject: &Subject,
+) -> Result<(OwnedFd, Vec<OwnedFd>, StateSockets), MigrationError> {
+    let mut sockets = Sockets {
+        control: files.core,
+        ram: files.ram,
+        states: files.states,
+    };
+    let states = sockets.take_states(&subject.units, false)?;
+    let states = StateSockets::new(states).map_err(system("a copy of a device's file"))?;
+    Ok((sockets.control, sockets.ram, states))
+}
