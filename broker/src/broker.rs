@@ -419,6 +419,7 @@ impl Broker {
         if let Err(error) = machine::adopt::adopt(&self.host, &machine, &state).await {
             tracing::error!(machine = %name, %error, "a machine that ran cannot be taken over");
             machine::adopt::clean(&self.host, &name, Some(&state)).await;
+            machine.set_failed(format!("a new broker could not take it over: {error}"));
         }
     }
 

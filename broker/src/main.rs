@@ -15,6 +15,7 @@ use broker::broker::Broker;
 use broker::folder::Folder;
 use broker::host::Host;
 use broker::launch::Launcher;
+use broker::launch::systemd::Systemd;
 use broker::metrics::{self, Metrics};
 use broker::policy::Policy;
 use broker::publish;
@@ -131,7 +132,7 @@ async fn serve(options: Options) -> Result<()> {
         Some(connection) => Policy::polkit(connection).await.context("no polkit")?,
         None => Policy::Private,
     };
-    let launcher = launcher(options.launch, &runtime_dir).await?;
+    let launcher = launcher(options.launch, system.as_ref(), &runtime_dir, &programs).await?;
     let metrics = Metrics::default();
     let metrics_path = folder.join("metrics");
     let metrics_listener = listen(&metrics_path)?;
@@ -217,12 +218,19 @@ fn own_folder() -> Result<PathBuf> {
         .context("this program is in no folder: give --program-dir")
 }
 
-async fn launcher(launch: Launch, runtime_dir: &Path) -> Result<Launcher> {
-    let _ = runtime_dir;
-    match launch {
-        Launch::Direct => Ok(Launcher::Direct),
-        Launch::Systemd => anyhow::bail!("x"),
-    }
+async fn launcher(
+    launch: Launch,
+    system: Option<&Connection>,
+    runtime_dir: &Path,
+    programs: &Path,
+) -> Result<Launcher> {
+    let connection = match (launch, system) {
+        (Launch::Direct, _) => return Ok(Launcher::Direct),
+        (Launch::Systemd, Some(connection)) => connection.clone(),
+        (Launch::Systemd, None) => system_bus().await?,
+    };
+    let systemd = Systemd::new(&connection, runtime_dir, programs).await;
+    systemd.map(Launcher::Systemd).context("--launch systemd")
 }
 
 async fn system_bus() -> Result<Connection> {

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::{Deserialize, Serialize};
@@ -82,7 +83,8 @@ impl Process {
     /// It has ended.
     pub fn adopt(id: &ProcessId) -> io::Result<Self> {
         let process = Self::new(id.pid, id.unit.clone())?;
-        if process.id.start == id.start {
+        // One that nobody has reaped yet has ended as well.
+        if process.id.start == id.start && !process.has_ended() {
             Ok(process)
         } else {
             Err(Errno::ESRCH.into())
@@ -92,6 +94,12 @@ impl Process {
     /// Which one it is.
     pub fn id(&self) -> &ProcessId {
         &self.id
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.pidfd.get_ref().as_fd(), PollFlags::POLLIN)];
+        !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
     }
 
     /// Waits for its end, and reaps it if it is our child.

@@ -4,6 +4,8 @@
 //! and its output into the same log. A process never ends because its broker does.
 
 pub mod direct;
+pub mod hand_over;
+pub mod systemd;
 
 use std::fs::File;
 use std::io;
@@ -81,6 +83,8 @@ pub enum LaunchError {
 pub enum Launcher {
     /// As children.
     Direct,
+    /// As units of systemd.
+    Systemd(systemd::Systemd),
 }
 
 impl Launcher {
@@ -88,6 +92,7 @@ impl Launcher {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Direct => "direct",
+            Self::Systemd(_) => "systemd",
         }
     }
 
@@ -98,6 +103,7 @@ impl Launcher {
     pub async fn start(&self, program: Program) -> Result<Process, LaunchError> {
         match self {
             Self::Direct => direct::start(program),
+            Self::Systemd(systemd) => systemd.start(program).await,
         }
     }
 }

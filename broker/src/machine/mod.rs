@@ -312,6 +312,18 @@ impl Machine {
         });
     }
 
+    /// Notes that it failed while no supervisor watched it.
+    pub(crate) fn set_failed(&self, reason: String) {
+        self.update(|inner| {
+            inner.state = State::Failed;
+            inner.reason = reason;
+            inner.process = None;
+            inner.live = None;
+            inner.devices.fill(DeviceStatus::OFF);
+        });
+        self.gone.send_replace(true);
+    }
+
     /// Kills all of its processes.
     pub(crate) async fn kill(&self) {
         if let Ok(live) = self.live("killed") {

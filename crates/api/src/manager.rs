@@ -152,8 +152,11 @@ impl<M: Machines> Manager<M> {
 
     /// A job began.
     #[zbus(signal)]
-    pub async fn job_new(emitter: &SignalEmitter<'_>, id: u32, job: ObjectPath<'_>)
-    -> zbus::Result<()>;
+    pub async fn job_new(
+        emitter: &SignalEmitter<'_>,
+        id: u32,
+        job: ObjectPath<'_>,
+    ) -> zbus::Result<()>;
 
     /// A job ended: with `done`, `failed` or `cancelled`. It can be read for at least five
     /// minutes more.

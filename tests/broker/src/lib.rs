@@ -1,0 +1,320 @@
+//! Helpers for tests of the broker: one in a folder of its own, and clients of it.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use api::Dictionary;
+use api::device::DeviceProxy;
+use api::job::JobProxy;
+use api::machine::{MachineProxy, REPLAY, State};
+use api::manager::ManagerProxy;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use test_framework::console::Console;
+use test_framework::machine::{DEADLINE, make_image};
+use test_framework::process::{Launch, Process};
+use test_framework::programs::program;
+use test_guest::Workload;
+use zbus::connection::Builder;
+use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant};
+
+/// How often something is looked at that nobody tells.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// A broker, which ends with all of its machines when dropped.
+#[derive(Debug)]
+pub struct Broker {
+    process: Option<Process>,
+    folder: TempDir,
+}
+
+impl Broker {
+    /// Starts one that launches directly.
+    pub fn start() -> Result<Self> {
+        let mut broker = Self {
+            process: None,
+            folder: TempDir::new().context("no folder for a broker")?,
+        };
+        fs::create_dir(broker.folder.path().join("config"))?;
+        broker.start_again()?;
+        Ok(broker)
+    }
+
+    /// Starts another one in the place of one that has ended.
+    pub fn start_again(&mut self) -> Result<()> {
+        let mut process = Launch::new(&program("godwit-broker")?)
+            .option("--runtime-dir", self.folder.path().join("run"))
+            .option("--config-dir", self.config())
+            .start()?;
+        let end = Instant::now() + DEADLINE;
+        while StdUnixStream::connect(self.bus()).is_err() {
+            ensure!(
+                process.is_running(),
+                "the broker ended: {}",
+                process.stderr()
+            );
+            ensure!(
+                Instant::now() < end,
+                "the broker does not listen: {}",
+                process.stderr()
+            );
+            std::thread::sleep(LOOK);
+        }
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// Kills it with SIGKILL.
+    pub fn kill(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("there is no broker")?;
+        process.signal(Signal::SIGKILL)?;
+        process.wait(DEADLINE)?;
+        Ok(())
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.process.as_ref().map_or(0, Process::id)
+    }
+
+    /// What it has printed.
+    pub fn stderr(&self) -> String {
+        self.process
+            .as_ref()
+            .map_or_else(String::new, Process::stderr)
+    }
+
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Where its declared machines are.
+    pub fn config(&self) -> PathBuf {
+        self.folder.path().join("config")
+    }
+
+    /// The socket of its bus.
+    pub fn bus(&self) -> PathBuf {
+        self.folder.path().join("run/bus")
+    }
+
+    /// The same as a D-Bus address.
+    pub fn address(&self) -> String {
+        format!("unix:path={}", self.bus().display())
+    }
+
+    /// A connection to its bus.
+    pub async fn connect(&self) -> Result<Connection> {
+        let builder = Builder::address(self.address().as_str()).method_timeout(DEADLINE);
+        builder.build().await.context("no connection to the broker")
+    }
+
+    /// Everything in its runtime folder, for comparison.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let mut files = Vec::new();
+        let mut folders = vec![self.folder.path().join("run")];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                if entry.path().is_dir() {
+                    folders.push(entry.path());
+                }
+                files.push(entry.path());
+            }
+        }
+        files.sort();
+        files
+    }
+
+    /// A disk of `mib` MiB of zeroes.
+    pub fn image(&self, name: &str, mib: u64) -> Result<PathBuf> {
+        let path = self.folder.path().join(name);
+        make_image(&path, mib)?;
+        Ok(path)
+    }
+
+    /// Runs busctl on its bus.
+    pub fn busctl(&self, arguments: &[&str]) -> Result<String> {
+        let address = format!("--address={}", self.address());
+        let mut words = vec![address.as_str()];
+        words.extend(arguments);
+        said(run("busctl", "systemd", &words)?)
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        self.process = None;
+        for place in fs::read_dir(self.folder.path().join("run/machines"))
+            .into_iter()
+            .flatten()
+        {
+            let Ok(place) = place else { continue };
+            let text = fs::read_to_string(place.path().join("state.json")).unwrap_or_default();
+            let state: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            let devices = state["devices"].as_array().into_iter().flatten();
+            let devices = devices.map(|device| &device["process"]["pid"]);
+            for pid in devices.chain([&state["core"]["pid"]]) {
+                if let Some(pid) = pid.as_i64().and_then(|pid| i32::try_from(pid).ok()) {
+                    // It may have ended already.
+                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                }
+            }
+        }
+    }
+}
+
+/// Runs a program of a Debian package.
+pub fn run(program: &str, package: &str, arguments: &[&str]) -> Result<Output> {
+    Command::new(program)
+        .args(arguments)
+        .output()
+        .with_context(|| format!("{program} is missing: install the Debian package {package}"))
+}
+
+/// What a program said, if it ended well.
+pub fn said(output: Output) -> Result<String> {
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if output.status.success() {
+        return Ok(text);
+    }
+    bail!("{text}{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A value of a dictionary.
+pub fn value(value: impl Into<Variant<'static>>) -> OwnedVariant {
+    // Only descriptors cannot be owned.
+    OwnedVariant::try_from(value.into()).unwrap_or_else(|_| OwnedVariant::from(0u8))
+}
+
+/// The definition of a machine with the bundled guest.
+pub fn definition(workload: &Workload) -> Dictionary {
+    let kernel = test_guest::program().display().to_string();
+    HashMap::from([
+        ("kernel".to_owned(), value(kernel)),
+        ("cmdline".to_owned(), value(workload.to_string())),
+        ("memory".to_owned(), value(64u64 << 20)),
+    ])
+}
+
+/// Gives a machine disks.
+pub fn with_disks(mut definition: Dictionary, images: &[PathBuf], queues: u32) -> Dictionary {
+    let disk = |image: &PathBuf| -> HashMap<String, Variant<'static>> {
+        HashMap::from([
+            ("path".to_owned(), image.display().to_string().into()),
+            ("queues".to_owned(), queues.into()),
+        ])
+    };
+    let disks: Vec<_> = images.iter().map(disk).collect();
+    definition.insert("disk".into(), value(disks));
+    definition
+}
+
+/// The manager.
+pub async fn manager(connection: &Connection) -> Result<ManagerProxy<'static>> {
+    Ok(ManagerProxy::new(connection).await?)
+}
+
+/// A machine, whose properties are asked for each time.
+pub async fn machine(
+    connection: &Connection,
+    path: OwnedObjectPath,
+) -> Result<MachineProxy<'static>> {
+    let builder = MachineProxy::builder(connection).path(path);
+    Ok(builder
+        .cache_properties(zbus::proxy::CacheProperties::No)
+        .build()
+        .await?)
+}
+
+/// The device of this name.
+pub async fn device(
+    connection: &Connection,
+    machine: &str,
+    id: &str,
+) -> Result<DeviceProxy<'static>> {
+    let builder = DeviceProxy::builder(connection).path(api::path::device(machine, id));
+    Ok(builder
+        .cache_properties(zbus::proxy::CacheProperties::No)
+        .build()
+        .await?)
+}
+
+/// Waits for a job to end well.
+pub async fn done(connection: &Connection, job: OwnedObjectPath) -> Result<()> {
+    let builder = JobProxy::builder(connection).path(job);
+    let job = builder
+        .cache_properties(zbus::proxy::CacheProperties::No)
+        .build()
+        .await?;
+    let end = Instant::now() + DEADLINE;
+    loop {
+        match job.state().await? {
+            api::job::State::Running => {}
+            api::job::State::Done => return Ok(()),
+            other => bail!("the job is {}: {:?}", other.as_str(), job.result().await?),
+        }
+        ensure!(Instant::now() < end, "the job does not end");
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Makes a machine and waits until it runs.
+pub async fn running(
+    connection: &Connection,
+    name: &str,
+    definition: Dictionary,
+) -> Result<MachineProxy<'static>> {
+    let manager = manager(connection).await?;
+    let path = manager.create_machine(name, definition, 0).await?;
+    let machine = machine(connection, path).await?;
+    let job = machine.start(0).await?;
+    done(connection, job).await?;
+    Ok(machine)
+}
+
+/// Waits for a state.
+pub async fn becomes(machine: &MachineProxy<'_>, state: State) -> Result<()> {
+    until(&format!("state {}", state.as_str()), async || {
+        Ok(machine.state().await? == state)
+    })
+    .await
+}
+
+/// Waits until something holds.
+pub async fn until(what: &str, holds: impl AsyncFn() -> Result<bool>) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    while !holds().await? {
+        ensure!(Instant::now() < end, "{what} does not come");
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
+}
+
+/// The console, from what was printed lately on.
+pub async fn console(machine: &MachineProxy<'_>) -> Result<Console> {
+    let socket = machine.open_console("", REPLAY).await?;
+    Console::new(StdUnixStream::from(std::os::fd::OwnedFd::from(socket)))
+}
+
+/// Whether there is a process of this number that has not ended.
+pub fn lives(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat
+        .rsplit(')')
+        .next()
+        .and_then(|rest| rest.split_whitespace().next());
+    state.is_some_and(|state| state != "Z")
+}
+
+/// Sends a process SIGKILL.
+pub fn kill_process(pid: u32) -> Result<()> {
+    let pid = i32::try_from(pid).context("a process id is too large")?;
+    kill(Pid::from_raw(pid), Signal::SIGKILL).context("no such process")
+}

@@ -1,0 +1,87 @@
+//! Machines that come and go leave nothing behind.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use anyhow::{Context as _, Result, ensure};
+use api::machine::State;
+use test_broker::*;
+use test_guest::Workload;
+
+const CYCLES: usize = 200;
+/// Cycles until caches are warm.
+const WARM: usize = 20;
+/// KiB that the broker may have grown by after the first cycles: each job is kept for five
+/// minutes, a few KiB with its object on the bus.
+const MAX_GROWTH: u64 = 8 << 10;
+
+fn descriptors(pid: u32) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+}
+
+/// Memory of its own, in KiB.
+fn memory(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    let number = line.and_then(|line| line.split_whitespace().nth(1));
+    number.and_then(|n| n.parse().ok()).context("no RssAnon")
+}
+
+/// Processes of machines in `folder`.
+fn processes(folder: &std::path::Path) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        for fd in fs::read_dir(entry.path().join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            if fs::read_link(fd.path()).is_ok_and(|link| link.starts_with(folder)) {
+                found.insert(entry.file_name().to_string_lossy().into_owned());
+            }
+        }
+    }
+    found
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hundred_machines_leave_nothing_behind() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let images = [broker.image("a", 1)?];
+    let jobs = |files: Vec<std::path::PathBuf>| -> Vec<_> {
+        let kept = |path: &std::path::PathBuf| !path.to_string_lossy().contains("/jobs/");
+        files.into_iter().filter(kept).collect()
+    };
+    let files = jobs(broker.files());
+    let mut before = (0, 0);
+    for cycle in 0..CYCLES {
+        let definition = with_disks(definition(&Workload::default()), &images, 1);
+        let vm = running(&bus, "vm", definition).await?;
+        let job = vm.terminate(0).await?;
+        done(&bus, job).await?;
+        ensure!(
+            vm.state().await? == State::Off,
+            "cycle {cycle}: {}",
+            vm.reason().await?
+        );
+        until("the end of the job", async || {
+            Ok(vm.job().await?.as_str() == "/")
+        })
+        .await?;
+        vm.remove(0).await?;
+        if cycle == WARM {
+            before = (descriptors(broker.id())?, memory(broker.id())?);
+        }
+    }
+    until("as few descriptors as before", async || {
+        Ok(descriptors(broker.id())? <= before.0)
+    })
+    .await?;
+    let grown = memory(broker.id())?.saturating_sub(before.1);
+    assert!(grown < MAX_GROWTH, "the broker has grown by {grown} KiB");
+    assert_eq!(jobs(broker.files()), files);
+    let own = BTreeSet::from([broker.id().to_string()]);
+    assert_eq!(processes(&broker.folder().join("run")), own);
+    Ok(())
+}

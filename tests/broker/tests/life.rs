@@ -1,0 +1,376 @@
+//! Machines under a broker, and what happens when processes are killed.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use api::device::State as DeviceState;
+use api::machine::{PAUSED, State};
+use api::manager::{START, TRANSIENT};
+use test_broker::*;
+use test_framework::console::Console;
+use test_framework::machine::DEADLINE;
+use test_guest::{BlkMode, Report, Workload, command};
+
+/// A guest that works on its disks until it is told to stop, and verifies what it reads.
+fn busy() -> Workload {
+    Workload {
+        heartbeat: 50,
+        blk: BlkMode::Loop,
+        depth: 8,
+        poweroff: true,
+        ..Workload::default()
+    }
+}
+
+fn idle() -> Workload {
+    Workload {
+        heartbeat: 50,
+        ..Workload::default()
+    }
+}
+
+/// Waits until disk `number` has done more.
+fn works_on(console: &mut Console, number: u32) -> Result<()> {
+    let before = progress(console, number)?;
+    let end = Instant::now() + DEADLINE;
+    while progress(console, number)? <= before + 100 {
+        ensure!(Instant::now() < end, "disk {number} stands still");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Requests that a disk has completed so far.
+fn progress(console: &mut Console, number: u32) -> Result<u64> {
+    console.send(command::REPORT)?;
+    let wanted = |report: &Report| match *report {
+        Report::Blk {
+            dev,
+            reads,
+            writes,
+            end: false,
+            ..
+        } if dev == number => Some(reads + writes),
+        _ => None,
+    };
+    Ok(console.report("progress", DEADLINE, wanted)?.1)
+}
+
+/// Ends the guest's work, all of which must have been right.
+fn finish(console: &mut Console) -> Result<()> {
+    console.send(command::STOP)?;
+    let (_, ok) = console.report("the end of the work", DEADLINE, |report| match *report {
+        Report::Done { ok, .. } => Some(ok),
+        _ => None,
+    })?;
+    ensure!(
+        ok,
+        "the guest found something wrong: {:#?}",
+        console.history()
+    );
+    Ok(())
+}
+
+fn active(console: &mut Console) -> Result<()> {
+    let is_active = |report: &Report| matches!(report, Report::Active { .. }).then_some(());
+    console
+        .report("active devices", DEADLINE, is_active)
+        .map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_lives_and_the_bus_shows_it() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let vm = running(&bus, "vm-1", definition(&idle())).await?;
+    assert_eq!(vm.state().await?, State::Running);
+    assert!(lives(vm.process().await?));
+    assert!(vm.started_usec().await? > 0);
+    vm.pause(0).await?;
+    assert_eq!(vm.state().await?, State::Paused);
+    vm.resume(0).await?;
+    assert_eq!(vm.state().await?, State::Running);
+    let mut console = console(&vm).await?;
+    let beat = |report: &Report| matches!(report, Report::Beat { .. }).then_some(());
+    console.report("a heartbeat", DEADLINE, beat)?;
+    vm.reset(0).await?;
+    console.report("a heartbeat", DEADLINE, beat)?;
+    console.send(command::POWEROFF)?;
+    becomes(&vm, State::Off).await?;
+    assert_eq!(vm.reason().await?, "the guest powered off");
+    // It is still there, and starts again.
+    let job = vm.start(PAUSED).await?;
+    done(&bus, job).await?;
+    assert_eq!(vm.state().await?, State::Paused);
+    let again = vm.start(0).await.unwrap_err();
+    assert!(matches!(again, api::Error::InvalidState(_)), "{again:?}");
+    let job = vm.terminate(0).await?;
+    done(&bus, job).await?;
+    assert_eq!(vm.state().await?, State::Off);
+    vm.remove(0).await?;
+    let gone = manager(&bus).await?.get_machine("vm-1").await.unwrap_err();
+    assert!(matches!(gone, api::Error::NoSuchMachine(_)), "{gone:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transient_machine_goes_with_its_end() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let manager = manager(&bus).await?;
+    let path = manager
+        .create_machine("once", definition(&idle()), START | TRANSIENT)
+        .await?;
+    let vm = machine(&bus, path).await?;
+    becomes(&vm, State::Running).await?;
+    vm.terminate(0).await?;
+    until("the machine's end", async || {
+        Ok(manager.list_machines().await?.is_empty())
+    })
+    .await?;
+    // One that does not start goes as well.
+    let mut wrong = definition(&idle());
+    wrong.insert("kernel".into(), value("/etc/hostname"));
+    manager
+        .create_machine("wrong", wrong, START | TRANSIENT)
+        .await?;
+    until("the machine's end", async || {
+        Ok(manager.list_machines().await?.is_empty())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_start_leaves_nothing_and_says_why() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let image = broker.image("disk", 8)?;
+    for (key, wrong, why) in [
+        (
+            "kernel",
+            value("/nowhere/vmlinuz"),
+            "/nowhere/vmlinuz cannot be opened",
+        ),
+        ("kernel", value("/etc/passwd"), "kernel /etc/passwd"),
+        (
+            "initrd",
+            value("/dev/null"),
+            "initrd /dev/null is neither a file",
+        ),
+    ] {
+        let mut definition = with_disks(definition(&idle()), std::slice::from_ref(&image), 1);
+        definition.insert(key.into(), wrong);
+        let path = manager(&bus)
+            .await?
+            .create_machine("bad", definition, 0)
+            .await?;
+        let vm = machine(&bus, path).await?;
+        let job = vm.start(0).await?;
+        let error = format!("{:#}", done(&bus, job).await.unwrap_err());
+        assert!(error.contains(why), "{error}");
+        assert_eq!(vm.state().await?, State::Failed);
+        assert!(vm.reason().await?.contains(why));
+        let left: Vec<_> = broker
+            .files()
+            .into_iter()
+            .filter(|path| path.to_string_lossy().contains("/machines/"))
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
+        vm.remove(0).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_device_comes_back_under_io() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let images = [broker.image("a", 32)?, broker.image("b", 32)?];
+    let vm = running(&bus, "vm", with_disks(definition(&busy()), &images, 4)).await?;
+    let mut console = console(&vm).await?;
+    active(&mut console)?;
+    for round in 1..=3 {
+        for (number, id) in [(0, "disk0"), (1, "disk1")] {
+            works_on(&mut console, number)?;
+            let disk = device(&bus, "vm", id).await?;
+            kill_process(disk.process().await?)?;
+            until("another process", async || {
+                Ok(
+                    disk.reconnects().await? == round
+                        && disk.state().await? == DeviceState::Running,
+                )
+            })
+            .await?;
+            let why = disk.reason().await?;
+            assert!(why.contains("SIGKILL"), "{why}");
+        }
+    }
+    works_on(&mut console, 0)?;
+    let job = device(&bus, "vm", "disk0").await?.restart(0).await?;
+    done(&bus, job).await?;
+    works_on(&mut console, 0)?;
+    finish(&mut console)?;
+    becomes(&vm, State::Off).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_dies_again_and_again_is_given_up() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let images = [broker.image("a", 32)?];
+    let vm = running(&bus, "vm", with_disks(definition(&busy()), &images, 1)).await?;
+    let disk = device(&bus, "vm", "disk0").await?;
+    until("the end of patience", async || {
+        let pid = disk.process().await?;
+        if pid != 0 {
+            // It may have ended in between.
+            let _ = kill_process(pid);
+        }
+        Ok(disk.state().await? == DeviceState::Failed)
+    })
+    .await?;
+    assert_eq!(vm.state().await?, State::Running);
+    // A person may want it nevertheless.
+    let job = disk.restart(0).await?;
+    done(&bus, job).await?;
+    let mut console = console(&vm).await?;
+    works_on(&mut console, 0)?;
+    finish(&mut console)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_core_takes_its_devices_and_is_said() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let images = [broker.image("a", 32)?];
+    let vm = running(&bus, "vm", with_disks(definition(&busy()), &images, 1)).await?;
+    let disk = device(&bus, "vm", "disk0").await?.process().await?;
+    kill_process(vm.process().await?)?;
+    becomes(&vm, State::Failed).await?;
+    let why = vm.reason().await?;
+    assert!(why.contains("SIGKILL"), "{why}");
+    assert!(!lives(disk));
+    assert_eq!(vm.process().await?, 0);
+    let job = vm.start(0).await?;
+    done(&bus, job).await?;
+    let mut console = console(&vm).await?;
+    active(&mut console)?;
+    finish(&mut console)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_fails_is_said() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let vm = running(&bus, "vm", definition(&idle())).await?;
+    let mut console = console(&vm).await?;
+    let beat = |report: &Report| matches!(report, Report::Beat { .. }).then_some(());
+    console.report("a heartbeat", DEADLINE, beat)?;
+    console.send(command::TRIPLE)?;
+    becomes(&vm, State::Failed).await?;
+    let why = vm.reason().await?;
+    assert!(why.contains("vCPU 0"), "{why}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_survive_their_broker() -> Result<()> {
+    let mut broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let images = [broker.image("a", 32)?, broker.image("b", 32)?];
+    let vm = running(&bus, "vm", with_disks(definition(&busy()), &images, 2)).await?;
+    active(&mut console(&vm).await?)?;
+    let core = vm.process().await?;
+    let dying = device(&bus, "vm", "disk1").await?.process().await?;
+    // A job that goes on, whatever the guest, which ignores the button, does.
+    let waiting = vm.power_off(0).await?;
+    broker.kill()?;
+    assert!(lives(core) && lives(dying));
+    // One that dies while nobody watches.
+    kill_process(dying)?;
+    broker.start_again()?;
+
+    let bus = broker.connect().await?;
+    let path = manager(&bus).await?.get_machine("vm").await?;
+    let vm = machine(&bus, path).await?;
+    assert_eq!(vm.state().await?, State::Running);
+    assert_eq!(vm.process().await?, core);
+    assert_eq!(vm.job().await?, waiting);
+    let disk = device(&bus, "vm", "disk1").await?;
+    until("another process", async || {
+        Ok(disk.reconnects().await? == 1 && disk.state().await? == DeviceState::Running)
+    })
+    .await?;
+    let mut console = console(&vm).await?;
+    works_on(&mut console, 1)?;
+    kill_process(device(&bus, "vm", "disk0").await?.process().await?)?;
+    works_on(&mut console, 0)?;
+    finish(&mut console)?;
+    becomes(&vm, State::Off).await?;
+    done(&bus, waiting).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_ended_without_a_broker_is_known() -> Result<()> {
+    let mut broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let vm = running(&bus, "vm", definition(&idle())).await?;
+    let core = vm.process().await?;
+    broker.kill()?;
+    kill_process(core)?;
+    broker.start_again()?;
+    let bus = broker.connect().await?;
+    let path = manager(&bus).await?.get_machine("vm").await?;
+    let vm = machine(&bus, path).await?;
+    becomes(&vm, State::Failed).await?;
+    let job = vm.start(0).await?;
+    done(&bus, job).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn declared_machines_are_found_and_started() -> Result<()> {
+    let mut broker = Broker::start()?;
+    let kernel = test_guest::program().display();
+    let text = format!("kernel = \"{kernel}\"\nmemory = \"64M\"\ncmdline = \"heartbeat=50\"\n");
+    std::fs::write(broker.config().join("quiet.toml"), &text)?;
+    std::fs::write(
+        broker.config().join("eager.toml"),
+        format!("{text}autostart = true\n"),
+    )?;
+    std::fs::write(
+        broker.config().join("wrong.toml"),
+        format!("{text}cpus = 3\n"),
+    )?;
+    broker.kill()?;
+    broker.start_again()?;
+    let bus = broker.connect().await?;
+    let manager = manager(&bus).await?;
+    let names: Vec<_> = manager
+        .list_machines()
+        .await?
+        .into_iter()
+        .map(|m| m.name)
+        .collect();
+    assert_eq!(names, ["eager", "quiet"]);
+    let said = broker.stderr();
+    assert!(
+        said.contains("wrong.toml: line 4: cpus: unknown key"),
+        "{said}"
+    );
+    let eager = machine(&bus, manager.get_machine("eager").await?).await?;
+    becomes(&eager, State::Running).await?;
+    let quiet = machine(&bus, manager.get_machine("quiet").await?).await?;
+    assert_eq!(quiet.state().await?, State::Off);
+    let uuid = quiet.uuid().await?;
+    std::fs::write(
+        broker.config().join("quiet.toml"),
+        format!("{text}vcpus = 2\n"),
+    )?;
+    manager.reload().await?;
+    assert_eq!(quiet.vcpus().await?, 2);
+    assert_eq!(quiet.uuid().await?, uuid);
+    let console = std::fs::metadata(broker.folder().join("run/log/eager/console.log"));
+    console.context("the console is logged")?;
+    Ok(())
+}
