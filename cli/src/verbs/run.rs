@@ -6,16 +6,15 @@
 use std::fs;
 use std::path::Path;
 
+use api::Error;
 use api::machine::REPLAY;
 use api::manager::TRANSIENT;
-use api::{Dictionary, Error};
-use zbus::Variant;
 
 use super::console::follow;
 use super::start::start_one;
 use super::watch::Watch;
 use crate::connection::{Broker, Machine};
-use crate::definition;
+use crate::definition::{self, DefinitionFile};
 use crate::error::{Failure, Result, What as _};
 use crate::options::{Run, Wait};
 use crate::render::{Output, say};
@@ -90,24 +89,24 @@ async fn create(broker: &Broker, run: &Run, flags: u64) -> Result<Machine> {
             free.filter(|name| !taken(name)).take(TRIES).collect()
         }
     };
-    let text = run.file.as_deref().map(read).transpose()?;
+    let file = run.file.as_deref().map(read).transpose()?;
     let mut last = None;
     for name in names {
-        let definition = match &text {
-            Some(text) => of_text(text),
+        let definition = match &file {
+            Some(file) => file.dictionary()?,
             None => definition::of_options(&run.define)?,
         };
         match manager.create_machine(&name, definition, flags).await {
             Ok(path) => return Machine::at(broker, &name, path).await,
             Err(error @ Error::MachineExists(_)) => last = Some((name, error)),
             Err(Error::InvalidDefinition(problem)) => {
-                return Err(Failure::Definition {
-                    of: run
-                        .file
-                        .as_ref()
-                        .map_or(name, |file| file.display().to_string()),
-                    excerpt: text.as_deref().and_then(|text| excerpt(text, &problem)),
-                    problem,
+                return Err(match &file {
+                    Some(file) => file.mistake(problem),
+                    None => Failure::Definition {
+                        of: name,
+                        problem,
+                        excerpt: None,
+                    },
                 });
             }
             Err(error) => return Err(error).what(name),
@@ -124,48 +123,20 @@ fn name_of(file: &Path) -> Result<String> {
         .ok_or_else(|| Failure::NoName { path: file.into() })
 }
 
-fn read(file: &Path) -> Result<String> {
-    let failed = || Failure::io(format!("{} cannot be read", file.display()));
-    let size = fs::metadata(file).map_err(failed())?.len();
+fn read(path: &Path) -> Result<DefinitionFile> {
+    let failed = || Failure::io(format!("{} cannot be read", path.display()));
+    let size = fs::metadata(path).map_err(failed())?.len();
     if size > MAX_FILE {
-        let much =
-            std::io::Error::other(format!("it has {size} bytes, {MAX_FILE} at most are read"));
-        return Err(failed()(much));
+        let much = format!("it has {size} bytes, {MAX_FILE} at most are read");
+        return Err(failed()(std::io::Error::other(much)));
     }
-    fs::read_to_string(file).map_err(failed())
-}
-
-/// A definition as text, which the broker reads as a file of its own.
-fn of_text(text: &str) -> Dictionary {
-    let text = Variant::new(text).try_into_owned();
-    text.map(|text| ("toml".to_owned(), text))
-        .into_iter()
-        .collect()
-}
-
-/// The line of which `problem`, which has `line N`, speaks.
-fn excerpt(text: &str, problem: &str) -> Option<String> {
-    let (_, after) = problem.split_once("line ")?;
-    let digits = after.split(|c: char| !c.is_ascii_digit()).next()?;
-    let number: usize = digits.parse().ok()?;
-    let line = text.lines().nth(number.checked_sub(1)?)?;
-    let gap = " ".repeat(digits.len());
-    Some(format!("{gap} |\n{digits} | {line}\n{gap} |"))
+    let text = fs::read_to_string(path).map_err(failed())?;
+    Ok(DefinitionFile::new(path, text))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_mistake_is_shown_with_its_line() {
-        let text = "vcpus = 2\nmemory = \"lots\"\n";
-        let shown = excerpt(text, "line 2: memory: \"lots\" is no size").unwrap();
-        assert_eq!(shown, "  |\n2 | memory = \"lots\"\n  |");
-        for problem in ["kernel is missing", "line 0: x", "line 9: x", "line x"] {
-            assert_eq!(excerpt(text, problem), None, "{problem}");
-        }
-    }
 
     #[test]
     fn a_machine_has_its_files_name() {

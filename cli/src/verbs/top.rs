@@ -16,6 +16,7 @@ use crate::job::Interrupts;
 use crate::options::Top;
 use crate::render::{self, Column, Output, table};
 use crate::terminal::Keys;
+use crate::usage::{self, CPU, RESIDENT};
 use crate::view;
 
 /// Counters by name.
@@ -95,9 +96,12 @@ async fn look(broker: &Broker, names: &[String]) -> Result<Look> {
         }
         let mut counters = BTreeMap::new();
         if machine.process.is_some() {
-            counters.insert(None, broker.machine_statistics(&machine.name).await?);
+            let mut of_core = broker.machine_statistics(&machine.name).await?;
+            usage::complete(&mut of_core, machine.process);
+            counters.insert(None, of_core);
             for device in &machine.devices {
-                let of_device = broker.device_statistics(&machine.name, &device.id).await?;
+                let mut of_device = broker.device_statistics(&machine.name, &device.id).await?;
+                usage::complete(&mut of_device, device.process);
                 counters.insert(Some(device.id.clone()), of_device);
             }
         }
@@ -144,11 +148,6 @@ fn rows(before: &Look, now: &Look) -> Vec<Row> {
     }
     rows
 }
-
-/// Counter of CPU time, in microseconds.
-const CPU: &str = "cpu_usec";
-/// Memory that is present, in bytes.
-const RESIDENT: &str = "resident_bytes";
 
 /// Growth a second. A counter that fell belongs to a new process, and has no rate yet.
 fn rates(before: Option<&Counters>, now: &Counters, seconds: f64) -> BTreeMap<String, f64> {

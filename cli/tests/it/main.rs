@@ -1,6 +1,7 @@
 //! The program as a whole: against a broker of the test's own, and against the real one.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+#![expect(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod common;
 mod console;
+mod machines;
 mod verbs;

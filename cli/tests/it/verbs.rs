@@ -131,7 +131,7 @@ fn a_mistake_in_a_definition_is_shown_with_its_line() {
     std::fs::write(&file, "kernel = \"/k\"\nmemory = \"lots\"\n").unwrap();
     let ended = at(&fake, &format!("run {}", file.display()));
     assert!(ended.stderr.contains("2 | memory = \"lots\""), "{ended:?}");
-    ended.failed(6, "web.toml: line 2: memory");
+    ended.failed(6, "web.toml:2: memory");
     std::fs::write(&file, "kernel = \"/k\"\n").unwrap();
     assert_eq!(
         at(&fake, &format!("run -d {}", file.display())).ok(),

@@ -235,12 +235,9 @@ impl Machines for OfManager {
                 "there is a machine {name} already"
             )));
         }
-        if let Some(text) = definition.get("toml") {
-            let text = <&str>::try_from(text).unwrap();
-            if let Some(line) = text.lines().position(|line| line.contains("lots")) {
-                let problem = format!("line {}: memory: \"lots\" is no size", line + 1);
-                return Err(Error::InvalidDefinition(problem));
-            }
+        if let Some(Ok("lots")) = definition.get("memory").map(<&str>::try_from) {
+            let problem = "memory: \"lots\" is no size";
+            return Err(Error::InvalidDefinition(problem.into()));
         }
         let text = |value: &OwnedVariant| <&str>::try_from(value).ok().map(serde_json::Value::from);
         let pairs = definition

@@ -2,6 +2,7 @@
 //! own.
 
 pub mod fake;
+pub mod real;
 pub mod terminal;
 
 use std::path::Path;

@@ -1,4 +1,6 @@
-//! The definition of a machine, from options and as the broker takes it.
+//! The definition of a machine, from options or a file, as the broker takes it.
+
+mod file;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -10,6 +12,8 @@ use zbus::{OwnedVariant, Variant};
 use crate::error::{Failure, Result};
 use crate::options::Define;
 use crate::value::{Disk, Net, VhostUser};
+
+pub use self::file::DefinitionFile;
 
 /// A dictionary of one device.
 type Device = HashMap<&'static str, Variant<'static>>;
