@@ -390,7 +390,7 @@ mod tests {
 
     /// Page 64 is zero, others are full of their number.
     fn content(page: u64, into: &mut [u8]) -> io::Result<()> {
-        into.fill(if page == 64 { 0 } else { page as u8 });
+        into.fill(if page == 64 { 0 } else { page.to_le_bytes()[0] });
         Ok(())
     }
 

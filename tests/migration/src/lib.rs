@@ -4,5 +4,5 @@
 mod side;
 mod wires;
 
-pub use side::{Moved, Outcome, Side, Spec, beat_on, finish};
+pub use side::{Done, Moved, Outcome, Side, Spec, beat_on, finish, warm_up};
 pub use wires::{Fault, Kind, Wires};

@@ -401,11 +401,31 @@ pub fn beat_on(side: &mut Side) -> Result<u64> {
     Ok(number)
 }
 
-/// Waits for the end of the guest's work, which must have gone well; pages, reads, writes, packets
-/// sent and answered.
-pub fn finish(mut side: Side) -> Result<(u64, (u64, u64), (u64, u64))> {
+/// Waits until a guest has done all of its work at least once: it has written its whole span.
+pub fn warm_up(side: &mut Side) -> Result<u64> {
+    loop {
+        let beat = beat_on(side)?;
+        if beat >= 50 {
+            return Ok(beat);
+        }
+    }
+}
+
+/// What a guest has done, all of it right.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Done {
+    /// Pages that were compared.
+    pub pages: u64,
+    /// Reads compared, and writes.
+    pub blocks: (u64, u64),
+    /// Packets sent, and answers.
+    pub packets: (u64, u64),
+}
+
+/// Waits for the end of the guest's work, which must have gone well.
+pub fn finish(mut side: Side) -> Result<Done> {
     side.console.send(test_guest::command::STOP)?;
-    let (mut pages, mut blocks, mut packets) = (0, (0, 0), (0, 0));
+    let mut done = Done::default();
     let found = side
         .console
         .report("the end of the work", DEADLINE, |report| {
@@ -415,14 +435,20 @@ pub fn finish(mut side: Side) -> Result<(u64, (u64, u64), (u64, u64))> {
                     writes,
                     end: true,
                     ..
-                } => blocks = (blocks.0 + reads, blocks.1 + writes),
+                } => {
+                    done.blocks.0 += reads;
+                    done.blocks.1 += writes;
+                }
                 Report::Net {
                     sent,
                     received,
                     end: true,
                     ..
-                } => packets = (packets.0 + sent, packets.1 + received),
-                Report::Verify { pages: checked, .. } => pages += checked,
+                } => {
+                    done.packets.0 += sent;
+                    done.packets.1 += received;
+                }
+                Report::Verify { pages: checked, .. } => done.pages += checked,
                 Report::Done { ok, .. } => return Some(ok),
                 _ => {}
             }
@@ -437,5 +463,5 @@ pub fn finish(mut side: Side) -> Result<(u64, (u64, u64), (u64, u64))> {
     }
     let status = side.core.wait(DEADLINE)?;
     ensure!(status.success(), "the core said {}", side.core.stderr());
-    Ok((pages, blocks, packets))
+    Ok(done)
 }

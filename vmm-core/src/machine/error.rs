@@ -28,7 +28,7 @@ pub enum MachineError {
     Migrating,
     /// A migration failed.
     #[error(transparent)]
-    Migration(#[from] MigrationError),
+    Migration(Box<MigrationError>),
     /// The definition.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -111,6 +111,12 @@ impl From<BootError> for MachineError {
     }
 }
 
+impl From<MigrationError> for MachineError {
+    fn from(error: MigrationError) -> Self {
+        Self::Migration(Box::new(error))
+    }
+}
+
 /// As the owner hears it.
 impl From<MachineError> for CallError {
     fn from(error: MachineError) -> Self {
@@ -118,7 +124,9 @@ impl From<MachineError> for CallError {
         match error {
             MachineError::Vcpu(VcpuError::Deadline { .. }) => Self::TimedOut(text),
             MachineError::Elsewhere(_) | MachineError::Migrating => Self::InvalidState(text),
-            MachineError::Migration(MigrationError::Setup(_)) => Self::InvalidArgs(text),
+            MachineError::Migration(error) if matches!(*error, MigrationError::Setup(_)) => {
+                Self::InvalidArgs(text)
+            }
             MachineError::Transport(_) | MachineError::VhostUser(_) => Self::DeviceFailed(text),
             _ => Self::Internal(text),
         }

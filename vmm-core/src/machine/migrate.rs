@@ -238,7 +238,7 @@ impl Machine {
             return Err(MachineError::Migrating);
         }
         let no_thread = |source| {
-            MachineError::Migration(MigrationError::System {
+            MachineError::from(MigrationError::System {
                 what: "a thread for the migration",
                 source,
             })

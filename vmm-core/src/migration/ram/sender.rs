@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use vm_memory::{Bytes as _, GuestAddress};
 
-use super::{PAGE, WORD_PAGES};
+use super::PAGE;
 use crate::memory::GuestMemory;
 use crate::migration::error::system;
 use crate::migration::{MigrationError, STALL_DEADLINE};
@@ -77,7 +77,7 @@ impl RamSender {
     pub fn send(&mut self, first: u64, words: &[u64]) -> Result<(), MigrationError> {
         let count = self.channels.len();
         let mut batches = vec![Vec::new(); count];
-        let firsts = (first..).step_by(WORD_PAGES as usize);
+        let firsts = (first..).step_by(u64::BITS as usize);
         for (first, bits) in firsts.zip(words).filter(|(_, bits)| **bits != 0) {
             batches[channel_of(first, count)].push((first, *bits));
         }
