@@ -144,9 +144,15 @@ pub enum Verb {
 Examples:
   godwit run --kernel vmlinuz --initrd initrd.img --disk disk.img --net tap:tap0 \\
       --memory 1G --cpus 2 --cmdline 'console=ttyS0 root=/dev/vda'
-  godwit run web.toml --detach")]
+  godwit run web.toml --detach
+
+A definition file has these keys; paths are absolute:
+  kernel, initrd, cmdline, vcpus, memory = \"1G\", hugepages, prefault, uuid
+  [[disk]]        path, read-only, queues, serial, id
+  [[net]]         tap, mac, queue-pairs, mtu, id
+  [[vhost-user]]  type, socket, queues, tag, id")]
 pub struct Run {
-    /// A definition file; its keys are those of docs/definition.md
+    /// A definition file (TOML), in the place of the options that define a machine
     #[arg(value_name = "FILE", conflicts_with = "definition")]
     pub file: Option<PathBuf>,
     /// Name of the machine; by default the file's, or the first of vm1, vm2, … that is free

@@ -255,6 +255,25 @@ fn without_a_broker_it_says_how_to_get_one() {
 }
 
 #[test]
+fn the_variable_names_the_broker_and_the_option_goes_before_it() {
+    let fake = with_machine();
+    let other = Fake::start();
+    let list = |variable: &Fake, option: Option<&Fake>| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_godwit"));
+        command.args(["list", "--json"]);
+        let address = format!("unix:path={}", variable.bus.display());
+        command.env("GODWIT_BUS", address);
+        if let Some(option) = option {
+            command.arg("--bus").arg(&option.bus);
+        }
+        run(command).json().as_array().unwrap().len()
+    };
+    assert_eq!(list(&fake, None), 1);
+    assert_eq!(list(&fake, Some(&other)), 0);
+    assert_eq!(list(&other, Some(&fake)), 1);
+}
+
+#[test]
 fn a_broker_that_does_not_start_is_quoted() {
     // A copy of the program beside which there is a broker that only complains.
     let folder = tempfile::TempDir::new().unwrap();
