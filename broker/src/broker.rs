@@ -404,9 +404,12 @@ impl Broker {
     async fn take_over(self: &Arc<Self>, name: MachineName) {
         let file = self.host.folder.machine(&name).join("state.json");
         let state: Option<MachineState> = folder::load(&file).ok();
-        let Some(state) = state.filter(|state| state.complete) else {
-            machine::adopt::clean(&self.host, &name, None).await;
-            return;
+        let state = match state {
+            Some(state) if state.complete => state,
+            cut_short => {
+                machine::adopt::clean(&self.host, &name, cut_short.as_ref()).await;
+                return;
+            }
         };
         self.lock().remove(&name);
         let inserted = self.insert(

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use device_kit::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, HostError, Kit, OptionError,
-    QueueIndex, StateError,
+    Assignment, Capabilities, ConfigError, ConfigWriter, Device, Health, HostError, Kit,
+    OptionError, QueueIndex, StateError,
 };
 
 use crate::config::{self, Options, SPACE_LEN, Serial, WRITEBACK_AT, feature};
@@ -21,6 +21,7 @@ pub(crate) struct Shared {
     pub(crate) image: Image,
     pub(crate) serial: Serial,
     pub(crate) metrics: BlkMetrics,
+    pub(crate) health: Health,
     features: AtomicU64,
     /// The driver's choice; it counts only with CONFIG_WCE.
     writeback: AtomicBool,
@@ -73,6 +74,7 @@ impl Device for Blk {
                 image: Image::open(&options)?,
                 serial: options.serial,
                 metrics: BlkMetrics::register(kit.registry),
+                health: kit.health.clone(),
                 features: AtomicU64::new(0),
                 writeback: AtomicBool::new(true),
             }),
@@ -187,6 +189,10 @@ impl Device for Blk {
             .writeback
             .store(state.writeback, Ordering::Release);
         Ok(())
+    }
+
+    fn statistics(&self) -> Vec<(&'static str, u64)> {
+        self.shared.metrics.totals()
     }
 
     fn reset(&self) {

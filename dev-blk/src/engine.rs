@@ -172,6 +172,8 @@ impl Engine {
                 self.shared.metrics.host_errors.inc();
                 let error = std::io::Error::from_raw_os_error(errno);
                 tracing::warn!(queue = %self.queue, request = ?slot.request, %error, "I/O failed");
+                let what = format_args!("{:?} on the image failed: {error}", slot.request);
+                self.shared.health.error(&what);
                 Status::IoError
             }
         };

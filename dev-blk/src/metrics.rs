@@ -54,6 +54,24 @@ impl BlkMetrics {
         }
     }
 
+    /// All of them, by name.
+    pub(crate) fn totals(&self) -> Vec<(&'static str, u64)> {
+        let operations = OPERATIONS.map(|operation| {
+            let name = match operation {
+                Operation::Read => "reads",
+                Operation::Write => "writes",
+                Operation::Flush => "flushes",
+                Operation::Discard => "discards",
+                Operation::WriteZeroes => "zeroed_ranges",
+                Operation::GetId => "id_requests",
+                Operation::Unknown => "unknown_requests",
+            };
+            (name, self.operations[operation as usize].get())
+        });
+        let errors = ("host_errors", self.host_errors.get());
+        operations.into_iter().chain([errors]).collect()
+    }
+
     /// A request was taken.
     pub(crate) fn count(&self, operation: Operation) {
         self.operations[operation as usize].inc();

@@ -114,4 +114,9 @@ impl Device for NetDevice {
     fn reset(&self) {
         self.shared.reset();
     }
+
+    fn statistics(&self) -> Vec<(&'static str, u64)> {
+        let pairs = self.shared.tap().pairs();
+        self.shared.metrics().totals(pairs)
+    }
 }

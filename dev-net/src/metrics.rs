@@ -7,6 +7,15 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
+const REASONS: [Reason; 6] = [
+    Reason::Filtered,
+    Reason::Offload,
+    Reason::Size,
+    Reason::Runt,
+    Reason::Refused,
+    Reason::Stale,
+];
+
 /// Which way a packet goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(crate) enum Direction {
@@ -29,6 +38,8 @@ pub(crate) enum Reason {
     Runt,
     /// The kernel refused it.
     Refused,
+    /// The driver changed what it takes while the packet waited for buffers.
+    Stale,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -86,6 +97,36 @@ impl Metrics {
             pair,
             direction,
         }
+    }
+
+    /// All of them by name, those of all pairs added up.
+    pub(crate) fn totals(&self, pairs: u16) -> Vec<(&'static str, u64)> {
+        // What was never counted has no counter, and gets none.
+        let sum = |family: &Family<Flow, Counter>, direction| {
+            let of = |pair| family.get(&Flow { pair, direction }).map(|c| c.get());
+            (0..pairs).filter_map(of).sum()
+        };
+        let dropped = |direction| {
+            let all = (0..pairs).flat_map(|pair| REASONS.map(|reason| (pair, reason)));
+            let of = |(pair, reason)| {
+                let drop = Drop {
+                    pair,
+                    direction,
+                    reason,
+                };
+                self.drops.get(&drop).map(|c| c.get())
+            };
+            all.filter_map(of).sum()
+        };
+        vec![
+            ("rx_packets", sum(&self.packets, Direction::Rx)),
+            ("rx_bytes", sum(&self.bytes, Direction::Rx)),
+            ("rx_dropped", dropped(Direction::Rx)),
+            ("tx_packets", sum(&self.packets, Direction::Tx)),
+            ("tx_bytes", sum(&self.bytes, Direction::Tx)),
+            ("tx_dropped", dropped(Direction::Tx)),
+            ("refused_commands", self.refused_commands.get()),
+        ]
     }
 
     /// A control command was refused.

@@ -14,8 +14,9 @@
 //! The headers are checked and completed in private memory and written to the first buffer last.
 //! As many buffers are gathered as packets lately needed, so that a stream of large packets lands
 //! in place, and small packets do not gather buffers in vain. What was spilled is copied to more
-//! buffers; a packet for which the ring has too few is dropped and counted. Nothing is read from
-//! the tap while the guest has no buffer at all: packets wait there.
+//! buffers. A packet for which the ring has too few is kept in private memory, whole, and holds up
+//! those behind it until the guest gives more; only one that the whole ring cannot hold is dropped.
+//! Nothing is read from the tap while the guest has no buffer at all: packets wait there.
 //!
 //! Buffers that are gathered and not used go back to the ring at the end of each turn, so that a
 //! ring that stops has nothing in flight.
@@ -54,6 +55,8 @@ pub(crate) struct Receiver {
     lead: [u8; LEAD_LEN],
     vectors: Vec<libc::iovec>,
     spill: Box<[u8]>,
+    /// Length of a packet that waits for buffers: its lead in `lead`, the rest in `spill`.
+    waiting: Option<usize>,
     answers: Vec<(u16, u32)>,
     metrics: QueueMetrics,
 }
@@ -73,6 +76,7 @@ impl Receiver {
             lead: [0; LEAD_LEN],
             vectors: Vec::new(),
             spill: vec![0; HEADER_LEN + MAX_FRAME].into_boxed_slice(),
+            waiting: None,
             answers: Vec::with_capacity(BATCH),
             metrics,
         }
@@ -87,6 +91,13 @@ impl Receiver {
     /// The tap has a packet.
     pub(crate) fn set_readable(&mut self) {
         self.readable = true;
+    }
+
+    /// The driver takes other packets from now on, of another form maybe.
+    pub(crate) fn drop_waiting(&mut self) {
+        if self.waiting.take().is_some() {
+            self.metrics.dropped(Reason::Stale);
+        }
     }
 
     /// Moves packets until there are none or no buffers.
@@ -109,6 +120,15 @@ impl Receiver {
         view: &View,
     ) -> Result<Progress, WorkerError> {
         loop {
+            if let Some(len) = self.waiting {
+                self.gather(queue, len)?;
+                if self.room < len && !self.has_all(queue) {
+                    return Ok(Progress::Short);
+                }
+                self.waiting = None;
+                self.deliver(queue, view, len, lead_len(view))?;
+                continue;
+            }
             // One at least is looked at also when there is no packet, so that it is known whether
             // to wait for one, and so that a broken ring is found when the guest kicks.
             let expected = self.readable && view.mergeable;
@@ -214,15 +234,59 @@ impl Receiver {
             self.expected = len.max(self.expected - self.expected / 16);
             self.gather(queue, len)?;
         }
+        if view.mergeable && self.room < len && !self.has_all(queue) {
+            return self.keep(queue, len, lead_end, in_place_end);
+        }
+        self.deliver(queue, view, len, in_place_end)
+    }
+
+    /// Whether the guest has nothing more to give.
+    fn has_all(&self, queue: &Queue) -> bool {
+        self.gathered.len() >= usize::from(queue.size())
+    }
+
+    /// Moves what of the packet is in the gathered buffers in front of what was spilled.
+    fn keep(
+        &mut self,
+        queue: &Queue,
+        len: usize,
+        lead_end: usize,
+        in_place_end: usize,
+    ) -> Result<(), QueueError> {
+        let in_place = len.min(in_place_end) - lead_end;
+        let spilled = len.saturating_sub(in_place_end);
+        let mut spill = std::mem::take(&mut self.spill);
+        spill.copy_within(..spilled, in_place);
+        let mut done = 0;
+        let read = self.each_part(lead_end, lead_end + in_place, |chain, from, len| {
+            let part = &mut spill[done..done + len];
+            done += len;
+            chain.read_back(from, part)
+        });
+        self.spill = spill;
+        self.waiting = Some(len);
+        read.map_err(|fault| queue.error(fault))
+    }
+
+    /// Writes to the gathered buffers what of a packet of `len` bytes is in private memory, its
+    /// lead and all from `spilled_from` on, and shows them to the guest.
+    fn deliver(
+        &mut self,
+        queue: &mut Queue,
+        view: &View,
+        len: usize,
+        spilled_from: usize,
+    ) -> Result<(), QueueError> {
         if self.room < len {
             self.metrics.dropped(Reason::Size);
             return Ok(());
         }
+        let lead_end = len.min(lead_len(view));
         let buffers = self.buffers_for(len);
         set_buffers(&mut self.lead, view.header_len, buffers);
         self.write(queue, 0, &self.lead[..lead_end])?;
-        if len > in_place_end {
-            self.write(queue, in_place_end, &self.spill[..len - in_place_end])?;
+        if len > spilled_from {
+            self.write(queue, spilled_from, &self.spill[..len - spilled_from])?;
         }
         self.metrics.passed(len - view.header_len);
         queue.metrics().bytes_to_guest.inc_by(len as u64);

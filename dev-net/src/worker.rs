@@ -69,9 +69,18 @@ impl NetWorker {
         if !self.viewer.view().settled && self.pair == 0 && queue.pop(&mut self.chain)? {
             queue.unpop(&mut self.chain);
             self.shared.settle();
-            self.viewer.refresh(&self.shared);
+            self.refresh();
         }
         Ok(())
+    }
+
+    /// Follows what the driver made of the device.
+    fn refresh(&mut self) -> bool {
+        let changed = self.viewer.refresh(&self.shared);
+        if changed {
+            self.rx.drop_waiting();
+        }
+        changed
     }
 
     fn tap(&self) -> &TapQueue {
@@ -86,7 +95,7 @@ impl NetWorker {
                 return Err(queue.error(fault).into());
             }
             queue.complete(&mut self.chain, 1)?;
-            self.viewer.refresh(&self.shared);
+            self.refresh();
         }
         Ok(Progress::Emptied)
     }
@@ -136,7 +145,7 @@ impl Worker for NetWorker {
     }
 
     fn process(&mut self, queue: &mut Queue) -> Result<Progress, WorkerError> {
-        if self.viewer.refresh(&self.shared) {
+        if self.refresh() {
             self.claimed = false;
         }
         match self.viewer.view().role(queue.index()) {

@@ -57,7 +57,8 @@ pub struct Options {
     /// Makes all RAM present before the guest starts
     #[arg(long)]
     prefault: bool,
-    /// A device: TYPE,socket=PATH|fd=N[,id=NAME][,queues=N][,queue-size=N][,mac=MAC][,tag=TAG]
+    /// A device, `TYPE,socket=PATH|fd=N`, and if wanted id=, queues=, queue-size=, mac=, tag=,
+    /// config-size=, control-fd=
     #[arg(long = "vhost-user", value_name = "DEVICE")]
     vhost_user: Vec<String>,
     /// Where the first serial port leads: stdio, null, file=PATH or fd=N
@@ -108,8 +109,11 @@ impl Options {
             None => KvmSource::Path(self.kvm),
         };
         let mut vhost_user = Vec::new();
+        let mut links = Vec::new();
         for (number, text) in self.vhost_user.iter().enumerate() {
-            vhost_user.push(device(number, text).with_context(|| format!("--vhost-user {text}"))?);
+            let device = device(number, text).with_context(|| format!("--vhost-user {text}"))?;
+            links.extend(device.link.map(|link| (device.config.id.clone(), link)));
+            vhost_user.push((device.config, device.endpoint));
         }
         let config = MachineConfig {
             name: self.name,
@@ -125,6 +129,7 @@ impl Options {
             prefault: self.prefault,
             serial: serial(&self.serial)?,
             vhost_user,
+            links,
             kvm,
         };
         Ok((config, owner))
@@ -217,15 +222,22 @@ fn parse<T: FromStr<Err: Display>>(key: &str, value: &str) -> Result<T> {
         .map_err(|error| anyhow!("{key}={value}: {error}"))
 }
 
+/// What an option says of one device.
+struct Device {
+    config: VhostUserConfig,
+    endpoint: Endpoint,
+    link: Option<OwnedFd>,
+}
+
 /// One device of the form TYPE,key=value,…
-fn device(number: usize, text: &str) -> Result<(VhostUserConfig, Endpoint)> {
+fn device(number: usize, text: &str) -> Result<Device> {
     let mut words = text.split(',');
     let kind: DeviceKind = words
         .next()
         .unwrap_or_default()
         .parse()
         .map_err(|e| anyhow!("{e}"))?;
-    let mut endpoint = None;
+    let (mut endpoint, mut link) = (None, None);
     let mut config = VhostUserConfig::new(kind, format!("device{number}"));
     for word in words {
         let Some((key, value)) = word.split_once('=') else {
@@ -234,6 +246,7 @@ fn device(number: usize, text: &str) -> Result<(VhostUserConfig, Endpoint)> {
         match key {
             "socket" => endpoint = Some(Endpoint::Path(value.into())),
             "fd" => endpoint = Some(Endpoint::Connected(inherited("fd", parse(key, value)?)?)),
+            "control-fd" => link = Some(inherited(key, parse(key, value)?)?),
             "id" => config.id = value.into(),
             "queues" => config.queues = Some(parse(key, value)?),
             "queue-size" => config.queue_size = parse(key, value)?,
@@ -241,11 +254,15 @@ fn device(number: usize, text: &str) -> Result<(VhostUserConfig, Endpoint)> {
             "tag" => config.tag = Some(value.into()),
             "mac" => config.mac = Some(mac(value)?),
             _ => bail!(
-                "{key} is no setting of a device: there are socket, fd, id, queues, queue-size, config-size, tag, mac"
+                "{key} is no setting of a device: there are socket, fd, control-fd, id, queues, queue-size, config-size, tag, mac"
             ),
         }
     }
-    Ok((config, endpoint.context("it needs socket=PATH or fd=N")?))
+    Ok(Device {
+        config,
+        endpoint: endpoint.context("it needs socket=PATH or fd=N")?,
+        link,
+    })
 }
 
 fn mac(text: &str) -> Result<[u8; 6]> {
@@ -272,13 +289,16 @@ mod tests {
 
     #[test]
     fn devices_are_named_by_their_settings() {
-        let (config, _) = device(3, "blk,socket=/run/d,queues=4").unwrap();
-        assert_eq!((config.id.as_str(), config.queues), ("device3", Some(4)));
-        let wrong = |text| format!("{:#}", device(0, text).unwrap_err());
+        let blk = device(3, "blk,socket=/run/d,queues=4").unwrap();
+        assert_eq!(blk.config.id, "device3");
+        assert_eq!(blk.config.queues, Some(4));
+        assert!(blk.link.is_none());
+        let wrong = |text| format!("{:#}", device(0, text).err().unwrap());
         assert_eq!(wrong("blk"), "it needs socket=PATH or fd=N");
         assert!(wrong("toaster,socket=/x").contains("toaster"));
         assert!(wrong("blk,socket=/x,size=3").starts_with("size is no setting"));
         assert!(wrong("blk,socket=/x,queues=many").starts_with("queues=many: "));
+        assert!(wrong("blk,socket=/x,control-fd=999").contains("no such open descriptor"));
         assert!(wrong("blk,fd=999").contains("no such open descriptor"));
         assert!(wrong("net,socket=/x,mac=1:2").contains("six hexadecimal bytes"));
     }

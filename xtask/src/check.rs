@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::cargo::{command, run};
+use crate::cargo::{command, root, run};
 use crate::{rules, tools};
 
 /// Runs all tests.
@@ -23,6 +23,18 @@ pub fn check() -> Result<()> {
     tools::install_for_tests()?;
     run(&mut command("cargo", &["fmt", "--all", "--check"]))?;
     rules::check()?;
+    guest_program("fmt", &["--check"])?;
+    guest_program(
+        "clippy",
+        &[
+            "--release",
+            "--target",
+            "x86_64-unknown-linux-gnu",
+            "--",
+            "-D",
+            "warnings",
+        ],
+    )?;
     run(&mut command(
         "cargo",
         &[
@@ -41,4 +53,12 @@ pub fn check() -> Result<()> {
     test(&[])?;
     println!("all checks passed in {} s", start.elapsed().as_secs());
     Ok(())
+}
+
+/// A cargo command on the bundled guest's program, which is a workspace of its own.
+fn guest_program(subcommand: &str, arguments: &[&str]) -> Result<()> {
+    let mut cargo = command("cargo", &[subcommand]);
+    run(cargo
+        .args(arguments)
+        .current_dir(root().join("tests/guest/program")))
 }

@@ -8,6 +8,7 @@ mod bench;
 mod cargo;
 mod check;
 mod demo;
+mod hosts;
 mod rules;
 mod tools;
 
@@ -38,19 +39,26 @@ enum Command {
         #[command(subcommand)]
         bench: bench::Bench,
     },
+    /// Emulated hosts, to try things in by hand.
+    Hosts {
+        #[command(subcommand)]
+        hosts: hosts::Hosts,
+    },
     /// Everything that a change must pass: format, lints, docs, rules, tests.
     Check,
 }
 
 fn main() -> ExitCode {
+    let done = |result: anyhow::Result<()>| result.map(|()| ExitCode::SUCCESS);
     let result = match Cli::parse().command {
-        Command::Demo => demo::demo(),
-        Command::Bench { bench } => bench::bench(&bench),
-        Command::Test { nextest } => check::test(&nextest),
-        Command::Check => check::check(),
+        Command::Demo => done(demo::demo()),
+        Command::Bench { bench } => done(bench::bench(&bench)),
+        Command::Hosts { hosts } => hosts::hosts(&hosts),
+        Command::Test { nextest } => done(check::test(&nextest)),
+        Command::Check => done(check::check()),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

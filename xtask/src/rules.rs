@@ -1,5 +1,5 @@
-//! Rules of the source tree that no compiler knows: who may depend on whom, and how
-//! long a file may be.
+//! Rules of the source tree that no compiler knows: who may depend on whom, under which
+//! licences, and how long a file may be.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,10 +11,10 @@ use crate::cargo::{command, output, root};
 
 /// For each package of the product, which other packages of the workspace it may use.
 /// `docs/architecture.md` says why; packages of the tests are free.
-const MAY_USE: [(&str, &[&str]); 8] = [
+const MAY_USE: &[(&str, &[&str])] = &[
     ("api", &[]),
     ("migration", &[]),
-    ("device-kit", &["migration"]),
+    ("device-kit", &["api", "migration"]),
     ("broker", &["api", "migration"]),
     ("cli", &["api"]),
     ("vmm-core", &["api", "migration"]),
@@ -22,18 +22,32 @@ const MAY_USE: [(&str, &[&str]); 8] = [
     ("dev-net", &["device-kit", "migration"]),
 ];
 
+/// Licences that an Apache-2.0 program can be distributed with.
+const LICENCES: &[&str] = &[
+    "Apache-2.0",
+    "Apache-2.0 WITH LLVM-exception",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "ISC",
+    "MIT",
+    "Unicode-3.0",
+    "Unlicense",
+    "Zlib",
+];
+
 /// A file that is longer is not readable in one sitting.
 const LONGEST_FILE: usize = 1000;
 
 /// Checks all rules.
 pub fn check() -> Result<()> {
-    let metadata = output(&mut command(
-        "cargo",
-        &["metadata", "--format-version=1", "--no-deps"],
-    ))?;
-    let metadata: Value =
-        serde_json::from_str(&metadata).context("cargo metadata printed no JSON")?;
-    let broken = [broken_dependencies(&metadata)?, long_files()?].concat();
+    let ours = metadata(&["--no-deps"])?;
+    let all = metadata(&["--locked"])?;
+    let broken = [
+        broken_dependencies(&ours)?,
+        foreign_licences(&all)?,
+        long_files()?,
+    ]
+    .concat();
     if !broken.is_empty() {
         bail!(
             "rules of the source tree are broken:\n  {}",
@@ -44,11 +58,40 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
+fn metadata(options: &[&str]) -> Result<Value> {
+    let mut cargo = command("cargo", &["metadata", "--format-version=1"]);
+    serde_json::from_str(&output(cargo.args(options))?).context("cargo metadata printed no JSON")
+}
+
+/// Dependencies that are under none of [`LICENCES`].
+fn foreign_licences(metadata: &Value) -> Result<Vec<String>> {
+    let packages = metadata["packages"]
+        .as_array()
+        .context("cargo metadata names no packages")?;
+    let refused = |package: &Value| {
+        let licence = package["license"].as_str().unwrap_or("none");
+        let name = package["name"].as_str().unwrap_or_default();
+        (!is_permitted(licence)).then(|| format!("{name} is under {licence}"))
+    };
+    Ok(packages.iter().filter_map(refused).collect())
+}
+
+/// Whether an SPDX expression (or the older form with slashes) leaves us a choice.
+fn is_permitted(licence: &str) -> bool {
+    let any = |choices: &str| {
+        let choices = choices.trim_matches(['(', ')', ' ']).replace('/', " OR ");
+        choices
+            .split(" OR ")
+            .any(|choice| LICENCES.contains(&choice))
+    };
+    licence.split(" AND ").all(any)
+}
+
 fn broken_dependencies(metadata: &Value) -> Result<Vec<String>> {
     let packages = metadata["packages"]
         .as_array()
         .context("cargo metadata names no packages")?;
-    let allowed: BTreeMap<_, _> = MAY_USE.into_iter().collect();
+    let allowed: BTreeMap<_, _> = MAY_USE.iter().copied().collect();
     let name = |value: &Value| value["name"].as_str().unwrap_or_default().to_owned();
     let ours: Vec<_> = packages.iter().map(name).collect();
     let mut broken = Vec::new();
@@ -127,6 +170,21 @@ mod tests {
                 "dev-blk must not depend on vmm-core",
             ]
         );
+    }
+
+    #[test]
+    fn licences_are_chosen_and_added_up() {
+        for good in [
+            "MIT",
+            "MIT/Apache-2.0",
+            "GPL-2.0 OR MIT",
+            "(MIT OR GPL-3.0) AND Unicode-3.0",
+        ] {
+            assert!(is_permitted(good), "{good}");
+        }
+        for bad in ["GPL-2.0", "MIT AND GPL-3.0", "none", ""] {
+            assert!(!is_permitted(bad), "{bad}");
+        }
     }
 
     #[test]

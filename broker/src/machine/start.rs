@@ -1,9 +1,9 @@
 //! From a definition to a running machine, or to nothing.
 //!
 //! Order: everything that is opened, then the device processes, then the core with its
-//! guest stopped, then the state on disk, then the guest runs. A broker that is killed on the
-//! way leaves nothing that runs: a device ends with its socket, and a core whose guest never
-//! ran is ended by the next broker.
+//! guest stopped, then the state on disk, then the guest runs. Of a broker that is killed on
+//! the way no guest runs: a device ends with its socket, and a core whose start was not
+//! complete is ended by the next broker.
 
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 use zbus::connection::Builder;
 
 use super::device::{RunningDevice, chain};
+use super::state::MachineState;
 use super::supervisor::Supervisor;
 use super::{DeviceStatus, Live, Machine};
 use crate::console::Console;
@@ -182,6 +183,9 @@ async fn make(
     let core = host.launcher.start(program).await;
     let core = Arc::new(core.map_err(|error| Error::MachineFailed(chain(&error)))?);
     made.core = Some(Arc::clone(&core));
+    // A later broker ends what this one may not get to the end of.
+    let state = MachineState::new(machine, &core, &made.devices, false);
+    state.save(host, name).map_err(internal("no state"))?;
     let console = host.folder.logs(name).join("console.log");
     let console = Console::new(ours, &console).map_err(internal("no console"))?;
 

@@ -1,9 +1,16 @@
 //! What a later broker needs to adopt a running machine.
 
+use std::io;
+
 use serde::{Deserialize, Serialize};
 
+use super::Machine;
+use super::device::RunningDevice;
 use crate::definition::Definition;
-use crate::process::ProcessId;
+use crate::folder;
+use crate::host::Host;
+use crate::name::MachineName;
+use crate::process::{Process, ProcessId};
 use crate::resources::FileIdentity;
 
 /// A running machine. Fields are only added.
@@ -23,6 +30,37 @@ pub struct MachineState {
     pub core: Option<ProcessId>,
     /// Its devices, in the order of the definition.
     pub devices: Vec<DeviceRecord>,
+}
+
+impl MachineState {
+    /// What runs now. One that is not `complete` has a guest that never ran.
+    pub(super) fn new(
+        machine: &Machine,
+        core: &Process,
+        devices: &[RunningDevice],
+        complete: bool,
+    ) -> Self {
+        let inner = machine.lock();
+        let record = |device: &RunningDevice| DeviceRecord {
+            process: device.process.as_ref().map(|process| process.id().clone()),
+            reconnects: device.reconnects,
+            image: device.image(),
+        };
+        Self {
+            definition: (*inner.definition).clone(),
+            transient: machine.transient,
+            from_file: machine.from_file,
+            started_usec: inner.started_usec,
+            complete,
+            core: Some(core.id().clone()),
+            devices: devices.iter().map(record).collect(),
+        }
+    }
+
+    /// Writes it where the next broker looks for it.
+    pub(super) fn save(&self, host: &Host, name: &MachineName) -> io::Result<()> {
+        folder::save(&host.folder.machine(name).join("state.json"), self)
+    }
 }
 
 /// A device of a running machine.

@@ -17,9 +17,9 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use super::device::RunningDevice;
-use super::state::{DeviceRecord, MachineState};
+use super::state::MachineState;
 use super::{DeviceStatus, Machine};
-use crate::folder::{self, last_line, last_words};
+use crate::folder::{last_line, last_words};
 use crate::host::Host;
 use crate::process::{Ended, Process};
 use crate::publish::Change;
@@ -117,7 +117,7 @@ impl Supervisor {
         core: &CoreProxy<'static>,
         paused: bool,
     ) -> Result<(), Error> {
-        self.save(true);
+        self.save();
         if !paused {
             core.resume().await?;
         }
@@ -274,7 +274,7 @@ impl Supervisor {
                 status.reason = format!("it ended too often; the last time: {why}");
             }),
         }
-        self.save(true);
+        self.save();
     }
 
     async fn try_restart(&mut self, at: usize) {
@@ -310,7 +310,7 @@ impl Supervisor {
             .metrics
             .device_restarted(self.devices[at].device.kind_name());
         self.watch_device(at);
-        self.save(true);
+        self.save();
         Ok(())
     }
 
@@ -417,32 +417,10 @@ impl Supervisor {
     }
 
     /// Writes down what a later broker needs.
-    pub(super) fn save(&self, complete: bool) {
-        let (definition, started_usec) = {
-            let inner = self.machine.lock();
-            ((*inner.definition).clone(), inner.started_usec)
-        };
-        let record = |device: &RunningDevice| DeviceRecord {
-            process: device.process.as_ref().map(|process| process.id().clone()),
-            reconnects: device.reconnects,
-            image: device.image(),
-        };
-        let state = MachineState {
-            definition,
-            transient: self.machine.transient,
-            from_file: self.machine.from_file,
-            started_usec,
-            complete,
-            core: Some(self.core.id().clone()),
-            devices: self.devices.iter().map(record).collect(),
-        };
-        let path = self
-            .host
-            .folder
-            .machine(&self.machine.name)
-            .join("state.json");
-        if let Err(error) = folder::save(&path, &state) {
-            let name = &self.machine.name;
+    fn save(&self) {
+        let state = MachineState::new(&self.machine, &self.core, &self.devices, true);
+        let name = &self.machine.name;
+        if let Err(error) = state.save(&self.host, name) {
             tracing::error!(machine = %name, %error, "another broker could not adopt it");
         }
     }

@@ -1,9 +1,12 @@
 //! `org.godwit.Core1` at `/org/godwit/Core1`: one machine, seen from who started it.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 
 use serde::{Deserialize, Serialize};
-use zbus::{OwnedFd, OwnedVariant, Type, Variant};
+use zbus::{DeserializeDict, OwnedFd, OwnedVariant, SerializeDict, Type, Variant};
+
+use zbus::object_server::SignalEmitter;
 
 use crate::Error;
 
@@ -27,6 +30,54 @@ pub enum State {
     Ended,
 }
 
+/// The connection of a core to the process of one of its devices ([`crate::device1`]).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, Type, Variant, OwnedVariant,
+)]
+#[zbus(signature = "s", rename_all = "lowercase")]
+#[serde(rename_all = "lowercase")]
+pub enum Link {
+    /// There never was one, as with back-ends of others' making.
+    #[default]
+    None,
+    /// The process has not yet taken it up.
+    Waiting,
+    /// The process answers.
+    Up,
+    /// The process does not answer in time.
+    Silent,
+    /// The process ended it, or misbehaved.
+    Lost,
+}
+
+/// How a device does, as its core sees it. What its process says of itself is empty unless the
+/// link is [`Link::Up`], and is to be taken as the word of a process that the guest may have
+/// taken over.
+#[derive(Clone, Debug, Default, PartialEq, Eq, SerializeDict, DeserializeDict, Type)]
+#[zbus(signature = "dict", rename_all = "PascalCase")]
+pub struct DeviceStatus {
+    /// Device type, by the core's name for it.
+    pub kind: String,
+    /// Whether there is a back-end now.
+    pub connected: bool,
+    /// How many times a back-end took the place of another.
+    pub reconnects: u32,
+    /// Why the device does not work any more, in one sentence, or empty.
+    pub trouble: String,
+    /// The connection by which its process tells the rest.
+    pub link: Link,
+    /// Where it is in its life, by VFIO's names.
+    pub state: String,
+    /// What went wrong last in its process, in one sentence.
+    pub last_error: String,
+    /// Bytes of guest memory that it has mapped.
+    pub mapped_bytes: u64,
+    /// How many of them its prefault thread has been through.
+    pub prefaulted_bytes: u64,
+    /// Its counters, see [`crate::device1::Device1Proxy::statistics`].
+    pub statistics: BTreeMap<String, u64>,
+}
+
 /// What a core does for its owner.
 pub trait Control: Send + Sync + 'static {
     /// See [`CoreProxy::pause`].
@@ -45,6 +96,19 @@ pub trait Control: Send + Sync + 'static {
         device: &str,
         socket: OwnedFd,
     ) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`CoreProxy::attach_link`].
+    fn attach_link(
+        &self,
+        device: &str,
+        socket: OwnedFd,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`CoreProxy::device_status`].
+    fn device_status(
+        &self,
+        device: &str,
+    ) -> impl Future<Output = Result<DeviceStatus, Error>> + Send;
+    /// See [`CoreProxy::devices`]. Must not block.
+    fn devices(&self) -> Vec<String>;
     /// See [`CoreProxy::attach_console`].
     fn attach_console(&self, socket: OwnedFd) -> impl Future<Output = Result<(), Error>> + Send;
     /// See [`CoreProxy::state`]. Must not block.
@@ -93,6 +157,29 @@ impl<C: Control> Core<C> {
     /// has or had, and sets it up. Requests in flight are done by it.
     async fn attach_backend(&self, device: &str, socket: OwnedFd) -> Result<(), Error> {
         self.0.attach_backend(device, socket).await
+    }
+
+    /// Gives the core its end of a new connection to a device's process, whose other end the
+    /// process has as its `--control-fd`, in the place of the one that it has or had.
+    async fn attach_link(&self, device: &str, socket: OwnedFd) -> Result<(), Error> {
+        self.0.attach_link(device, socket).await
+    }
+
+    /// How a device does. Takes at most two seconds, whatever its process does.
+    #[zbus(out_args("status"))]
+    async fn device_status(&self, device: &str) -> Result<DeviceStatus, Error> {
+        self.0.device_status(device).await
+    }
+
+    /// Something in [`CoreProxy::device_status`] is new, other than counters; at most four times
+    /// a second for each device.
+    #[zbus(signal)]
+    pub async fn device_changed(emitter: &SignalEmitter<'_>, device: &str) -> zbus::Result<()>;
+
+    /// The names of its devices, in the order of the machine's definition.
+    #[zbus(property(emits_changed_signal = "const"))]
+    async fn devices(&self) -> Vec<String> {
+        self.0.devices()
     }
 
     /// Gives the first serial port a new outside, in the place of the one that it has or had.

@@ -13,7 +13,7 @@
 //! An interface is a generic struct, [`manager::Manager`] for one, on a trait that a
 //! server implements; the proxy, [`manager::ManagerProxy`] for one, comes from the same
 //! definition. [`private_bus`] makes a bus of a Unix socket, on which every D-Bus client
-//! finds the one service that is there.
+//! finds the one service that is there; [`peer`] is a connection between two processes alone.
 //!
 //! Rules: only methods, properties, signals and dictionary keys are ever added; bulk
 //! never travels in messages, only descriptors do; every failure has a name of [`Error`].
@@ -28,6 +28,7 @@ pub mod job;
 pub mod machine;
 pub mod manager;
 pub mod path;
+pub mod peer;
 pub mod private_bus;
 
 use std::collections::HashMap;

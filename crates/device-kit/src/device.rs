@@ -26,6 +26,7 @@ use migration::schema::Schema;
 use prometheus_client::registry::Registry;
 use thiserror::Error;
 
+use crate::health::Health;
 use crate::queue::{Queue, QueueError, QueueIndex};
 use crate::session::ConfigChange;
 
@@ -90,6 +91,10 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// Back to what it was after `open`. Every ring is stopped and drained.
     fn reset(&self);
+
+    /// Counters of its own by name, beside those that the kit has for every device. They only
+    /// grow. Called by the link thread; must not block.
+    fn statistics(&self) -> Vec<(&'static str, u64)>;
 }
 
 /// Most queues of a device.
@@ -120,6 +125,9 @@ pub trait Worker: Send + 'static {
 pub enum Progress {
     /// `pop` said that there is nothing: the guest's next request must kick.
     Emptied,
+    /// What is left, which `unpop` put back, is not enough to go on (a packet that needs more
+    /// buffers than there are): the guest's next request must kick, and is waited for.
+    Short,
     /// Requests may be left on purpose, for want of a packet or of room: the worker waits for a
     /// descriptor instead, or has requests in flight whose end will bring it here.
     Held,
@@ -190,6 +198,8 @@ pub struct Kit<'a> {
     pub registry: &'a mut Registry,
     /// Tells the front-end that the configuration space changed.
     pub config_change: ConfigChange,
+    /// Takes note of what goes wrong, for whoever asks how the process does.
+    pub health: Health,
 }
 
 /// What `--print-capabilities` prints, by vhost-user.json.

@@ -2,11 +2,13 @@
 //!
 //! A `dev-*` implements [`Device`] and [`Worker`], and calls [`run`]; the kit brings the socket, the
 //! vhost-user protocol, rings, dirty log, in-flight record, prefaulting, state streams, sandbox,
-//! metrics and readiness. Start reading at [`device`].
+//! metrics, control link and readiness. Start reading at [`device`].
 
 pub mod device;
 mod ending;
 mod features;
+mod health;
+mod link;
 mod listen;
 pub mod memory;
 pub mod metrics;
@@ -25,6 +27,7 @@ pub use device::{
     MAX_QUEUE_SIZE, MAX_QUEUES, OptionError, Progress, Queues, Source, StateError, Worker,
     WorkerError,
 };
+pub use health::Health;
 pub use listen::adopt;
 pub use program::run;
 pub use queue::{Chain, Queue, QueueError, QueueFault, QueueIndex};

@@ -69,11 +69,11 @@ pub(crate) fn bind(option: &'static str, path: &Path) -> Result<UnixListener, Op
 }
 
 /// Takes over the descriptor that the option names.
-pub(crate) fn inherit(fd: RawFd) -> Result<Front, OptionError> {
+pub(crate) fn inherit(option: &'static str, fd: RawFd) -> Result<Front, OptionError> {
     let refuse = |problem: &str| OptionError {
-        option: "--fd",
+        option,
         value: fd.to_string(),
-        problem: format!("{problem}; hand over a Unix stream socket, listening or connected"),
+        problem: format!("{problem}; hand over a Unix stream socket"),
     };
     let fd = adopt(fd).ok_or_else(|| refuse("is no open descriptor above 2"))?;
     let local = getsockname::<UnixAddr>(fd.as_raw_fd());

@@ -111,6 +111,32 @@ impl Metrics {
         metrics
     }
 
+    /// The counters of the process, those of all queues added up, by name.
+    pub(crate) fn totals(&self, queues: u16) -> Vec<(&'static str, u64)> {
+        let sum = |family: &Family<QueueLabel, Counter>| {
+            // A queue that never ran has no counter, and gets none.
+            let of = |queue| {
+                family
+                    .get(&QueueLabel { queue })
+                    .map(|counter| counter.get())
+            };
+            (0..queues).filter_map(of).sum()
+        };
+        vec![
+            ("requests", sum(&self.requests)),
+            ("failed_requests", sum(&self.failed)),
+            ("bytes_to_guest", sum(&self.bytes_to_guest)),
+            ("bytes_from_guest", sum(&self.bytes_from_guest)),
+            ("kicks", sum(&self.kicks)),
+            ("calls", sum(&self.calls)),
+            ("broken_rings", sum(&self.broken)),
+            ("sessions", self.sessions.get()),
+            ("failed_sessions", self.sessions_failed.get()),
+            ("states_saved", self.states_saved.get()),
+            ("states_loaded", self.states_loaded.get()),
+        ]
+    }
+
     /// The counters of one queue.
     pub(crate) fn queue(&self, queue: QueueIndex) -> QueueMetrics {
         let label = QueueLabel { queue: queue.get() };

@@ -31,6 +31,11 @@ pub(crate) struct KitOptions {
     #[arg(long, value_enum, default_value_t = Switch::On, value_name = "on|off")]
     pub(crate) sandbox: Switch,
 
+    /// Serve org.godwit.Device1 (D-Bus, peer to peer) on the connected Unix socket that was handed
+    /// over as descriptor N
+    #[arg(long, value_name = "N")]
+    pub(crate) control_fd: Option<i32>,
+
     /// Serve metrics as OpenMetrics text by HTTP on a new Unix socket at PATH
     #[arg(long, value_name = "PATH")]
     pub(crate) metrics_socket: Option<PathBuf>,

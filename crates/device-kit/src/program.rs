@@ -4,6 +4,7 @@
 //! options → device, workers, sockets (everything that is opened) → sandbox → threads → READY
 //!   main thread     waits for SIGTERM, SIGINT, a failed thread, and feeds the watchdog
 //!   control thread  serves one front-end after the other
+//!   link thread     with --control-fd: answers the core
 //!   queue threads   one for each worker
 //! ```
 //! SIGTERM ends the connection, gives requests in flight a moment to end, and ends the process
@@ -32,7 +33,10 @@ use crate::device::{
     Assignment, Capabilities, Device, HostError, Kit, MAX_QUEUE_SIZE, MAX_QUEUES, OptionError,
 };
 use crate::ending::{Ending, chain};
+use crate::health::Health;
+use crate::link::Link;
 use crate::listen::{self, Front};
+use crate::memory::Prefaulter;
 use crate::metrics::Metrics;
 use crate::metrics_server;
 use crate::options::{CommandLine, KitOptions, Switch, one_line};
@@ -164,6 +168,7 @@ fn start<D: Device>(
         .clone()
         .map_or_else(|| UnitId::new(<D::SavedState as Schema>::KIND), Ok)?;
     let config_change = ConfigChange::default();
+    let health = Health::default();
     let mut registry = Registry::with_prefix("godwit");
     let metrics = Metrics::register(&mut registry);
     let device = D::open(
@@ -171,12 +176,14 @@ fn start<D: Device>(
         &mut Kit {
             registry: registry.sub_registry_with_prefix(<D::SavedState as Schema>::KIND),
             config_change: config_change.clone(),
+            health: health.clone(),
         },
     )?;
     check_queues(&device)?;
     let workers = device.workers()?;
     let thread_of = threads_of_queues(&device, &workers)?;
     let front = open_front(&options)?;
+    let link = options.control_fd.map(Link::new).transpose()?;
     let metrics_listener = options
         .metrics_socket
         .as_deref()
@@ -186,13 +193,14 @@ fn start<D: Device>(
         .map_err(|error| HostError::new("cannot reach the socket in NOTIFY_SOCKET", error))?;
 
     match options.sandbox {
-        Switch::On => sandbox::enter(D::IOCTLS)?,
+        Switch::On => sandbox::enter(D::IOCTLS, link.is_some())?,
         Switch::Off => tracing::warn!("running without sandbox"),
     }
 
     let mut mailboxes = Vec::new();
     for Assignment { worker, queues } in workers {
-        let (thread, mailbox) = QueueThread::new(worker, queues.len(), ending.clone())?;
+        let (thread, mailbox) =
+            QueueThread::new(worker, queues.len(), ending.clone(), health.clone())?;
         let name = format!("queue-{}", queues.first().map_or(0, |queue| queue.get()));
         spawn(name, STACK, move || thread.run())?;
         mailboxes.push(mailbox);
@@ -205,10 +213,14 @@ fn start<D: Device>(
         device: Arc::new(device),
         queues: QueueThreads::new(mailboxes, thread_of),
         unit,
-        prefault: options.prefault,
+        prefault: Prefaulter::new(options.prefault, health.clone()),
         metrics,
         config_change,
+        health,
     });
+    if let Some(link) = link {
+        link.start(Arc::clone(&services))?;
+    }
     let running = Running {
         signals,
         ending: ending.clone(),
@@ -228,7 +240,8 @@ fn start<D: Device>(
     Ok(running)
 }
 
-fn spawn(
+/// Starts a thread whose stack has `stack` bytes of address space.
+pub(crate) fn spawn(
     name: String,
     stack: usize,
     work: impl FnOnce() + Send + 'static,
@@ -243,10 +256,17 @@ fn spawn(
 }
 
 fn open_front(options: &KitOptions) -> Result<Front, OptionError> {
+    if options.socket.fd.is_some() && options.socket.fd == options.control_fd {
+        return Err(OptionError {
+            option: "--control-fd",
+            value: options.control_fd.unwrap_or(-1).to_string(),
+            problem: "is the descriptor of --fd too; hand over two sockets".to_owned(),
+        });
+    }
     match (&options.socket.socket_path, options.socket.fd) {
         (Some(path), _) => listen::bind("--socket-path", path).map(Front::Listening),
         // The command line has one of the two.
-        (None, fd) => listen::inherit(fd.unwrap_or(-1)),
+        (None, fd) => listen::inherit("--fd", fd.unwrap_or(-1)),
     }
 }
 

@@ -27,6 +27,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::device::{HostError, Interest, Progress, Queues, Source, Worker, WorkerError};
 use crate::ending::Ending;
+use crate::health::Health;
 use crate::memory::Memory;
 use crate::queue::{Queue, QueueError, QueueIndex, RingLayout};
 
@@ -106,6 +107,7 @@ pub(crate) struct QueueThread<W> {
     /// There is more to do, without waiting.
     again: bool,
     ending: Ending,
+    health: Health,
 }
 
 impl<W: Worker> QueueThread<W> {
@@ -114,6 +116,7 @@ impl<W: Worker> QueueThread<W> {
         worker: W,
         queue_count: usize,
         ending: Ending,
+        health: Health,
     ) -> Result<(Self, Mailbox), HostError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_flags(flags)
@@ -137,6 +140,7 @@ impl<W: Worker> QueueThread<W> {
             slots: (0..queue_count).map(|_| slot()).collect(),
             again: false,
             ending,
+            health,
         };
         Ok((thread, mailbox))
     }
@@ -322,6 +326,7 @@ impl<W: Worker> QueueThread<W> {
         let slot = &mut self.slots[at];
         if !slot.broken {
             tracing::warn!(%error, "ring is broken and not served until it is set up anew");
+            self.health.error(error);
             slot.broken = true;
             queue.metrics().broken.inc();
             signal(slot.events.error.as_ref(), queue.index());
@@ -358,14 +363,13 @@ fn serve<W: Worker>(worker: &mut W, queue: &mut Queue) -> Result<bool, WorkerErr
     queue.refill_budget();
     queue.disable_kicks()?;
     loop {
-        match worker.process(queue)? {
+        let more = match worker.process(queue)? {
             Progress::Held => return Ok(false),
-            Progress::Emptied => {
-                let more = queue.enable_kicks()?;
-                if !more || queue.out_of_budget() {
-                    return Ok(more);
-                }
-            }
+            Progress::Emptied => queue.enable_kicks()?,
+            Progress::Short => queue.enable_kicks_for_more()?,
+        };
+        if !more || queue.out_of_budget() {
+            return Ok(more);
         }
     }
 }

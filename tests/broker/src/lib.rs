@@ -132,6 +132,25 @@ impl Broker {
         files
     }
 
+    /// Processes of its machines that run.
+    pub fn programs(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Ok(pid) = name.parse::<u32>() else {
+                continue;
+            };
+            let open = fs::read_dir(entry.path().join("fd")).into_iter().flatten();
+            let ours = open.flatten().any(|fd| {
+                fs::read_link(fd.path()).is_ok_and(|link| link.starts_with(self.folder.path()))
+            });
+            if ours && pid != self.id() && lives(pid) {
+                found.push(fs::read_to_string(entry.path().join("comm")).unwrap_or_default());
+            }
+        }
+        found
+    }
+
     /// A disk of `mib` MiB of zeroes.
     pub fn image(&self, name: &str, mib: u64) -> Result<PathBuf> {
         let path = self.folder.path().join(name);

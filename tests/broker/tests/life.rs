@@ -311,6 +311,45 @@ async fn machines_survive_their_broker() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_was_cut_short_is_cleaned_up() -> Result<()> {
+    let mut broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let images = [broker.image("a", 32)?];
+    for round in 0..10 {
+        let name = format!("vm{round}");
+        let definition = with_disks(definition(&idle()), &images, 1);
+        manager(&bus)
+            .await?
+            .create_machine(&name, definition, 0)
+            .await?;
+    }
+    for round in 0..10u64 {
+        let bus = broker.connect().await?;
+        let name = format!("vm{round}");
+        let path = manager(&bus).await?.get_machine(&name).await?;
+        let vm = machine(&bus, path).await?;
+        vm.start(0).await?;
+        // At another moment each time.
+        tokio::time::sleep(Duration::from_millis(3 * round)).await;
+        broker.kill()?;
+        broker.start_again()?;
+        let bus = broker.connect().await?;
+        let path = manager(&bus).await?.get_machine(&name).await?;
+        let vm = machine(&bus, path).await?;
+        match vm.state().await? {
+            State::Running | State::Paused => {
+                let job = vm.terminate(0).await?;
+                done(&bus, job).await?;
+            }
+            state => assert!(matches!(state, State::Off | State::Failed), "{state:?}"),
+        }
+        let programs = broker.programs();
+        ensure!(programs.is_empty(), "round {round}: {programs:?} are left");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_ended_without_a_broker_is_known() -> Result<()> {
     let mut broker = Broker::start()?;
     let bus = broker.connect().await?;

@@ -2,6 +2,7 @@
 
 pub(crate) mod hostile;
 pub(crate) mod life;
+pub(crate) mod link;
 pub(crate) mod program;
 pub(crate) mod session;
 pub(crate) mod state;

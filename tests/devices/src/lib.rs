@@ -1,6 +1,6 @@
 //! Conformance of device processes, driven over a real vhost-user socket without a guest.
 //!
-//! Every device passes the same cases; [`subject::Subject`] says what differs between devices.
+//! Every device passes the same cases; a `Subject` says what differs between devices.
 //! A new device is a row in the list at the end.
 
 #![cfg(test)]
@@ -52,6 +52,19 @@ macro_rules! conformance {
                 state: state_of_another_device_is_refused;
                 state: a_peer_that_goes_away_leaves_the_device_alive;
                 state: failed_load_needs_a_reset;
+                link: interface_is_introspected;
+                link: statistics_move_with_data;
+                link: life_is_told;
+                link: changes_are_signalled;
+                link: errors_are_told;
+                link: prefault_is_told_and_steered;
+                link: device_outlives_its_link;
+                link: junk_ends_the_link_only;
+                link: a_huge_message_ends_the_link_only;
+                link: a_silent_peer_holds_up_nothing;
+                link: link_lives_in_the_sandbox;
+                link: a_link_that_is_none_is_refused;
+                link: own_memory_stays_small;
                 hostile: descriptor_loop_breaks_the_queue_only;
                 hostile: address_outside_memory_breaks_the_queue_only;
                 hostile: wild_available_index_breaks_the_queue_only;

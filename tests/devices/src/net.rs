@@ -124,6 +124,16 @@ impl Net {
         Ok(())
     }
 
+    /// Takes the next packet, or sends one more, as networks do: what a process that died had read
+    /// is lost, and what comes to its queue until the kernel has closed it, too.
+    fn receive_or_send_again(&mut self, machine: &mut Machine) -> Result<()> {
+        match self.receive_within(machine, 0, RETRANSMIT) {
+            Ok(packet) => self.came(&packet),
+            Err(_) if machine.process.has_ended() => anyhow::bail!("the device has ended"),
+            Err(_) => self.host_sends(1500).map(drop),
+        }
+    }
+
     /// Waits for the next packet of a pair.
     fn receive(&mut self, machine: &mut Machine, pair: usize) -> Result<Packet> {
         self.receive_within(machine, pair, PATIENCE)
@@ -282,9 +292,10 @@ impl Subject for Net {
             self.host_sends(payload)?;
             // One at least, and what an earlier load left in the tap.
             while !self.coming.is_empty() {
-                self.post(machine, 0, 1, BUFFER)?;
-                let packet = self.receive(machine, 0)?;
-                self.came(&packet)?;
+                if machine.rings[0].in_flight() == 0 {
+                    self.post(machine, 0, 1, BUFFER)?;
+                }
+                self.receive_or_send_again(machine)?;
             }
 
             let frame = self.frame(PEER, MAC, payload);
@@ -314,12 +325,7 @@ impl Subject for Net {
 
     fn settle(&mut self, machine: &mut Machine) -> Result<()> {
         while machine.rings[0].in_flight() > 0 {
-            // What a process that died had read is lost, and sent anew as networks do.
-            match self.receive_within(machine, 0, RETRANSMIT) {
-                Ok(packet) => self.came(&packet)?,
-                Err(_) if machine.process.has_ended() => anyhow::bail!("the device has ended"),
-                Err(_) => drop(self.host_sends(1500)?),
-            }
+            self.receive_or_send_again(machine)?;
         }
         while machine.rings[1].in_flight() > 0 {
             machine.rings[1].wait_used(&machine.ram, PATIENCE)?;

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use test_guest::Report;
 
+/// What the guest prints first.
+const FIRST_LINE: &str = "@first";
+
 /// A line of the console.
 #[derive(Clone, Debug)]
 pub struct Line {
@@ -117,6 +120,12 @@ fn read_lines(mut socket: UnixStream, lines: &Sender<Line>) {
             }
             let text = String::from_utf8_lossy(&line).trim_end().to_owned();
             line.clear();
+            // A reset cuts a line off, and the first of the next boot continues it.
+            let text = if text.ends_with(FIRST_LINE) {
+                FIRST_LINE.to_owned()
+            } else {
+                text
+            };
             if lines.send(Line { at, text }).is_err() {
                 return;
             }

@@ -1,13 +1,14 @@
 //! A machine: a core and the processes that are its devices.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use api::core::{CoreProxy, State};
+use api::core::{CoreProxy, DeviceStatus, State};
 use tempfile::TempDir;
 use test_guest::Workload;
 use tokio::runtime::Runtime;
@@ -59,6 +60,8 @@ pub struct Definition {
     pub memory_mib: u64,
     /// Devices, in order.
     pub devices: Vec<Device>,
+    /// Whether the core has a link to each device process that is ours.
+    pub links: bool,
     /// More options of the core.
     pub options: Vec<String>,
 }
@@ -72,6 +75,7 @@ impl Definition {
             cpus: 1,
             memory_mib: 64,
             devices: Vec::new(),
+            links: false,
             options: Vec::new(),
         }
     }
@@ -111,17 +115,26 @@ impl Machine {
             .option("--memory", format!("{}M", definition.memory_mib));
         let mut devices = Vec::new();
         for (number, device) in definition.devices.iter().enumerate() {
+            let mut link = None;
             let (kind, socket) = match device {
                 Device::Foreign { kind, socket } => (*kind, socket.clone()),
                 Device::Blk { .. } | Device::Net { .. } => {
                     let socket = folder.path().join(format!("device{number}"));
                     // The device takes over a socket that listens already, so nobody has to wait.
                     let listener = UnixListener::bind(&socket).context("no socket for a device")?;
-                    devices.push(start_device(device, listener)?);
+                    let theirs = if definition.links {
+                        let (ours, theirs) = UnixStream::pair().context("no link")?;
+                        link = Some(core.inherit(ours.into()));
+                        Some(theirs)
+                    } else {
+                        None
+                    };
+                    devices.push(start_device(device, listener, theirs)?);
                     (device.kind(), socket)
                 }
             };
-            let value = format!("{kind},socket={},id=device{number}", socket.display());
+            let link = link.map_or(String::new(), |fd| format!(",control-fd={fd}"));
+            let value = format!("{kind},socket={},id=device{number}{link}", socket.display());
             core = core.option("--vhost-user", value);
         }
         let (ours, theirs) = UnixStream::pair().context("no console")?;
@@ -172,8 +185,30 @@ impl Machine {
         // Nobody is left who listens there.
         std::fs::remove_file(&socket).context("the device's socket is gone")?;
         let listener = UnixListener::bind(&socket).context("no socket for a device")?;
-        self.devices[number] = start_device(device, listener)?;
+        let link = if definition.links {
+            let (ours, theirs) = UnixStream::pair().context("no link")?;
+            self.attach_link(&format!("device{number}"), ours.into())?;
+            Some(theirs)
+        } else {
+            None
+        };
+        self.devices[number] = start_device(device, listener, link)?;
         Ok(())
+    }
+
+    /// Gives the core a new link to the process of a device.
+    pub fn attach_link(&self, device: &str, socket: OwnedFd) -> Result<()> {
+        self.call(async |core| core.attach_link(device, socket.into()).await)
+    }
+
+    /// How a device does, as the core sees it.
+    pub fn device_status(&self, device: &str) -> Result<DeviceStatus> {
+        self.call(async |core| core.device_status(device).await)
+    }
+
+    /// The names of the machine's devices.
+    pub fn device_names(&self) -> Result<Vec<String>> {
+        self.call(async |core| Ok(core.devices().await?))
     }
 
     /// Waits for the end of the core.
@@ -248,10 +283,18 @@ impl Device {
     }
 }
 
-fn start_device(device: &Device, listener: UnixListener) -> Result<Process> {
+fn start_device(
+    device: &Device,
+    listener: UnixListener,
+    link: Option<UnixStream>,
+) -> Result<Process> {
     let mut launch = Launch::new(&program(&format!("godwit-{}", device.kind()))?);
     let socket = launch.inherit(listener.into());
     launch = launch.option("--fd", socket.to_string());
+    if let Some(link) = link {
+        let link = launch.inherit(link.into());
+        launch = launch.option("--control-fd", link.to_string());
+    }
     launch = match device {
         Device::Blk { image, queues } => launch
             .option("--blk-file", image)

@@ -56,6 +56,13 @@ impl Launch {
         self.arg(option).arg(value)
     }
 
+    /// Sets an environment variable.
+    #[must_use]
+    pub fn environment(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
     /// Lets the program inherit `descriptor` under its present number, which is returned.
     pub fn inherit(&mut self, descriptor: OwnedFd) -> RawFd {
         let number = descriptor.as_raw_fd();

@@ -2,6 +2,7 @@
 //! `godwit-net`, in an emulated host.
 
 use std::error::Error;
+use std::time::Duration;
 
 use test_hosts::linux_guest::{self, Launch};
 use test_hosts::{Host, HostOptions};
@@ -40,4 +41,20 @@ fn linux_guest_keeps_its_data() {
 #[test]
 fn debian_disk_boots() {
     linux_guest::debian(&mut host().unwrap(), &godwit()).unwrap();
+}
+
+#[test]
+fn a_debian_is_paused_and_shut_down_by_its_owner() {
+    let script = include_str!("owner.sh");
+    let output = host().unwrap().run_for(script, Duration::from_secs(240));
+    let output = output.unwrap();
+    let said: Vec<_> = output.stdout.lines().collect();
+    let expected = [
+        "s \"paused\"",
+        "s \"running\"",
+        "pressed",
+        "status 0",
+        "reboot: Power down",
+    ];
+    assert_eq!(said, expected, "{}", output.stderr);
 }

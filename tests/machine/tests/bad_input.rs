@@ -102,6 +102,8 @@ fn impossible_machines() -> Result<()> {
         let said = refused(&[guest(), ("--cpus", cpus), ("--memory", memory)])?;
         assert!(said.contains(named), "{said}");
     }
+    let said = refused(&[guest(), ("--memory", "1T"), ("--hugepages", "2M")])?;
+    assert!(said.contains("see vm.nr_hugepages"), "{said}");
     let long = "x".repeat(5000);
     let said = refused(&[guest(), ("--cmdline", &long)])?;
     assert!(said.contains("5000 bytes"), "{said}");

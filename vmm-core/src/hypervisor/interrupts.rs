@@ -109,9 +109,10 @@ fn msi(gsi: Gsi, message: MsiMessage) -> kvm_irq_routing_entry {
         type_: KVM_IRQ_ROUTING_MSI,
         ..Default::default()
     };
+    let [a, b, c, d, e, f, g, h] = message.address.to_le_bytes();
     entry.u.msi = kvm_irq_routing_msi {
-        address_lo: message.address as u32,
-        address_hi: (message.address >> 32) as u32,
+        address_lo: u32::from_le_bytes([a, b, c, d]),
+        address_hi: u32::from_le_bytes([e, f, g, h]),
         data: message.data,
         ..Default::default()
     };

@@ -71,7 +71,7 @@ impl Vm {
         let fd = kvm.create_vm().map_err(refused("create a VM"))?;
         fd.set_identity_map_address(KVM_IDENTITY_MAP)
             .map_err(refused("place its identity map"))?;
-        fd.set_tss_address(KVM_TSS as usize)
+        fd.set_tss_address(usize::try_from(KVM_TSS).unwrap_or(usize::MAX))
             .map_err(refused("place its task state segment"))?;
         let quirks = fd.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
         if u64::try_from(quirks).is_ok_and(|q| q & QUIRK_SLOT_ZAP_ALL != 0) {

@@ -14,7 +14,8 @@ use tokio::sync::watch;
 
 use super::config::{ImageSource, KvmSource, MachineConfig};
 use super::console::Console;
-use super::control::{self, Owner};
+use super::control::{self, News, Owner};
+use super::devices::Devices;
 use super::error::MachineError;
 use super::event::Events;
 use super::platform::Platform;
@@ -28,6 +29,7 @@ use crate::hypervisor::{
 };
 use crate::memory::{Memory, Ram, prefault};
 use crate::pci::{BarAllocator, HostBridge, PciAddress, Root};
+use crate::remote::device1::DeviceLinks;
 use crate::remote::vhost_user::{
     Endpoint, VhostUserConfig, VhostUserDevice, VhostUserError, Watchdog,
 };
@@ -107,8 +109,19 @@ impl Machine {
         pristine.0.clock = None;
 
         let console = Console::start(&config.serial, &platform.serial, &platform.output)?;
+        let (links, changes) = DeviceLinks::new();
+        for (device, socket) in config.links {
+            links
+                .attach(&device, socket)
+                .map_err(|source| MachineError::Link { device, source })?;
+        }
         let (state, watcher) = watch::channel(State::Paused);
-        control::serve(owner, events, watcher).map_err(MachineError::Control)?;
+        let news = News {
+            state: watcher,
+            devices: changes,
+        };
+        let control = control::serve(owner, events, news, Devices::new(&backends, links))
+            .map_err(MachineError::Control)?;
         let machine = Self {
             events: inbox,
             state,
@@ -121,6 +134,7 @@ impl Machine {
             bridge,
             platform,
             console,
+            control,
             boot,
             acpi: AcpiConfig {
                 apic_ids: (0..config.cpus).collect(),

@@ -36,6 +36,8 @@ pub struct MachineConfig {
     /// Devices in other processes, in the order of their PCI addresses, and how to
     /// reach their back-ends.
     pub vhost_user: Vec<(VhostUserConfig, Endpoint)>,
+    /// Links to the processes of devices, by the names of the devices.
+    pub links: Vec<(String, OwnedFd)>,
     /// The KVM device.
     pub kvm: KvmSource,
 }

@@ -5,22 +5,27 @@
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::thread;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use api::Error;
-use api::core::{Control, Core, PATH, SERVICE, State};
+use api::core::{Control, Core, DeviceStatus, PATH, SERVICE, State};
 use api::private_bus::PrivateBus;
 use nix::unistd::geteuid;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use zbus::OwnedFd;
 
+use super::devices::Devices;
 use super::event::{Attachment, Command, Event, Events};
 
 /// How long a command may take before its caller hears that it took too long.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long a caller that does not read its answer may keep the process from ending.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Where the owner comes from.
 #[derive(Debug)]
@@ -31,10 +36,20 @@ pub enum Owner {
     Stream(UnixStream),
 }
 
+/// What is told to the owner unasked.
+#[derive(Debug)]
+pub struct News {
+    /// Where the machine is in its life.
+    pub state: watch::Receiver<State>,
+    /// Names of devices of which something changed.
+    pub devices: mpsc::Receiver<String>,
+}
+
 #[derive(Clone)]
 struct Service {
     events: Events,
     state: watch::Receiver<State>,
+    devices: Arc<Devices>,
 }
 
 impl Service {
@@ -94,18 +109,28 @@ impl Control for Service {
         let console = Attachment::Console(socket.into());
         self.attach("AttachConsole", console).await
     }
+    async fn attach_link(&self, device: &str, socket: OwnedFd) -> Result<(), Error> {
+        self.devices.attach_link(device, socket.into())
+    }
+    async fn device_status(&self, device: &str) -> Result<DeviceStatus, Error> {
+        self.devices.status(device).await
+    }
+    fn devices(&self) -> Vec<String> {
+        self.devices.names()
+    }
     fn state(&self) -> State {
         *self.state.borrow()
     }
 }
 
-/// Serves `owner`, and the process's signals, on a thread of its own as long as the
-/// process lives.
+/// Serves `owner`, and the process's signals, on a thread of its own until the machine has
+/// ended, which is when the state has no sender any more, and the last caller has its answer.
 pub fn serve(
     owner: Option<Owner>,
     events: Events,
-    state: watch::Receiver<State>,
-) -> io::Result<()> {
+    news: News,
+    devices: Devices,
+) -> io::Result<JoinHandle<()>> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let signals = {
         let _context = runtime.enter();
@@ -113,24 +138,25 @@ pub fn serve(
     };
     let service = Service {
         events: events.clone(),
-        state,
+        state: news.state.clone(),
+        devices: Arc::new(devices),
     };
-    let serve = move || {
-        runtime.spawn(signals.pass_on(events));
-        runtime.block_on(async move {
-            if let Some(owner) = owner
-                && let Err(error) = listen(owner, service).await
-            {
-                tracing::error!(%error, "the machine cannot be controlled any more");
-            }
-            // Signals are still heard.
-            std::future::pending::<()>().await;
-        });
+    let mut state = news.state.clone();
+    let serve = async move {
+        if let Some(owner) = owner
+            && let Err(error) = listen(owner, service, news).await
+        {
+            tracing::error!(%error, "the machine cannot be controlled any more");
+        }
+        // Signals are still heard.
+        while state.changed().await.is_ok() {}
     };
     thread::Builder::new()
         .name("control".into())
-        .spawn(serve)
-        .map(drop)
+        .spawn(move || {
+            runtime.spawn(signals.pass_on(events));
+            runtime.block_on(serve);
+        })
 }
 
 /// What the host's administrator wants.
@@ -161,19 +187,22 @@ impl Signals {
     }
 }
 
-/// Serves whoever `owner` is, and tells them each change of the state.
-async fn listen(owner: Owner, service: Service) -> zbus::Result<()> {
-    let mut state = service.state.clone();
+/// Serves whoever `owner` is, and tells them the news, until the machine's end.
+async fn listen(owner: Owner, service: Service, mut news: News) -> zbus::Result<()> {
     let (bus, connection) = PrivateBus::new(SERVICE, geteuid().as_raw())?;
     let connection = connection.serve_at(PATH, Core(service)).build().await?;
     match owner {
         Owner::Listener(listener) => {
             listener.set_nonblocking(true)?;
-            tokio::spawn(bus.listen(tokio::net::UnixListener::from_std(listener)?));
+            tokio::spawn(
+                bus.clone()
+                    .listen(tokio::net::UnixListener::from_std(listener)?),
+            );
         }
         Owner::Stream(stream) => {
             stream.set_nonblocking(true)?;
             let stream = tokio::net::UnixStream::from_std(stream)?;
+            let bus = bus.clone();
             tokio::spawn(async move { bus.serve(stream).await });
         }
     }
@@ -181,11 +210,18 @@ async fn listen(owner: Owner, service: Service) -> zbus::Result<()> {
         .object_server()
         .interface::<_, Core<Service>>(PATH)
         .await?;
-    while state.changed().await.is_ok() {
-        core.get()
-            .await
-            .state_changed(core.signal_emitter())
-            .await?;
+    let emitter = core.signal_emitter();
+    loop {
+        tokio::select! {
+            changed = news.state.changed() => match changed {
+                Ok(()) => core.get().await.state_changed(emitter).await?,
+                Err(_) => break,
+            },
+            Some(device) = news.devices.recv() => {
+                Core::<Service>::device_changed(emitter, &device).await?;
+            }
+        }
     }
+    bus.drain(DRAIN_DEADLINE).await;
     Ok(())
 }

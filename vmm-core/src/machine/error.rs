@@ -30,7 +30,7 @@ pub enum MachineError {
     Initrd(#[from] InitrdError),
     /// What the kernel finds when it starts.
     #[error(transparent)]
-    Boot(#[from] BootError),
+    Boot(Box<BootError>),
     /// RAM.
     #[error(transparent)]
     Ram(#[from] RamError),
@@ -73,6 +73,17 @@ pub enum MachineError {
     /// The threads and descriptors by which the machine is controlled.
     #[error("the machine cannot be controlled")]
     Control(#[source] io::Error),
+    /// The link to the process of a device.
+    #[error(
+        "device {device}: its control-fd cannot be used; give one end of a Unix stream connection"
+    )]
+    Link {
+        /// Its name.
+        device: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
     /// The serial port.
     #[error("serial port to {to} cannot be had")]
     Serial {
@@ -82,6 +93,12 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+}
+
+impl From<BootError> for MachineError {
+    fn from(error: BootError) -> Self {
+        Self::Boot(Box::new(error))
+    }
 }
 
 /// As the owner hears it.

@@ -18,6 +18,7 @@ mod assemble;
 pub mod config;
 mod console;
 pub mod control;
+mod devices;
 mod error;
 pub mod event;
 mod exit;
@@ -27,7 +28,7 @@ pub mod request;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use api::Error as CallError;
@@ -71,6 +72,7 @@ pub struct Machine {
     bridge: Arc<HostBridge>,
     platform: Platform,
     console: Console,
+    control: JoinHandle<()>,
     boot: BootSource,
     acpi: AcpiConfig,
     /// What KVM made, for the next reset.
@@ -90,6 +92,10 @@ impl Machine {
             tracing::error!(error = chain(&error), "a vCPU is left behind");
         }
         self.console.close();
+        drop(self.state);
+        if self.control.join().is_err() {
+            tracing::error!("the control thread panicked");
+        }
         reason
     }
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MmapAdvise, madvise};
 use thiserror::Error;
@@ -75,8 +75,8 @@ pub struct Ram {
 impl Ram {
     /// Makes `size` bytes of RAM whose size cannot change any more.
     ///
-    /// Huge pages are reserved at once: a lack of them is an error here, not a
-    /// SIGBUS of a running guest.
+    /// Huge pages are taken at once: a lack of them is an error here, not a SIGBUS of a
+    /// running guest.
     pub fn allocate(size: u64, huge: Option<HugePages>) -> Result<Self, RamError> {
         let page = huge.map_or(PAGE, HugePages::bytes);
         if size == 0 || !size.is_multiple_of(page) {
@@ -99,15 +99,14 @@ impl Ram {
         file.set_len(size).map_err(failed)?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| failed(e.into()))?;
-        let ram = Self {
+        if huge.is_some() {
+            let length = i64::try_from(size).map_err(|_| RamError::Size { size, page })?;
+            fallocate(&file, FallocateFlags::empty(), 0, length).map_err(|e| failed(e.into()))?;
+        }
+        Ok(Self {
             file: Arc::new(file),
             size,
-        };
-        if huge.is_some() {
-            // mmap reserves the huge pages and fails when there are too few.
-            drop(ram.regions().map_err(failed)?);
-        }
-        Ok(ram)
+        })
     }
 
     /// Maps the RAM: below the hole, and above it what does not fit there.
@@ -125,15 +124,17 @@ impl Ram {
 /// Makes every page of `regions` present and writable, on as many threads as there
 /// are processors, so that no guest access has to wait for one.
 pub fn prefault(regions: &[Region]) -> io::Result<()> {
-    const CHUNK: u64 = 4 << 20;
-    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get) as u64;
-    let populate = |start: u64, length: u64| -> io::Result<()> {
-        let Some(address) = NonNull::new(start as *mut _) else {
+    const CHUNK: usize = 4 << 20;
+    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let populate = |region: &Region, at: usize| -> io::Result<()> {
+        let bytes = region.bytes();
+        let length = CHUNK.min(bytes.len() - at);
+        let Some(chunk) = NonNull::new(bytes.cast::<u8>().wrapping_add(at)) else {
             return Ok(());
         };
-        // SAFETY: the range lies in a region that the caller holds mapped, and
-        // populating pages changes no byte.
-        match unsafe { madvise(address, length as usize, MmapAdvise::MADV_POPULATE_WRITE) } {
+        // SAFETY: the chunk lies in a region that the caller holds mapped, and populating
+        // pages changes no byte.
+        match unsafe { madvise(chunk.cast(), length, MmapAdvise::MADV_POPULATE_WRITE) } {
             // A kernel before 5.14 does not know it: pages come when they are used.
             Ok(()) | Err(Errno::EINVAL) => Ok(()),
             Err(errno) => Err(errno.into()),
@@ -144,10 +145,9 @@ pub fn prefault(regions: &[Region]) -> io::Result<()> {
             .map(|worker| {
                 scope.spawn(move || {
                     for region in regions {
-                        let chunks =
-                            (worker * CHUNK..region.size()).step_by((threads * CHUNK) as usize);
-                        for at in chunks {
-                            populate(region.host() + at, CHUNK.min(region.size() - at))?;
+                        let length = region.bytes().len();
+                        for at in (worker * CHUNK..length).step_by(threads * CHUNK) {
+                            populate(region, at)?;
                         }
                     }
                     Ok(())
@@ -188,6 +188,13 @@ mod tests {
                 "{size}"
             );
         }
+    }
+
+    #[test]
+    fn more_huge_pages_than_there_are_is_an_error() {
+        let error = Ram::allocate(1 << 40, Some(HugePages::Size2M)).unwrap_err();
+        let said = "1099511627776 bytes of guest memory could not be had; see vm.nr_hugepages";
+        assert_eq!(error.to_string(), said);
     }
 
     #[test]

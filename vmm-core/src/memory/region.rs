@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ptr;
 use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegion;
@@ -53,6 +54,12 @@ impl Region {
     /// Where the region is mapped in this process.
     pub fn host(&self) -> u64 {
         self.mapping.get_mmap().as_ptr() as u64
+    }
+
+    /// The bytes of the mapping. The guest changes them at any time.
+    pub(super) fn bytes(&self) -> *mut [u8] {
+        let mapping = self.mapping.get_mmap();
+        ptr::slice_from_raw_parts_mut(mapping.as_ptr(), mapping.size())
     }
 
     /// The mapping, for a [`super::GuestMemory`].

@@ -1,6 +1,6 @@
 //! One client of a private bus.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::mpsc::{self, Receiver, Sender};
@@ -30,6 +30,8 @@ pub(super) struct Client {
     greeted: AtomicBool,
     monitor: AtomicBool,
     queue: Sender<Message>,
+    /// Calls whose replies it has not been sent.
+    owed: AtomicUsize,
     /// It did not read, or must not go on.
     ended: tokio::sync::Notify,
 }
@@ -51,6 +53,11 @@ impl Client {
         rules
             .iter()
             .any(|rule| rule.matches(signal).unwrap_or(false))
+    }
+
+    /// Whether it waits for a reply.
+    pub(super) fn is_owed(&self) -> bool {
+        self.owed.load(Ordering::SeqCst) > 0
     }
 
     pub(super) fn is_monitor(&self) -> bool {
@@ -115,12 +122,13 @@ pub(super) async fn serve(
         greeted: AtomicBool::new(false),
         monitor: AtomicBool::new(false),
         queue,
+        owed: AtomicUsize::new(0),
         ended: tokio::sync::Notify::new(),
     });
     bus.clients().insert(name.clone(), Arc::clone(&client));
     let _member = Membership { bus, name: &name };
     tokio::select! {
-        result = write(&connection, waiting) => result,
+        result = write(&connection, &client, waiting) => result,
         () = client.ended.notified() => Ok(()),
         result = async {
             while let Some(message) = crate::next(&mut messages).await {
@@ -131,9 +139,20 @@ pub(super) async fn serve(
     }
 }
 
-async fn write(connection: &Connection, mut waiting: Receiver<Message>) -> zbus::Result<()> {
+async fn write(
+    connection: &Connection,
+    client: &Client,
+    mut waiting: Receiver<Message>,
+) -> zbus::Result<()> {
     while let Some(message) = waiting.recv().await {
         connection.send(&message).await?;
+        if matches!(message.message_type(), Type::MethodReturn | Type::Error) {
+            // A monitor sees replies that are not its own.
+            let less = |owed: usize| owed.checked_sub(1);
+            let _ = client
+                .owed
+                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
+        }
     }
     Ok(())
 }
@@ -153,6 +172,13 @@ async fn take(
     let header = message.header();
     if client.is_monitor() {
         return Ok(());
+    }
+    let wants_reply = !header
+        .primary()
+        .flags()
+        .contains(zbus::message::Flags::NO_REPLY_EXPECTED);
+    if wants_reply {
+        client.owed.fetch_add(1, Ordering::SeqCst);
     }
     let reply = if !bus.permits(client.credentials.user) {
         let (user, owner) = (client.credentials.user, bus.owner);
@@ -184,11 +210,7 @@ async fn take(
             ),
         )?
     };
-    if !header
-        .primary()
-        .flags()
-        .contains(zbus::message::Flags::NO_REPLY_EXPECTED)
-    {
+    if wants_reply {
         client.send(reply);
     }
     Ok(())

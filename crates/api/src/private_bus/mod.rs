@@ -42,6 +42,8 @@ const DRIVER: &str = "org.freedesktop.DBus";
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// Most clients at a time.
 const MAX_CLIENTS: usize = 256;
+/// How long to wait before looking again whether a reply is out.
+const DRAIN_PAUSE: Duration = Duration::from_millis(1);
 /// How long to wait before the next client when one could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -106,6 +108,17 @@ impl PrivateBus {
                 }
             }
         }
+    }
+
+    /// Waits until every call has its reply, as long as `deadline` at most: a service that
+    /// ends with its process does not leave a caller without an answer.
+    pub async fn drain(&self, deadline: Duration) {
+        let drained = async {
+            while self.0.clients().values().any(|client| client.is_owed()) {
+                tokio::time::sleep(DRAIN_PAUSE).await;
+            }
+        };
+        let _ = tokio::time::timeout(deadline, drained).await;
     }
 
     /// Serves one client until it leaves.

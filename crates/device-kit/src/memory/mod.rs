@@ -22,8 +22,8 @@ use vm_memory::{
 
 pub use self::dirty_log::{DirtyLog, LOG_PAGE, LogBitmap, LogSlice};
 pub(crate) use self::mapping::SharedMapping;
-pub(crate) use self::prefault::Prefault;
 pub use self::prefault::PrefaultMode;
+pub(crate) use self::prefault::Prefaulter;
 
 /// `vm-memory`'s view of guest memory, with this process's dirty log.
 pub type GuestMemory = GuestMemoryMmap<LogBitmap>;

@@ -6,15 +6,17 @@
 //! ready to answer. A new table cancels the walk over the old one.
 #![expect(unsafe_code, reason = "madvise on guest memory")]
 
+use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use clap::ValueEnum;
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
 use super::{LogBitmap, Memory};
+use crate::health::Health;
 
 /// Bytes populated by one call: about a millisecond of pages that are already allocated.
 const CHUNK: usize = 4 << 20;
@@ -31,67 +33,166 @@ pub enum PrefaultMode {
     All,
 }
 
-/// A walk under way; dropping it cancels.
+/// Prefaults each memory table that comes. No method waits for the thread.
 #[derive(Debug)]
-pub(crate) struct Prefault {
-    cancel: Arc<AtomicBool>,
+pub(crate) struct Prefaulter {
+    health: Health,
+    work: Mutex<Work>,
 }
 
-impl Prefault {
-    /// Starts walking `memory`. A thread that cannot be started leaves the pages to be faulted in
-    /// at their first use.
-    pub(crate) fn start(memory: Arc<Memory>, mode: PrefaultMode) -> Self {
-        let cancel = Arc::new(AtomicBool::new(false));
-        if mode != PrefaultMode::Off {
-            let flag = Arc::clone(&cancel);
-            let walk = move || {
-                for region in memory.regions() {
-                    populate(region, mode, &flag);
-                }
+#[derive(Debug)]
+struct Work {
+    mode: PrefaultMode,
+    memory: Option<Arc<Memory>>,
+    walk: Arc<Walk>,
+}
+
+/// One walk over one table.
+#[derive(Debug, Default)]
+struct Walk {
+    cancelled: AtomicBool,
+    running: AtomicBool,
+    /// Bytes that it has been through.
+    done: AtomicU64,
+}
+
+/// How far the present walk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Progress {
+    /// Bytes of guest memory that are mapped.
+    pub(crate) mapped: u64,
+    /// How many of them the walk has been through.
+    pub(crate) done: u64,
+    /// Whether it goes on.
+    pub(crate) running: bool,
+}
+
+impl Prefaulter {
+    pub(crate) fn new(mode: PrefaultMode, health: Health) -> Self {
+        let (memory, walk) = (None, Arc::default());
+        Prefaulter {
+            health,
+            work: Mutex::new(Work { mode, memory, walk }),
+        }
+    }
+
+    /// Walks `memory` from now on, and nothing else.
+    pub(crate) fn use_memory(&self, memory: Arc<Memory>) {
+        self.change(|work| work.memory = Some(memory));
+    }
+
+    /// There is no memory any more.
+    pub(crate) fn forget(&self) {
+        self.change(|work| work.memory = None);
+    }
+
+    /// Walks what there is once more, in this way, and what comes.
+    pub(crate) fn set_mode(&self, mode: PrefaultMode) {
+        self.change(|work| work.mode = mode);
+    }
+
+    /// Ends the walk under way.
+    pub(crate) fn cancel(&self) {
+        self.work().walk.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn progress(&self) -> Progress {
+        let work = self.work();
+        Progress {
+            mapped: work.memory.as_ref().map_or(0, |memory| memory.size()),
+            done: work.walk.done.load(Ordering::Relaxed),
+            running: work.walk.running.load(Ordering::Relaxed),
+        }
+    }
+
+    fn work(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the walk under way and begins the next one. A thread that cannot be started leaves the
+    /// pages to be faulted in at their first use.
+    fn change(&self, change: impl FnOnce(&mut Work)) {
+        let mut work = self.work();
+        work.walk.cancelled.store(true, Ordering::Relaxed);
+        change(&mut work);
+        work.walk = Arc::default();
+        if let (Some(memory), true) = (&work.memory, work.mode != PrefaultMode::Off) {
+            let (memory, walk) = (Arc::clone(memory), Arc::clone(&work.walk));
+            let (mode, health) = (work.mode, self.health.clone());
+            walk.running.store(true, Ordering::Relaxed);
+            let run = move || {
+                walk.over(&memory, mode, &health);
+                walk.running.store(false, Ordering::Relaxed);
+                health.touch();
             };
-            if let Err(error) = thread::Builder::new().name("prefault".into()).spawn(walk) {
+            if let Err(error) = thread::Builder::new().name("prefault".into()).spawn(run) {
                 tracing::warn!(%error, "guest memory is not prefaulted");
+                self.health
+                    .error(&format_args!("guest memory is not prefaulted: {error}"));
+                work.walk.running.store(false, Ordering::Relaxed);
             }
         }
-        Prefault { cancel }
+        drop(work);
+        self.health.touch();
     }
 }
 
-impl Drop for Prefault {
-    fn drop(&mut self) {
-        self.cancel.store(true, Ordering::Relaxed);
-    }
-}
-
-fn populate(region: &GuestRegionMmap<LogBitmap>, mode: PrefaultMode, cancel: &AtomicBool) {
-    let mut at = 0;
-    while at < region.size() && !cancel.load(Ordering::Relaxed) {
-        let (start, end) = match mode {
-            PrefaultMode::Off => return,
-            PrefaultMode::All => (at, region.size()),
-            PrefaultMode::Data => match next_data(region, at) {
-                Some(range) => range,
-                None => return,
-            },
-        };
-        let end = end.min(start.saturating_add(CHUNK));
-        // SAFETY: `start..end` lies in the mapping that `region` keeps alive; populating changes
-        // no contents.
-        let result = unsafe {
-            libc::madvise(
-                region.as_ptr().add(start).cast(),
-                end - start,
-                libc::MADV_POPULATE_WRITE,
-            )
-        };
-        if result != 0 {
-            let error = std::io::Error::last_os_error();
-            let address = region.start_addr().0 + start as u64;
-            tracing::debug!(%error, address, "guest memory is not prefaulted from here");
-            return;
+impl Walk {
+    fn over(&self, memory: &Memory, mode: PrefaultMode, health: &Health) {
+        for region in memory.regions() {
+            if let Err(Stuck { address, error }) = self.populate(region, mode, health) {
+                tracing::debug!(%error, address, "guest memory is not prefaulted from here");
+                health.error(&format_args!(
+                    "guest memory from {address:#x} on is not prefaulted: {error}"
+                ));
+            }
         }
-        at = end;
     }
+
+    fn populate(
+        &self,
+        region: &GuestRegionMmap<LogBitmap>,
+        mode: PrefaultMode,
+        health: &Health,
+    ) -> Result<(), Stuck> {
+        let size = region.size();
+        let mut at = 0;
+        while at < size && !self.cancelled.load(Ordering::Relaxed) {
+            let (start, end) = match mode {
+                PrefaultMode::Off => return Ok(()),
+                PrefaultMode::All => (at, size),
+                // Behind the last data there is nothing to do.
+                PrefaultMode::Data => next_data(region, at).unwrap_or((size, size)),
+            };
+            let end = end.min(start.saturating_add(CHUNK));
+            // SAFETY: `start..end` lies in the mapping that `region` keeps alive; populating
+            // changes no contents.
+            let result = unsafe {
+                libc::madvise(
+                    region.as_ptr().add(start).cast(),
+                    end - start,
+                    libc::MADV_POPULATE_WRITE,
+                )
+            };
+            if result != 0 {
+                return Err(Stuck {
+                    address: region.start_addr().0 + start as u64,
+                    error: io::Error::last_os_error(),
+                });
+            }
+            self.done.fetch_add((end - at) as u64, Ordering::Relaxed);
+            health.touch();
+            at = end;
+        }
+        Ok(())
+    }
+}
+
+/// A walk that cannot go on.
+struct Stuck {
+    /// Guest address.
+    address: u64,
+    error: io::Error,
 }
 
 /// The next range at or after `at`, as offsets into the region, whose pages exist in the file.

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 use vm_memory::Bytes;
 
 use super::*;
+use crate::health::Health;
 
 fn memfd(size: u64) -> File {
     let fd =
@@ -139,14 +140,33 @@ fn prefault_allocates_nothing_where_there_is_no_data() {
             .with(region(0, 64 << 20, 0), file)
             .unwrap(),
     );
-    let walk = Prefault::start(Arc::clone(&memory), PrefaultMode::Data);
-    wait_until(|| Arc::strong_count(&memory) == 1);
+    let prefaulter = Prefaulter::new(PrefaultMode::Data, Health::default());
+    let walked = || {
+        wait_until(|| !prefaulter.progress().running);
+        let progress = prefaulter.progress();
+        (progress.mapped, progress.done)
+    };
+    prefaulter.use_memory(Arc::clone(&memory));
+    assert_eq!(walked(), (64 << 20, 64 << 20));
     assert_eq!(kept.metadata().unwrap().blocks() * 512, 8192);
-    drop(walk);
-    let walk = Prefault::start(Arc::clone(&memory), PrefaultMode::All);
-    wait_until(|| Arc::strong_count(&memory) == 1);
+    prefaulter.set_mode(PrefaultMode::All);
+    assert_eq!(walked(), (64 << 20, 64 << 20));
     assert_eq!(kept.metadata().unwrap().blocks() * 512, 64 << 20);
-    drop(walk);
+    prefaulter.set_mode(PrefaultMode::Off);
+    assert_eq!(walked(), (64 << 20, 0));
+    prefaulter.forget();
+    assert_eq!(walked(), (0, 0));
+    wait_until(|| Arc::strong_count(&memory) == 1);
+}
+
+#[test]
+fn a_walk_that_is_cancelled_ends_early() {
+    let memory = Memory::empty(Arc::default()).with(region(0, 256 << 20, 0), memfd(256 << 20));
+    let prefaulter = Prefaulter::new(PrefaultMode::All, Health::default());
+    prefaulter.use_memory(Arc::new(memory.unwrap()));
+    prefaulter.cancel();
+    wait_until(|| !prefaulter.progress().running);
+    assert!(prefaulter.progress().done < 256 << 20);
 }
 
 fn wait_until(done: impl Fn() -> bool) {

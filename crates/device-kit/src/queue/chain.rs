@@ -64,8 +64,18 @@ impl Chain {
 
     /// Reads `data.len()` bytes at `offset` of the readable part.
     pub fn read(&self, offset: usize, data: &mut [u8]) -> Result<(), QueueFault> {
+        self.copy_from(Side::Readable, offset, data)
+    }
+
+    /// Reads back what was written at `offset` of the writable part. The guest may have changed
+    /// it meanwhile.
+    pub fn read_back(&self, offset: usize, data: &mut [u8]) -> Result<(), QueueFault> {
+        self.copy_from(Side::Writable, offset, data)
+    }
+
+    fn copy_from(&self, side: Side, offset: usize, data: &mut [u8]) -> Result<(), QueueFault> {
         let mut done = 0;
-        for piece in self.range(Side::Readable, offset, data.len())? {
+        for piece in self.range(side, offset, data.len())? {
             let part = &mut data[done..done + piece.len];
             self.guest_memory(&piece)?
                 .guest()

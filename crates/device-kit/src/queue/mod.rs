@@ -90,6 +90,8 @@ pub struct Queue {
     record: Option<InflightQueue>,
     /// Chains that may still be taken in this turn of the queue thread.
     budget: u16,
+    /// `pop` said that there is nothing because of the budget alone.
+    cut_short: bool,
     metrics: QueueMetrics,
 }
 
@@ -116,6 +118,7 @@ impl Queue {
             left_over: VecDeque::new(),
             record,
             budget: 0,
+            cut_short: false,
             metrics,
         };
         queue.check_layout()?;
@@ -170,6 +173,7 @@ impl Queue {
     /// pauses cannot keep the thread from its other work; the thread comes back at once.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         if self.budget == 0 {
+            self.cut_short = true;
             return Ok(false);
         }
         if let Some(head) = self.left_over.front().copied() {
@@ -340,11 +344,12 @@ impl Queue {
     /// Begins a turn.
     pub(crate) fn refill_budget(&mut self) {
         self.budget = self.layout.size;
+        self.cut_short = false;
     }
 
     /// Whether the turn ended because the budget did.
     pub(crate) fn out_of_budget(&self) -> bool {
-        self.budget == 0
+        self.budget == 0 || self.cut_short
     }
 
     /// Asks the guest not to kick while the ring is being looked at.
@@ -358,6 +363,16 @@ impl Queue {
 
     /// Asks the guest to kick at the next request, and says whether one came already.
     pub(crate) fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+        Ok(self.wish_for_kick()? || !self.left_over.is_empty())
+    }
+
+    /// As [`Self::enable_kicks`], where what was put back is no reason to look again, unless the
+    /// budget kept the device from seeing all that there is.
+    pub(crate) fn enable_kicks_for_more(&mut self) -> Result<bool, QueueError> {
+        Ok(self.wish_for_kick()? || self.cut_short)
+    }
+
+    fn wish_for_kick(&mut self) -> Result<bool, QueueError> {
         if self.layout.event_idx {
             let avail_event = self.layout.used.0 + 4 + 8 * u64::from(self.layout.size);
             self.store(avail_event, self.next_available.0)?;
@@ -366,7 +381,7 @@ impl Queue {
         }
         // The wish is visible before the index is read, or a request between the two is lost.
         fence(Ordering::SeqCst);
-        Ok(!self.left_over.is_empty() || self.peek()?.is_some())
+        Ok(self.peek()?.is_some())
     }
 
     /// Whether the guest is to be called for what was answered since the last time.

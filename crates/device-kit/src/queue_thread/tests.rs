@@ -1,5 +1,6 @@
 use std::io;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -80,7 +81,8 @@ fn office() -> Office {
         held: Vec::new(),
         fails: Arc::clone(&fails),
     };
-    let (queue_thread, mailbox) = QueueThread::new(clerk, 2, ending.clone()).unwrap();
+    let (queue_thread, mailbox) =
+        QueueThread::new(clerk, 2, ending.clone(), Health::default()).unwrap();
     thread::spawn(move || queue_thread.run());
     Office {
         mailbox,
@@ -219,6 +221,69 @@ fn a_kick_descriptor_that_is_replaced_or_unusable_harms_nothing() {
     assert!(office.mailbox.send(Command::SetEvent { queue, which, fd }));
     driver.request(1);
     driver.wait_used(2);
+}
+
+/// Answers two requests at once, and none alone.
+struct Pairing {
+    turns: Arc<AtomicUsize>,
+}
+
+impl Worker for Pairing {
+    fn start(&mut self) -> Result<(), HostError> {
+        Ok(())
+    }
+
+    fn wait_for(&self, _: &mut Interest) {}
+
+    fn ready(&mut self, _: Source, _: &mut Queues<'_>) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
+    fn process(&mut self, queue: &mut Queue) -> Result<Progress, WorkerError> {
+        self.turns.fetch_add(1, Ordering::Relaxed);
+        loop {
+            let (mut first, mut second) = (Chain::default(), Chain::default());
+            if !queue.pop(&mut first)? {
+                return Ok(Progress::Emptied);
+            }
+            if !queue.pop(&mut second)? {
+                queue.unpop(&mut first);
+                return Ok(Progress::Short);
+            }
+            queue.answer(&[(first.head(), 0), (second.head(), 0)])?;
+        }
+    }
+}
+
+#[test]
+fn a_queue_that_is_short_rests_until_the_guest_gives_more() {
+    let turns = Arc::new(AtomicUsize::new(0));
+    let worker = Pairing {
+        turns: Arc::clone(&turns),
+    };
+    let ending = Ending::new().unwrap();
+    let (queue_thread, mailbox) =
+        QueueThread::new(worker, 1, ending.clone(), Health::default()).unwrap();
+    thread::spawn(move || queue_thread.run());
+    let office = Office {
+        mailbox,
+        release: Arc::new(event()),
+        fails: Arc::default(),
+        ending,
+    };
+    let mut driver = Driver::new();
+    driver.start(&office, QUICK, 0);
+    for round in 0..20u16 {
+        let head = 2 * round % 8;
+        let before = turns.load(Ordering::Relaxed);
+        driver.request(head);
+        thread::sleep(Duration::from_millis(2));
+        assert_eq!(driver.guest.used_index(), 2 * round);
+        let spent = turns.load(Ordering::Relaxed) - before;
+        assert!(spent < 10, "{spent} turns for one request");
+        driver.request(head + 1);
+        driver.wait_used(2 * round + 2);
+    }
 }
 
 #[test]

@@ -31,12 +31,12 @@ pub(crate) enum SandboxError {
 }
 
 /// Restricts the calling thread, and every thread that it starts from now on, for good. `ioctls`
-/// are the requests that the device makes.
-pub(crate) fn enter(ioctls: &[u32]) -> Result<(), SandboxError> {
+/// are the requests that the device makes; `link` adds what a control link needs.
+pub(crate) fn enter(ioctls: &[u32], link: bool) -> Result<(), SandboxError> {
     nix::sys::prctl::set_no_new_privs().map_err(|error| SandboxError::NoNewPrivs(error.into()))?;
     drop_capabilities().map_err(SandboxError::Capabilities)?;
     leave_files()?;
-    for filter in seccomp::filters(ioctls)? {
+    for filter in seccomp::filters(ioctls, link)? {
         seccompiler::apply_filter(&filter)?;
     }
     Ok(())
@@ -101,7 +101,7 @@ mod tests {
     /// Runs in a thread that entered the sandbox; the rest of the test's process did not.
     fn inside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
         thread::spawn(move || {
-            enter(&[]).unwrap();
+            enter(&[], false).unwrap();
             work()
         })
         .join()
@@ -120,6 +120,32 @@ mod tests {
         assert_eq!(open, Some(libc::EPERM));
         assert_eq!(socket, Some(libc::EPERM));
         assert_eq!(exec.unwrap_err(), Errno::EPERM);
+    }
+
+    #[test]
+    fn a_runtime_works_and_opens_nothing() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()
+            .unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let error = thread::spawn(move || {
+            enter(&[], true).unwrap();
+            runtime.block_on(async {
+                let stream = tokio::net::UnixStream::from_std(ours).unwrap();
+                let pause = std::time::Duration::from_millis(1);
+                let read = tokio::time::timeout(pause, stream.readable());
+                assert!(read.await.is_err());
+                stream.writable().await.unwrap();
+            });
+            File::open("/etc/hostname").unwrap_err()
+        })
+        .join()
+        .unwrap();
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        drop(theirs);
     }
 
     #[test]

@@ -64,17 +64,21 @@ pub(crate) fn serve<D: Device>(
     connection: &Connection,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     services.metrics.sessions.inc();
+    services.health.set_connected(true);
     tracing::info!("front-end connected");
     let session = Arc::new(Session::new(Arc::clone(services)));
     match messages(stream, &session, connection) {
         Ok(()) => tracing::info!("front-end disconnected"),
         Err(error) => {
             services.metrics.sessions_failed.inc();
-            tracing::warn!(reason = chain(&error), "session ended by an error");
+            let reason = chain(&error);
+            tracing::warn!(reason, "session ended by an error");
+            services.health.error(&reason);
         }
     }
     let ended = session.end();
     connection.set(None);
+    services.health.set_connected(false);
     Ok(ended?)
 }
 

@@ -404,6 +404,8 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
             .map(|()| None)
             .map_err(|reason| {
                 tracing::warn!(?direction, reason, "state transfer refused");
+                let what = format!("{direction:?} of its state was refused: {reason}");
+                self.services.health.error(&what);
                 ProtocolError::BackendInternalError
             })
     }
@@ -411,6 +413,8 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
     fn check_device_state(&self) -> Result<()> {
         self.check_transfer().map_err(|reason| {
             tracing::warn!(reason, "state transfer failed");
+            let what = format!("a transfer of its state failed: {reason}");
+            self.services.health.error(&what);
             ProtocolError::BackendInternalError
         })
     }

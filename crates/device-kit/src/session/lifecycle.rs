@@ -14,15 +14,20 @@
 
 use migration::state::{DeviceState, IllegalTransition, Variant, path};
 
+use crate::health::Health;
+
 #[derive(Debug)]
 pub(super) struct Lifecycle {
     state: DeviceState,
+    health: Health,
 }
 
 impl Lifecycle {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(health: Health) -> Self {
+        health.set_state(DeviceState::Stop);
         Lifecycle {
             state: DeviceState::Stop,
+            health,
         }
     }
 
@@ -35,7 +40,7 @@ impl Lifecycle {
         if self.state != to {
             let steps = path(self.state, to, Variant::FULL)?;
             tracing::debug!(from = %self.state, ?steps, "device state");
-            self.state = to;
+            self.set(to);
         }
         Ok(())
     }
@@ -43,12 +48,17 @@ impl Lifecycle {
     /// It failed.
     pub(super) fn fail(&mut self) {
         tracing::debug!(from = %self.state, "device state is Error until it is reset");
-        self.state = DeviceState::Error;
+        self.set(DeviceState::Error);
     }
 
     /// The only way out of `Error`.
     pub(super) fn reset(&mut self) {
-        self.state = DeviceState::Stop;
+        self.set(DeviceState::Stop);
+    }
+
+    fn set(&mut self, state: DeviceState) {
+        self.state = state;
+        self.health.set_state(state);
     }
 }
 
@@ -58,7 +68,7 @@ mod tests {
 
     #[test]
     fn error_is_left_only_by_reset() {
-        let mut life = Lifecycle::new();
+        let mut life = Lifecycle::new(Health::default());
         life.go(DeviceState::Resuming).unwrap();
         life.fail();
         assert!(life.go(DeviceState::Running).is_err());
@@ -69,7 +79,7 @@ mod tests {
 
     #[test]
     fn what_is_read_cannot_go_back_to_precopy() {
-        let mut life = Lifecycle::new();
+        let mut life = Lifecycle::new(Health::default());
         life.go(DeviceState::StopCopy).unwrap();
         assert!(life.go(DeviceState::PreCopy).is_err());
         assert_eq!(life.state(), DeviceState::StopCopy);

@@ -37,7 +37,8 @@ use self::vring::Vring;
 use crate::device::Device;
 use crate::ending::chain;
 use crate::features::{EVENT_IDX, INDIRECT_DESC, LOG_ALL};
-use crate::memory::{DirtyLog, Memory, Prefault, PrefaultMode};
+use crate::health::Health;
+use crate::memory::{DirtyLog, Memory, Prefaulter};
 use crate::metrics::Metrics;
 use crate::queue::{InflightFile, Queue, QueueIndex, RingLayout};
 use crate::queue_threads::QueueThreads;
@@ -51,9 +52,10 @@ pub(crate) struct Services<D> {
     pub(crate) device: Arc<D>,
     pub(crate) queues: QueueThreads,
     pub(crate) unit: UnitId,
-    pub(crate) prefault: PrefaultMode,
+    pub(crate) prefault: Prefaulter,
     pub(crate) metrics: Metrics,
     pub(crate) config_change: ConfigChange,
+    pub(crate) health: Health,
 }
 
 /// One front-end being served.
@@ -67,7 +69,6 @@ struct State {
     features: u64,
     protocol_features: u64,
     memory: Arc<Memory>,
-    prefault: Option<Prefault>,
     log: Arc<DirtyLog>,
     inflight: Option<InflightFile>,
     vrings: Vec<Vring>,
@@ -87,12 +88,11 @@ impl<D: Device> Session<D> {
                 features: 0,
                 protocol_features: 0,
                 memory: Arc::new(Memory::empty(Arc::clone(&log))),
-                prefault: None,
                 log,
                 inflight: None,
                 vrings,
                 transfer: None,
-                life: Lifecycle::new(),
+                life: Lifecycle::new(services.health.clone()),
             }),
             services,
         }
@@ -148,6 +148,7 @@ impl<D: Device> Session<D> {
             Err(error) => {
                 // The guest's doing: the ring stays without service, the front-end with one.
                 tracing::warn!(%error, "ring cannot be started");
+                self.services.health.error(&error);
                 metrics.broken.inc();
                 vring.kick = None;
             }
@@ -194,7 +195,7 @@ impl<D: Device> Session<D> {
         self.services.queues.set_memory(&memory, &layouts)?;
         let mapped = i64::try_from(memory.size()).unwrap_or(i64::MAX);
         self.services.metrics.memory.set(mapped);
-        state.prefault = Some(Prefault::start(memory, self.services.prefault));
+        self.services.prefault.use_memory(memory);
         Ok(())
     }
 
@@ -300,7 +301,7 @@ impl<D: Device> Session<D> {
             }
         }
         self.stop_all(&mut state)?;
-        state.prefault = None;
+        self.services.prefault.forget();
         state.memory = Arc::new(Memory::empty(Arc::clone(&state.log)));
         self.services.metrics.memory.set(0);
         Ok(())

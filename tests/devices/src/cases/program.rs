@@ -1,7 +1,7 @@
 //! The program itself: options, capabilities, sandbox, metrics, readiness.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -9,8 +9,9 @@ use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use test_framework::frontend::{
-    Connection, DeviceProcess, DeviceSpec, Machine, PATIENCE, program, wait_for,
+    Connection, DeviceProcess, DeviceSpec, Machine, PATIENCE, wait_for,
 };
+use test_framework::programs::program;
 
 use vhost::VhostBackend;
 use vhost::vhost_user::Frontend;
@@ -26,7 +27,7 @@ fn run<S: Subject>(arguments: &[String]) -> Result<Output> {
 }
 
 /// Runs the program, which must refuse with one line.
-fn refused<S: Subject>(arguments: &[String]) -> Result<String> {
+pub(crate) fn refused<S: Subject>(arguments: &[String]) -> Result<String> {
     let output = run::<S>(arguments)?;
     let said = String::from_utf8(output.stderr)?;
     ensure!(!output.status.success(), "it should have failed: {said}");
@@ -168,8 +169,14 @@ pub(crate) fn sandbox_is_entered<S: Subject>() -> Result<()> {
     let (mut subject, mut machine) = running::<S>()?;
     subject.exchange(&mut machine)?;
     let tasks = format!("/proc/{}/task", machine.process.id());
+    let mut threads = 0;
     for task in fs::read_dir(tasks)? {
-        let status = fs::read_to_string(task?.path().join("status"))?;
+        let status = match fs::read_to_string(task?.path().join("status")) {
+            // A thread that prefaults memory may end meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            status => status?,
+        };
+        threads += 1;
         for line in ["Seccomp:\t2", "NoNewPrivs:\t1", "CapEff:\t0000000000000000"] {
             ensure!(
                 status.contains(line),
@@ -177,6 +184,7 @@ pub(crate) fn sandbox_is_entered<S: Subject>() -> Result<()> {
             );
         }
     }
+    ensure!(threads > 1, "there are queue threads: {threads}");
     Ok(())
 }
 

@@ -23,11 +23,7 @@ fn refused(machine: &mut Machine, state: &[u8], reason: &str) -> Result<()> {
         machine.connection.load(state).is_err(),
         "it was accepted: {reason}"
     );
-    let log = machine.process.log();
-    ensure!(
-        log.contains(reason),
-        "{reason:?} is not the reason in: {log}"
-    );
+    machine.process.wait_log(reason)?;
     // The device is as it was after a reset, and only after that.
     machine.reset()?;
     machine.stop_rings()

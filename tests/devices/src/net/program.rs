@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Result, ensure};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use test_framework::frontend::{DeviceProcess, DeviceSpec, Machine};
+use test_framework::frontend::{DeviceProcess, DeviceSpec, Machine, wait_for};
 
 use super::Net;
 use super::host::{TAP, make_tap};
@@ -85,6 +85,7 @@ fn a_tap_that_is_not_there_is_made_and_goes_with_the_process() -> Result<()> {
     ensure!(nix::net::if_::if_nametoindex("fresh").is_ok());
     assert_eq!(machine.connection.config(10, 2)?, 1400u16.to_le_bytes());
     machine.process.kill()?;
-    ensure!(nix::net::if_::if_nametoindex("fresh").is_err());
-    Ok(())
+    wait_for("the tap goes", || {
+        nix::net::if_::if_nametoindex("fresh").err().map(drop)
+    })
 }

@@ -18,7 +18,7 @@ mod ring;
 
 pub use connection::Connection;
 pub use machine::{Machine, MachineOptions};
-pub use process::{DeviceProcess, DeviceSpec, program};
+pub use process::{DeviceProcess, DeviceSpec};
 pub use ram::{DirtyBitmap, GuestRam};
 pub use ring::{Buffer, Ring, Used};
 

@@ -1,35 +1,18 @@
 //! A device process under test.
 
-use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::wait_for;
-
-/// The path of a program of this workspace, which is built beside the test that asks.
-///
-/// # Errors
-/// When it was not built.
-pub fn program(name: &str) -> Result<PathBuf> {
-    let test = std::env::current_exe()?;
-    let path = test
-        .ancestors()
-        .nth(2)
-        .context("the test has no folder")?
-        .join(name);
-    ensure!(
-        path.exists(),
-        "{} is missing; build it with cargo build --workspace --bins",
-        path.display()
-    );
-    Ok(path)
-}
+use crate::machine::DEADLINE;
+use crate::process::{Launch, Process};
+use crate::programs::program;
 
 /// Which program is started, and how.
 #[derive(Clone, Debug)]
@@ -43,9 +26,8 @@ pub struct DeviceSpec {
 /// A running device process; it is killed when it is dropped.
 #[derive(Debug)]
 pub struct DeviceProcess {
-    child: Child,
+    process: Process,
     socket: PathBuf,
-    log: PathBuf,
 }
 
 impl DeviceProcess {
@@ -68,17 +50,14 @@ impl DeviceProcess {
     /// Starts the program and waits for nothing.
     pub fn spawn(spec: &DeviceSpec, folder: &Path) -> Result<Self> {
         let socket = folder.join("socket");
-        let log = folder.join("log");
-        let output = File::options().create(true).append(true).open(&log)?;
-        let child = Command::new(program(spec.program)?)
-            .arg(format!("--socket-path={}", socket.display()))
-            .args(&spec.arguments)
-            .env("GODWIT_LOG", "debug")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(output)
-            .spawn()?;
-        Ok(DeviceProcess { child, socket, log })
+        let mut launch = Launch::new(&program(spec.program)?)
+            .environment("GODWIT_LOG", "debug")
+            .arg(format!("--socket-path={}", socket.display()));
+        for argument in &spec.arguments {
+            launch = launch.arg(argument);
+        }
+        let process = launch.start()?;
+        Ok(DeviceProcess { process, socket })
     }
 
     /// Its socket.
@@ -88,7 +67,7 @@ impl DeviceProcess {
 
     /// What it has said so far.
     pub fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
+        self.process.stderr()
     }
 
     /// Waits until it has said this.
@@ -102,25 +81,22 @@ impl DeviceProcess {
 
     /// Its process id.
     pub fn id(&self) -> Pid {
-        Pid::from_raw(self.child.id().cast_signed())
+        Pid::from_raw(self.process.id().cast_signed())
     }
 
     /// Whether it has ended.
     pub fn has_ended(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(Some(_)) | Err(_))
+        !self.process.is_running()
     }
 
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        Ok(kill(self.id(), signal)?)
+        self.process.signal(signal)
     }
 
     /// Waits for its end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
-        wait_for("the device process ends", || {
-            self.child.try_wait().transpose()
-        })?
-        .context("the device process cannot be waited for")
+        self.process.wait(DEADLINE)
     }
 
     /// Kills it, with whatever it is doing.
@@ -129,14 +105,5 @@ impl DeviceProcess {
         let status = self.wait()?;
         ensure!(status.signal() == Some(9), "ended by itself: {status}");
         Ok(())
-    }
-}
-
-impl Drop for DeviceProcess {
-    fn drop(&mut self) {
-        if !self.has_ended() {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
     }
 }

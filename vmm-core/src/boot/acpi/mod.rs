@@ -345,19 +345,4 @@ mod tests {
             "the 64-bit PCI window 0x1000..0x1000 is empty"
         );
     }
-
-    /// Writes the tables to the folder in `GODWIT_ACPI_DUMP`, for a disassembler.
-    #[test]
-    #[ignore = "a tool: GODWIT_ACPI_DUMP=folder, then iasl -d"]
-    fn dump() {
-        let folder = std::env::var("GODWIT_ACPI_DUMP").unwrap();
-        let image = config(4).tables().unwrap();
-        let fadt = find(&image, b"FACP");
-        let dsdt = table_at(&image, u64_at(fadt, 140));
-        let others = [fadt, find(&image, b"APIC"), find(&image, b"MCFG"), dsdt];
-        for table in others {
-            let name = String::from_utf8_lossy(&table[..4]).to_lowercase();
-            std::fs::write(format!("{folder}/{name}.dat"), table).unwrap();
-        }
-    }
 }

@@ -159,13 +159,14 @@ impl Vcpu {
     }
 
     fn suberror(&mut self) -> u32 {
-        // SAFETY: the exit reason was an internal error, so this is the union's field.
+        let exit = self.fd.get_kvm_run().__bindgen_anon_1;
         #[expect(
             unsafe_code,
             reason = "reads the field of a union that the exit reason names"
         )]
+        // SAFETY: the exit reason was an internal error, so this is the union's field.
         unsafe {
-            self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror
+            exit.internal.suberror
         }
     }
 }

@@ -5,7 +5,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 use super::config::{adopt, connect_to, system};
 use super::session::{Session, Wanted};
-use super::shared::{Phase, Shared, State};
+use super::shared::{Phase, Shared, Standing, State};
 use super::{
     DirtyLog, Endpoint, StateDirection, VhostUserConfig, VhostUserError, Watchdog, device_config,
     monitor, negotiation, queues, state,
@@ -81,6 +81,8 @@ impl VhostUserDevice {
             }),
             wake,
             ended: AtomicBool::new(false),
+            standing: Mutex::new(Standing::CONNECTED),
+            reconnects: AtomicU32::new(0),
             config,
         });
         let watched = Arc::clone(&shared);
@@ -99,9 +101,19 @@ impl VhostUserDevice {
         self.shared.id()
     }
 
-    /// Whether there is a back-end now.
+    /// Whether there is a back-end now. Waits for nobody.
     pub fn is_connected(&self) -> bool {
-        matches!(self.shared.state().phase, Phase::Connected(_))
+        self.shared.standing().connected
+    }
+
+    /// Why there will not be one any more, if that is so. Waits for nobody.
+    pub fn failure(&self) -> Option<Arc<VhostUserError>> {
+        self.shared.standing().failure.clone()
+    }
+
+    /// How many times a back-end took the place of another.
+    pub fn reconnects(&self) -> u32 {
+        self.shared.reconnects.load(Ordering::Relaxed)
     }
 
     /// Gives the device a new back-end on a connected socket, in the place of the one it

@@ -2,6 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
@@ -9,7 +10,7 @@ use super::channel::Channel;
 use super::config::connect_to;
 use super::negotiation::Negotiated;
 use super::session::Session;
-use super::shared::{Phase, Shared, State};
+use super::shared::{Phase, Shared, Standing, State};
 use super::{VhostUserError, device_config};
 
 /// So many back-ends in a row may go away while they are set up, before the driver is
@@ -52,7 +53,7 @@ impl Shared {
             && Arc::ptr_eq(session.connection.socket(), socket)
         {
             tracing::warn!(device = self.id(), "the back-end hung up");
-            state.phase = Phase::Away;
+            self.set_phase(state, Phase::Away);
         }
     }
 
@@ -84,16 +85,18 @@ impl Shared {
     /// away is taken for what the driver wants of them.
     pub(super) fn attach(&self, stream: UnixStream) -> Result<(), VhostUserError> {
         let state = &mut *self.state();
-        state.phase = Phase::Away;
+        self.set_phase(state, Phase::Away);
         let result = self.set_up(state, stream);
         let result = match result {
             Ok(()) => {
+                *self.standing() = Standing::CONNECTED;
                 state.failures = 0;
+                self.reconnects.fetch_add(1, Ordering::Relaxed);
                 tracing::info!(device = self.id(), "the back-end is back");
                 Ok(())
             }
             Err(error) if error.may_pass() => {
-                state.phase = Phase::Away;
+                self.set_phase(state, Phase::Away);
                 state.failures += 1;
                 if state.failures == MAX_FAILURES && state.wanted.take().is_some() {
                     self.report(&error);
@@ -103,7 +106,7 @@ impl Shared {
             Err(error) => {
                 self.report(&error);
                 let cause = Arc::new(error);
-                state.phase = Phase::Failed(Arc::clone(&cause));
+                self.set_phase(state, Phase::Failed(Arc::clone(&cause)));
                 Err(VhostUserError::Failed {
                     device: self.id().into(),
                     source: cause,
@@ -141,6 +144,7 @@ impl Shared {
         if let (None, Some(log)) = (&state.wanted, &state.log) {
             session.set_log(None, &state.regions, Some(log))?;
         }
+        // Others hear of it when its rings run.
         state.phase = Phase::Connected(Box::new(session));
         let bytes = self.fetch_config(state)?;
         let started = self.start(state);

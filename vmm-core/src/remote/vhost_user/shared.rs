@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError, Weak,
 };
@@ -60,6 +60,24 @@ pub(super) struct Shared {
     pub(super) state: Mutex<State>,
     pub(super) wake: EventFd,
     pub(super) ended: AtomicBool,
+    /// What `state` says, for those who must not wait for it.
+    pub(super) standing: Mutex<Standing>,
+    /// Back-ends that took the place of another.
+    pub(super) reconnects: AtomicU32,
+}
+
+/// Whether there is a back-end, and why there never will be one.
+#[derive(Clone, Debug)]
+pub(super) struct Standing {
+    pub(super) connected: bool,
+    pub(super) failure: Option<Arc<VhostUserError>>,
+}
+
+impl Standing {
+    pub(super) const CONNECTED: Standing = Standing {
+        connected: true,
+        failure: None,
+    };
 }
 
 impl Shared {
@@ -102,13 +120,35 @@ impl Shared {
         }
     }
 
+    /// Goes to another phase and says so.
+    pub(super) fn set_phase(&self, state: &mut State, phase: Phase) {
+        let standing = match &phase {
+            Phase::Connected(_) => Standing::CONNECTED,
+            Phase::Away => Standing {
+                connected: false,
+                failure: None,
+            },
+            Phase::Failed(cause) => Standing {
+                connected: false,
+                failure: Some(Arc::clone(cause)),
+            },
+        };
+        state.phase = phase;
+        *self.standing() = standing;
+    }
+
+    /// What is known without waiting for whoever talks to the back-end.
+    pub(super) fn standing(&self) -> MutexGuard<'_, Standing> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes note of an error that ended the connection.
     pub(super) fn note<T>(&self, state: &mut State, result: &Result<T, VhostUserError>) {
         if let Err(error) = result
             && error.ends_connection()
         {
             tracing::warn!(%error, "a back-end is gone");
-            state.phase = Phase::Away;
+            self.set_phase(state, Phase::Away);
             self.wake_monitor();
         }
     }

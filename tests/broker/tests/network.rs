@@ -1,0 +1,57 @@
+//! Network devices under a broker.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+
+use anyhow::{Result, ensure};
+use api::device::State as DeviceState;
+use api::machine::State;
+use test_broker::*;
+use test_framework::machine::DEADLINE;
+use test_framework::network;
+use test_guest::{NetMode, Report, Workload};
+use zbus::Variant;
+
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+
+#[test]
+fn taps_are_handed_over_with_all_their_queues() -> Result<()> {
+    network::enter()?;
+    network::add_tap("net0", HOST, 4)?;
+    network::echo(HOST, 7)?;
+    let broker = Broker::start()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let bus = broker.connect().await?;
+        for pairs in [1u32, 4] {
+            let workload = Workload {
+                net: NetMode::Ping,
+                packets: 500,
+                poweroff: true,
+                ..Workload::default()
+            };
+            let card: HashMap<String, Variant<'static>> = HashMap::from([
+                ("tap".to_owned(), "net0".into()),
+                ("queue-pairs".to_owned(), pairs.into()),
+            ]);
+            let mut definition = definition(&workload);
+            definition.insert("net".into(), value(vec![card]));
+            let name = format!("vm{pairs}");
+            let vm = running(&bus, &name, definition).await?;
+            let card = device(&bus, &name, "net0").await?;
+            assert_eq!(card.source().await?, "tap:net0");
+            let mut console = console(&vm).await?;
+            let is_done = |report: &Report| match *report {
+                Report::Done { ok, .. } => Some(ok),
+                _ => None,
+            };
+            let (_, ok) = console.report("the end of the work", DEADLINE, is_done)?;
+            ensure!(ok, "packets were lost: {:#?}", console.history());
+            becomes(&vm, State::Off).await?;
+            assert_eq!(card.state().await?, DeviceState::Off);
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,43 @@
+//! Saved state of the platform's devices, from a hostile peer, and a guest's accesses after it.
+#![no_main]
+
+use std::sync::Arc;
+
+use libfuzzer_sys::fuzz_target;
+use vmm_core::bus::BusDevice;
+use vmm_core::interrupt::{InterruptError, IrqLine};
+use vmm_core::machine::request::{Request, RequestSink};
+use vmm_core::platform::{Cmos, OutputBuffer, PowerManagement, RamSize, SerialPort};
+
+struct Nobody;
+impl IrqLine for Nobody {
+    fn set_level(&self, _: bool) -> Result<(), InterruptError> {
+        Ok(())
+    }
+}
+impl RequestSink for Nobody {
+    fn request(&self, _: Request) {}
+}
+
+fn use_it(device: &dyn BusDevice) {
+    for offset in 0..8 {
+        let mut byte = [0];
+        device.read(offset, &mut byte);
+        device.write(offset, &byte);
+    }
+}
+
+fuzz_target!(|data: &[u8]| {
+    let Ok(serial) = SerialPort::new(Arc::new(Nobody), OutputBuffer::new(64)) else { return };
+    if rmp_serde::from_slice(data).is_ok_and(|state| serial.restore(&state).is_ok()) {
+        use_it(&serial);
+    }
+    let cmos = Cmos::new(RamSize::of(1 << 30));
+    if rmp_serde::from_slice(data).is_ok_and(|state| cmos.restore(&state).is_ok()) {
+        use_it(&cmos);
+    }
+    let power = PowerManagement::new(Arc::new(Nobody), Arc::new(Nobody));
+    if rmp_serde::from_slice(data).is_ok_and(|state| power.restore(&state).is_ok()) {
+        use_it(&power);
+    }
+});
