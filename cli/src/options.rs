@@ -199,14 +199,26 @@ pub struct Define {
     /// Makes all RAM present before the guest starts
     #[arg(long)]
     pub prefault: bool,
-    /// A disk: IMAGE[,read-only][,queues=N][,serial=TEXT][,id=NAME]
-    #[arg(long, value_name = "DISK")]
+    /// Disks, with image and settings.
+    #[arg(
+        long,
+        value_name = "DISK",
+        help = "A disk: IMAGE[,read-only][,queues=N][,serial=TEXT][,id=NAME]"
+    )]
     pub disk: Vec<Disk>,
-    /// A network card: tap:NAME[,mac=MAC][,queue-pairs=N][,mtu=N][,id=NAME]
-    #[arg(long, value_name = "NET")]
+    /// Network cards, with tap and settings.
+    #[arg(
+        long,
+        value_name = "NET",
+        help = "A network card: tap:NAME[,mac=MAC][,queue-pairs=N][,mtu=N][,id=NAME]"
+    )]
     pub net: Vec<Net>,
-    /// A device that another process serves: TYPE,socket=PATH[,queues=N][,tag=TAG][,id=NAME]
-    #[arg(long, value_name = "DEVICE")]
+    /// Devices that other processes serve.
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        help = "A device that another process serves: TYPE,socket=PATH[,queues=N][,tag=TAG][,id=NAME]"
+    )]
     pub vhost_user: Vec<VhostUser>,
 }
 

@@ -4,6 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
 
 use crate::common::fake::Fake;
+use crate::common::real::eventually;
 use crate::common::terminal::OnTerminal;
 use crate::common::{godwit, run};
 use api::machine::State;
@@ -45,7 +46,7 @@ fn the_escape_can_be_another_key() {
     let fake = with_machine();
     let mut person = type_at(&fake, "console vm1 --escape ^A --no-replay");
     person.see("^A leaves its console");
-    while !person.is_raw() {}
+    eventually("keys come at once", || person.is_raw());
     person.press("\x1dx\x01");
     assert!(person.end().success());
     let mut keys = [0; 2];

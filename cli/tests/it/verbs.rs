@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt as _;
 
 use crate::common::fake::Fake;
+use crate::common::real::eventually;
 use crate::common::{Ended, godwit, run};
 use api::job::State as JobState;
 use api::machine::State;
@@ -190,14 +191,14 @@ fn a_job_can_be_left_awaited_and_cancelled() {
 fn a_job_is_awaited_until_it_ends() {
     let fake = with_machine();
     let mut waiting = godwit(&fake.bus, "stop vm1").spawn().unwrap();
-    while fake.bus.exists()
-        && at(&fake, "job list --json")
+    eventually("the job is there", || {
+        at(&fake, "job list --json")
             .json()
             .as_array()
             .unwrap()
             .len()
-            < 2
-    {}
+            == 2
+    });
     assert!(waiting.try_wait().unwrap().is_none());
     fake.end_job(2, JobState::Done);
     assert!(waiting.wait().unwrap().success());
