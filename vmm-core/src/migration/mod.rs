@@ -3,7 +3,7 @@
 //! | part | what it is |
 //! |---|---|
 //! | [`setup`] | what the owner hands over: sockets and options |
-//! | [`unit`] | a device as the migration sees it, and a thread for each |
+//! | [`mod@unit`] | a device as the migration sees it, and a thread for each |
 //! | [`barrier`] | the points where everybody waits for everybody, with a deadline |
 //! | [`definition`] | what the other side must have too |
 //! | [`ram`] | dirty pages, and their way |

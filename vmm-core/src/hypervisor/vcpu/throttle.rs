@@ -48,7 +48,7 @@ impl Throttle {
         self.percent.load(Ordering::Relaxed)
     }
 
-    /// From now on takes this part, at most [`MOST_PERCENT`]; 0 ends it.
+    /// From now on takes this part, at most `MOST_PERCENT`; 0 ends it.
     pub fn set(&mut self, percent: u32) -> std::io::Result<()> {
         let percent = percent.min(MOST_PERCENT);
         self.percent.store(percent, Ordering::Relaxed);

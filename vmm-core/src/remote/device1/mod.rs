@@ -125,7 +125,7 @@ impl DeviceLinks {
         Ok(())
     }
 
-    /// Asks the process of `device` how it does, within [`DEADLINE`].
+    /// Asks the process of `device` how it does, within `DEADLINE`.
     pub async fn ask(&self, device: &str) -> (Link, Words) {
         let (phase, runtime) = {
             let inner = self.lock();
