@@ -15,7 +15,7 @@ use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use crate::config::{Lock, Options, SECTOR};
 
 /// How long a lock that another process holds is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 nix::ioctl_read!(block_device_size, 0x12, 114, u64);
 nix::ioctl_read_bad!(

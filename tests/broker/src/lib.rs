@@ -110,10 +110,19 @@ impl Broker {
         format!("unix:path={}", self.bus().display())
     }
 
-    /// A connection to its bus.
+    /// A connection to its bus. A broker that was killed may take a few with it that its
+    /// socket had let in.
     pub async fn connect(&self) -> Result<Connection> {
-        let builder = Builder::address(self.address().as_str()).method_timeout(DEADLINE);
-        builder.build().await.context("no connection to the broker")
+        let end = Instant::now() + DEADLINE;
+        loop {
+            let builder = Builder::address(self.address().as_str()).method_timeout(DEADLINE);
+            match builder.build().await {
+                Err(_) if Instant::now() < end => {
+                    tokio::time::sleep(Duration::from_millis(20)).await
+                }
+                result => return result.context("no connection to the broker"),
+            }
+        }
     }
 
     /// Everything in its runtime folder, for comparison.
