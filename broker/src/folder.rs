@@ -16,7 +16,10 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -66,7 +69,7 @@ impl Folder {
             .truncate(false)
             .mode(0o600)
             .open(path.join("lock"))?;
-        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+        let lock = take(lock).map_err(|errno| {
             let text = format!("another broker runs in {} ({errno})", path.display());
             io::Error::new(io::ErrorKind::AddrInUse, text)
         })?;
@@ -204,6 +207,24 @@ fn last_matching(log: &Path, wanted: impl Fn(&str) -> bool) -> Option<String> {
 pub fn remove_file(path: &Path) {
     remove(path, fs::remove_file(path));
 }
+
+/// Takes the lock of a folder. A broker that was killed while it started a process leaves the
+/// lock with that process until it has become another program: [`LOCK_PATIENCE`] is more than that.
+fn take(mut file: File) -> Result<Flock<File>, Errno> {
+    let end = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Err((again, Errno::EWOULDBLOCK)) if Instant::now() < end => {
+                file = again;
+                thread::sleep(Duration::from_millis(10));
+            }
+            result => return result.map_err(|(_, errno)| errno),
+        }
+    }
+}
+
+/// How long the lock may still be held by what is left of another broker.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
 mod tests {
