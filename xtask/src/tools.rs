@@ -10,31 +10,36 @@ use crate::cargo::{command, run};
 /// A program and the Debian package that has it.
 struct Tool {
     program: &'static str,
+    /// What it is started with to see whether it is there.
+    probe: &'static [&'static str],
     package: &'static str,
 }
 
 /// What the tests run besides our own programs.
-const TOOLS: [Tool; 3] = [
+const TOOLS: [Tool; 6] = [
+    tool("qemu-system-x86_64", "qemu-system-x86"),
+    tool("ip", "iproute2"),
+    tool("cc", "gcc"),
+    tool("busctl", "systemd"),
+    tool("gdbus", "libglib2.0-bin"),
     Tool {
-        program: "qemu-system-x86_64",
-        package: "qemu-system-x86",
-    },
-    Tool {
-        program: "ip",
-        package: "iproute2",
-    },
-    Tool {
-        program: "cc",
-        package: "gcc",
+        program: "/usr/bin/python3",
+        probe: &["-c", "import dbus"],
+        package: "python3-dbus",
     },
 ];
 
+const fn tool(program: &'static str, package: &'static str) -> Tool {
+    Tool {
+        program,
+        probe: &["--version"],
+        package,
+    }
+}
+
 /// Installs what the tests lack, or says what to install.
 pub fn install_for_tests() -> Result<()> {
-    let missing: Vec<_> = TOOLS
-        .iter()
-        .filter(|tool| !is_there(tool.program))
-        .collect();
+    let missing: Vec<_> = TOOLS.iter().filter(|tool| !answers(tool)).collect();
     let packages: Vec<_> = missing.iter().map(|tool| tool.package).collect();
     if !packages.is_empty() {
         if !nix::unistd::geteuid().is_root() || !is_there("apt-get") {
@@ -79,4 +84,16 @@ fn is_there(program: &str) -> bool {
         .stderr(Stdio::null())
         .status();
     probe.is_ok()
+}
+
+/// Whether a tool is there and can do what it is for; `gdbus` knows no `--version` and only
+/// has to start.
+fn answers(tool: &Tool) -> bool {
+    let mut probe = Command::new(tool.program);
+    let status = probe
+        .args(tool.probe)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    status.is_ok_and(|status| status.success() || tool.probe == ["--version"])
 }
