@@ -1,7 +1,8 @@
 //! What the tests need besides cargo, and how it gets here.
 
+use std::io;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Result, bail};
 
@@ -77,23 +78,21 @@ pub fn cargo_tool(name: &str) -> Result<()> {
     ))
 }
 
+/// Whether a program is there: it starts, whatever it says to `--version`.
 fn is_there(program: &str) -> bool {
-    let probe = Command::new(program)
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    probe.is_ok()
+    start(program, &["--version"]).is_ok()
 }
 
-/// Whether a tool is there and can do what it is for; `gdbus` knows no `--version` and only
-/// has to start.
+/// Whether a tool is there and can do what it is for.
 fn answers(tool: &Tool) -> bool {
-    let mut probe = Command::new(tool.program);
-    let status = probe
-        .args(tool.probe)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    status.is_ok_and(|status| status.success() || tool.probe == ["--version"])
+    match tool.probe {
+        ["--version"] => is_there(tool.program),
+        probe => start(tool.program, probe).is_ok_and(|status| status.success()),
+    }
+}
+
+fn start(program: &str, arguments: &[&str]) -> io::Result<ExitStatus> {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    command.stdout(Stdio::null()).stderr(Stdio::null()).status()
 }
