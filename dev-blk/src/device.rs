@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use device_kit::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, Health, HostError, Kit,
+    Assignment, Capabilities, ConfigError, ConfigWriter, Device, Forecast, Health, HostError, Kit,
     OptionError, QueueIndex, StateError,
 };
 
@@ -174,8 +174,21 @@ impl Device for Blk {
         }
     }
 
+    fn acquire(&self) -> Result<(), OptionError> {
+        self.shared.image.lock()
+    }
+
+    fn release(&self) -> Result<(), OptionError> {
+        self.shared.image.unlock()
+    }
+
     fn prepare(&self) {
         // Nothing to be made ahead: the state is one field.
+    }
+
+    /// Its frame is a few dozen bytes.
+    fn forecast(&self) -> Forecast {
+        Forecast::default()
     }
 
     fn save(&self) -> Result<SavedState, StateError> {

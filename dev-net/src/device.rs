@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use device_kit::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, HostError, Kit, MAX_QUEUE_SIZE,
-    OptionError, QueueIndex, StateError,
+    Assignment, Capabilities, ConfigError, ConfigWriter, Device, Forecast, HostError, Kit,
+    MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
 };
 
 use crate::config::{NetConfig, Options};
@@ -13,6 +13,9 @@ use crate::metrics::Metrics;
 use crate::saved_state::NetState;
 use crate::shared::Shared;
 use crate::worker::NetWorker;
+
+/// More than the state's bytes.
+const MOST_STATE: u64 = 2048;
 
 /// A virtio network card whose other end is a tap.
 #[derive(Debug)]
@@ -100,8 +103,24 @@ impl Device for NetDevice {
         }
     }
 
-    /// The state is under two kilobytes and always at hand.
+    /// A tap may be open in two processes for a moment: a queue that nobody reads only waits.
+    fn acquire(&self) -> Result<(), OptionError> {
+        Ok(())
+    }
+
+    fn release(&self) -> Result<(), OptionError> {
+        Ok(())
+    }
+
+    /// The state is small and always at hand.
     fn prepare(&self) {}
+
+    fn forecast(&self) -> Forecast {
+        Forecast {
+            bytes: MOST_STATE,
+            ..Forecast::default()
+        }
+    }
 
     fn save(&self) -> Result<NetState, StateError> {
         Ok(self.shared.save())

@@ -4,13 +4,16 @@
 //!
 //! ```text
 //!  process start            Device::open       everything that options name is opened here
+//!                           Device::acquire    what only one process may have, unless --incoming
 //!                           Device::workers    io_uring instances and the like are made here
 //!  ── sandbox ──────────────────────────────── from here on nothing can be opened ────────────
 //!  front-end connects       features, accept_features, read_config, write_config
+//!  the first ring starts    Device::acquire, if it is not held
 //!  a ring starts            (its queue thread) Worker::start once, then Worker::process
 //!  dirty logging starts     Device::prepare
 //!  a ring stops             no more Worker::process; Worker::ready until nothing is in flight
 //!  all rings are stopped    Device::save or Device::load
+//!  the machine moves away   Device::release
 //!  front-end resets         Device::reset
 //!  front-end goes           rings stop as above; the device stays and waits for the next one
 //! ```
@@ -22,6 +25,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
+pub use migration::rings::Forecast;
 use migration::schema::Schema;
 use prometheus_client::registry::Registry;
 use thiserror::Error;
@@ -79,8 +83,23 @@ pub trait Device: Sized + Send + Sync + 'static {
         writer: ConfigWriter,
     ) -> Result<(), ConfigError>;
 
+    /// Takes what only one process may have at a time: the lock of an image. Called when it is not
+    /// held; before the sandbox, or, for a machine that moves in, before its rings start.
+    ///
+    /// # Errors
+    /// Who else may have it, and what to do. Nothing runs then.
+    fn acquire(&self) -> Result<(), OptionError>;
+
+    /// Gives it up, for the process that the machine moves to. Called when it is held; every ring
+    /// is stopped and drained.
+    fn release(&self) -> Result<(), OptionError>;
+
     /// Dirty logging began: a move may follow. The costly part of saving belongs here.
     fn prepare(&self);
+
+    /// What its part in a switchover will take, as far as it is known: bytes of state, and time of
+    /// its own besides that of its requests. Called while rings run; must not block.
+    fn forecast(&self) -> Forecast;
 
     /// What it was doing. Every ring is stopped and drained.
     fn save(&self) -> Result<Self::SavedState, StateError>;

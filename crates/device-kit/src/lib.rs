@@ -23,8 +23,8 @@ mod sandbox;
 mod session;
 
 pub use device::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, HostError, Interest, Kit,
-    MAX_QUEUE_SIZE, MAX_QUEUES, OptionError, Progress, Queues, Source, StateError, Worker,
+    Assignment, Capabilities, ConfigError, ConfigWriter, Device, Forecast, HostError, Interest,
+    Kit, MAX_QUEUE_SIZE, MAX_QUEUES, OptionError, Progress, Queues, Source, StateError, Worker,
     WorkerError,
 };
 pub use health::Health;

@@ -6,6 +6,7 @@
 //! - [`frame`]: how saved state travels and how it is known to be whole;
 //! - [`channel`]: the pipe or socket that it travels on, with a deadline;
 //! - [`link`]: messages between two cores; [`wire`]: what they say; [`ram`]: how memory travels;
+//! - [`rings`]: what a core says to a device process to start and stop it at once;
 //! - [`commit`]: who may run the machine, whatever happens;
 //! - [`report`]: what a migration took.
 
@@ -15,6 +16,8 @@ pub mod frame;
 pub mod link;
 pub mod ram;
 pub mod report;
+pub mod rings;
+mod round_trip;
 pub mod schema;
 pub mod state;
 pub mod wire;

@@ -370,6 +370,10 @@ impl Host for Machine {
         }
     }
 
+    fn stay_paused(&mut self) {
+        self.state.send_replace(State::Paused);
+    }
+
     fn ran(&self) -> bool {
         self.is(State::Running)
     }
