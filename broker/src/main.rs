@@ -20,12 +20,14 @@ use broker::metrics::{self, Metrics};
 use broker::policy::Policy;
 use broker::publish;
 use broker::service::{self, ManagerObject};
+use broker::visit;
 use clap::{Parser, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tracing_subscriber::EnvFilter;
 use zbus::Connection;
 use zbus::connection::Builder;
@@ -116,8 +118,9 @@ async fn serve(options: Options) -> Result<()> {
         .with_context(|| format!("--runtime-dir {}", runtime_dir.display()))?;
     let folder = Folder::open(&runtime_dir)
         .with_context(|| format!("--runtime-dir {}", runtime_dir.display()))?;
-    let programs = match options.program_dir.clone() {
-        Some(folder) => folder,
+    let programs = match &options.program_dir {
+        Some(folder) => std::path::absolute(folder)
+            .with_context(|| format!("--program-dir {}", folder.display()))?,
         None => own_folder()?,
     };
     let mut terminate = signal(SignalKind::terminate()).context("signals cannot be heard")?;
@@ -132,7 +135,11 @@ async fn serve(options: Options) -> Result<()> {
         Some(connection) => Policy::polkit(connection).await.context("no polkit")?,
         None => Policy::Private,
     };
-    let launcher = launcher(options.launch, system.as_ref(), &runtime_dir, &programs).await?;
+    let (visit, visits) = mpsc::unbounded_channel();
+    let launcher = match options.launch {
+        Launch::Direct => Launcher::Direct,
+        Launch::Systemd => systemd(system.as_ref(), &runtime_dir, &programs, visit).await?,
+    };
     let metrics = Metrics::default();
     let metrics_path = folder.join("metrics");
     let metrics_listener = listen(&metrics_path)?;
@@ -145,6 +152,7 @@ async fn serve(options: Options) -> Result<()> {
         metrics: metrics.clone(),
     };
     let broker = Broker::new(host, policy, options.config_dir.clone());
+    tokio::spawn(visit::receive(Arc::clone(&broker), visits));
     let counted = Arc::clone(&broker);
     let registry = metrics.registry(move || counted.census());
     tokio::spawn(metrics::serve(metrics_listener, registry));
@@ -218,18 +226,22 @@ fn own_folder() -> Result<PathBuf> {
         .context("this program is in no folder: give --program-dir")
 }
 
-async fn launcher(
-    launch: Launch,
+/// The launcher that starts units on the bus that is connected to, or else on the system bus.
+async fn systemd(
     system: Option<&Connection>,
     runtime_dir: &Path,
     programs: &Path,
+    visits: mpsc::UnboundedSender<String>,
 ) -> Result<Launcher> {
-    let connection = match (launch, system) {
-        (Launch::Direct, _) => return Ok(Launcher::Direct),
-        (Launch::Systemd, Some(connection)) => connection.clone(),
-        (Launch::Systemd, None) => system_bus().await?,
+    anyhow::ensure!(
+        geteuid().is_root(),
+        "--launch systemd starts units of the system, which is for root"
+    );
+    let connection = match system {
+        Some(connection) => connection.clone(),
+        None => system_bus().await?,
     };
-    let systemd = Systemd::new(&connection, runtime_dir, programs).await;
+    let systemd = Systemd::new(&connection, runtime_dir, programs, visits).await;
     systemd.map(Launcher::Systemd).context("--launch systemd")
 }
 

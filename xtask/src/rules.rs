@@ -20,6 +20,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("vmm-core", &["api", "migration"]),
     ("dev-blk", &["device-kit", "migration"]),
     ("dev-net", &["device-kit", "migration"]),
+    ("packaging", &[]),
 ];
 
 /// Licences that an Apache-2.0 program can be distributed with.

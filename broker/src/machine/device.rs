@@ -16,6 +16,7 @@ use std::time::Duration;
 use api::Error;
 use tokio::time::Instant;
 
+use super::Machine;
 use crate::definition::{Device, DeviceKind};
 use crate::folder::last_words;
 use crate::host::Host;
@@ -84,11 +85,9 @@ impl RunningDevice {
     }
 
     /// Starts its process; the other end of its vhost-user socket.
-    pub(super) async fn start(
-        &mut self,
-        host: &Host,
-        machine: &MachineName,
-    ) -> Result<OwnedFd, Error> {
+    pub(super) async fn start(&mut self, host: &Host, machine: &Machine) -> Result<OwnedFd, Error> {
+        let declared = machine.from_file;
+        let machine = machine.name();
         let failed = |text: String| {
             Error::DeviceFailed(format!("device {} of {machine}: {text}", self.device.id))
         };
@@ -107,6 +106,7 @@ impl RunningDevice {
         };
         let mut program = Program {
             machine: machine.to_string(),
+            declared,
             role: id.to_owned(),
             path: host.programs.join(name),
             args: Vec::new(),

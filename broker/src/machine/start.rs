@@ -145,6 +145,7 @@ async fn make(
     job.set_phase("starting");
     let mut program = Program {
         machine: name.to_string(),
+        declared: machine.from_file,
         role: "core".into(),
         path: host.programs.join("godwit-vmm"),
         args: Vec::new(),
@@ -156,7 +157,7 @@ async fn make(
         let endpoint = match &device.device.kind {
             DeviceKind::VhostUser(other) => format!("socket={}", other.socket),
             _ => {
-                let socket = device.start(host, name).await?;
+                let socket = device.start(host, machine).await?;
                 format!("fd={}", program.pass(socket))
             }
         };

@@ -292,8 +292,7 @@ impl Supervisor {
     /// Starts a device's process and hands its socket to the core.
     async fn start_device(&mut self, at: usize) -> Result<(), Error> {
         let core = self.machine.core("given a new device process")?;
-        let name = self.machine.name.clone();
-        let socket = self.devices[at].start(&self.host, &name).await?;
+        let socket = self.devices[at].start(&self.host, &self.machine).await?;
         let device = &self.devices[at];
         let id = device.device.id.clone();
         core.attach_backend(id.as_str(), socket.into()).await?;
