@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use api::core::CoreProxy;
-use zbus::connection::Builder;
+use api::private_bus;
 
 use crate::definition::{Definition, Device, DeviceKind};
 use crate::host::Host;
@@ -102,8 +102,7 @@ pub(super) fn add_device(program: &mut Program, device: &Device, endpoint: &str)
 /// Connects to a core.
 pub(super) async fn connect(control: &Path) -> zbus::Result<CoreProxy<'static>> {
     let stream = tokio::net::UnixStream::connect(control).await?;
-    let connection = Builder::unix_stream(stream.into_std()?)
-        .p2p()
+    let connection = private_bus::dial(stream.into_std()?)?
         .method_timeout(CALL_DEADLINE)
         .build()
         .await?;
