@@ -346,3 +346,11 @@ pub fn kill_process(pid: u32) -> Result<()> {
     let pid = i32::try_from(pid).context("a process id is too large")?;
     kill(Pid::from_raw(pid), Signal::SIGKILL).context("no such process")
 }
+
+/// Memory of a process's own, in KiB: a core's does not count its guest's.
+pub fn own_memory(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    let number = line.and_then(|line| line.split_whitespace().nth(1));
+    number.and_then(|n| n.parse().ok()).context("no RssAnon")
+}
