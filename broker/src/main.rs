@@ -50,9 +50,13 @@ struct Options {
     /// How processes are started
     #[arg(long, value_enum, default_value_t = Launch::Direct)]
     launch: Launch,
-    /// Folder for sockets, state and logs [default: $XDG_RUNTIME_DIR/godwit, or /run/godwit]
+    /// Folder for sockets and the state of what runs
+    /// [default: $XDG_RUNTIME_DIR/godwit, or /run/godwit]
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
+    /// Folder for logs and machines that were made by calls [default: that of --runtime-dir]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
     /// Folder with a definition NAME.toml for each declared machine
     #[arg(long, value_name = "DIR")]
     config_dir: Option<PathBuf>,
@@ -116,8 +120,16 @@ async fn serve(options: Options) -> Result<()> {
         .unwrap_or_else(default_runtime_dir);
     let runtime_dir = std::path::absolute(&runtime_dir)
         .with_context(|| format!("--runtime-dir {}", runtime_dir.display()))?;
-    let folder = Folder::open(&runtime_dir)
-        .with_context(|| format!("--runtime-dir {}", runtime_dir.display()))?;
+    let state_dir = options.state_dir.as_ref().unwrap_or(&runtime_dir);
+    let state_dir = std::path::absolute(state_dir)
+        .with_context(|| format!("--state-dir {}", state_dir.display()))?;
+    let folder = Folder::open(&runtime_dir, &state_dir).with_context(|| {
+        format!(
+            "--runtime-dir {}, --state-dir {}",
+            runtime_dir.display(),
+            state_dir.display()
+        )
+    })?;
     let programs = match &options.program_dir {
         Some(folder) => std::path::absolute(folder)
             .with_context(|| format!("--program-dir {}", folder.display()))?,
@@ -216,7 +228,20 @@ async fn wait(
 fn ready() {
     // Outside of systemd there is nobody to tell.
     let _ = sd_notify::notify(&[NotifyState::Ready]);
+    tokio::spawn(stay_alive());
     tracing::info!("ready");
+}
+
+/// Tells systemd's watchdog, if it wants to know, that what serves calls is not stuck.
+async fn stay_alive() {
+    let Some(patience) = sd_notify::watchdog_enabled() else {
+        return;
+    };
+    let mut tick = tokio::time::interval(patience / 2);
+    loop {
+        tick.tick().await;
+        let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+    }
 }
 
 fn own_folder() -> Result<PathBuf> {

@@ -30,7 +30,7 @@ mod template;
 
 pub use assets::Assets;
 pub use error::Error;
-pub use host::{Host, HostOptions};
+pub use host::{Host, HostOptions, strip};
 pub use job::{Job, Output};
 pub use pair::Pair;
 
