@@ -36,4 +36,5 @@ pub mod publish;
 pub mod resources;
 pub mod service;
 mod tap;
+mod usage;
 pub mod visit;

@@ -66,19 +66,13 @@ pub(super) fn program(
     if definition.prefault {
         program.args(["--prefault"]);
     }
-    hand(&mut program, "--kvm-fd", boot.kvm);
-    hand(&mut program, "--kernel-fd", boot.kernel);
+    program.hand("--kvm-fd", boot.kvm);
+    program.hand("--kernel-fd", boot.kernel);
     if let (Some(path), Some(file)) = (&definition.initrd, boot.initrd) {
         program.args(["--initrd", path]);
-        hand(&mut program, "--initrd-fd", file);
+        program.hand("--initrd-fd", file);
     }
     Ok(program)
-}
-
-/// Hands the core a descriptor whose number is an option of its own.
-pub(super) fn hand(program: &mut Program, option: &str, descriptor: OwnedFd) {
-    let number = program.pass(descriptor);
-    program.args([option, &number.to_string()]);
 }
 
 /// Tells the core of a device, whose back-end is at `endpoint`.

@@ -12,6 +12,7 @@
 //! | `supervisor` | the task: ends of processes, restarts, commands |
 //! | `device` | one device's process, and when it is tried again |
 //! | `state` | what a later broker needs to adopt it |
+//! | `statistics` | what its processes count and use |
 //! | `adopt` | taking over what a killed broker left |
 
 pub(crate) mod adopt;
@@ -19,6 +20,7 @@ mod core;
 mod device;
 mod start;
 mod state;
+mod statistics;
 mod supervisor;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

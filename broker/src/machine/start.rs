@@ -138,8 +138,9 @@ async fn make(
         let endpoint = match &device.device.kind {
             DeviceKind::VhostUser(other) => format!("socket={}", other.socket),
             _ => {
-                let socket = device.start(host, machine).await?;
-                format!("fd={}", program.pass(socket))
+                let ends = device.start(host, machine).await?;
+                let (backend, link) = (program.pass(ends.backend), program.pass(ends.link));
+                format!("fd={backend},control-fd={link}")
             }
         };
         core::add_device(&mut program, &device.device, &endpoint);
@@ -152,8 +153,8 @@ async fn make(
         .create(true)
         .open(place.join("end"))
         .map_err(internal("no file for its end"))?;
-    core::hand(&mut program, "--control-fd", listener.into());
-    core::hand(&mut program, "--end-fd", end.into());
+    program.hand("--control-fd", listener);
+    program.hand("--end-fd", end);
     let serial = program.pass(theirs.into());
     program.args(["--serial", &format!("fd={serial}"), "--paused"]);
     let core = host.launcher.start(program).await;

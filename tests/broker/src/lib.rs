@@ -4,6 +4,7 @@ mod manner;
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -194,6 +195,15 @@ impl Broker {
         let path = self.folder.path().join(name);
         make_image(&path, mib)?;
         Ok(path)
+    }
+
+    /// What its metrics socket says.
+    pub fn metrics(&self) -> Result<String> {
+        let mut stream = StdUnixStream::connect(self.folder.path().join("run/metrics"))?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
     }
 
     /// Runs busctl on its bus.

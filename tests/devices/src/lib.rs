@@ -7,6 +7,7 @@
 
 mod blk;
 mod cases;
+mod fault;
 mod net;
 mod subject;
 
@@ -88,5 +89,6 @@ macro_rules! conformance {
 
 conformance! {
     blk_conformance: crate::blk::Blk,
+    fault_conformance: crate::fault::Counter,
     net_conformance: crate::net::Net,
 }
