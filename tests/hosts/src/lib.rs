@@ -33,6 +33,7 @@ pub use error::Error;
 pub use host::{Host, HostOptions, strip};
 pub use job::{Job, Output};
 pub use pair::Pair;
+pub use qmp::Qmp;
 
 /// What functions of this crate return.
 pub type Result<T> = std::result::Result<T, Error>;
