@@ -1,8 +1,8 @@
 //! A D-Bus connection between two processes of a machine, without a bus.
 //!
 //! Each was given one end of a socket pair by who started both; that is all the authentication
-//! there is (ANONYMOUS), and descriptors are not passed. Either side may have been taken over, so
-//! neither trusts the other:
+//! there is (ANONYMOUS). The one that is called takes descriptors, one with a message; the one that
+//! calls takes none. Either side may have been taken over, so neither trusts the other:
 //!
 //! | what a peer may do | what follows |
 //! |---|---|
@@ -12,6 +12,8 @@
 //! | not read what it is sent for 5 s | the connection ends |
 //! | send what is no D-Bus | the connection ends |
 
+mod descriptors;
+
 use std::fmt;
 use std::io;
 use std::net::Shutdown;
@@ -20,6 +22,7 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout};
 use zbus::connection::socket::{ReadHalf, Socket, Split, WriteHalf};
@@ -44,7 +47,7 @@ const HEAD: usize = 16;
 /// # Errors
 /// The socket cannot be watched.
 pub fn server(socket: StdUnixStream) -> io::Result<Builder<'static>> {
-    Ok(builder(socket)?.server(Guid::generate()))
+    Ok(builder(socket, true)?.server(Guid::generate()))
 }
 
 /// A connection to the peer that is called. To be built in the Tokio runtime that is current now.
@@ -52,12 +55,15 @@ pub fn server(socket: StdUnixStream) -> io::Result<Builder<'static>> {
 /// # Errors
 /// The socket cannot be watched.
 pub fn client(socket: StdUnixStream) -> io::Result<Builder<'static>> {
-    builder(socket)
+    builder(socket, false)
 }
 
-fn builder(socket: StdUnixStream) -> io::Result<Builder<'static>> {
+fn builder(socket: StdUnixStream, takes_descriptors: bool) -> io::Result<Builder<'static>> {
     socket.set_nonblocking(true)?;
-    let link = Link(Arc::new(UnixStream::from_std(socket)?));
+    let link = Link {
+        socket: Arc::new(UnixStream::from_std(socket)?),
+        takes_descriptors,
+    };
     Ok(Builder::socket(link)
         .p2p()
         .validate_bodies()
@@ -66,32 +72,38 @@ fn builder(socket: StdUnixStream) -> io::Result<Builder<'static>> {
 
 /// The socket.
 #[derive(Clone, Debug)]
-struct Link(Arc<UnixStream>);
+struct Link {
+    socket: Arc<UnixStream>,
+    takes_descriptors: bool,
+}
 
 impl Link {
+    /// Descriptors that came with bytes read here are closed.
     async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            self.0.readable().await?;
-            match self.0.try_read(buffer) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => return result,
-            }
-        }
+        let socket = &self.socket;
+        socket
+            .async_io(Interest::READABLE, || socket.try_read(buffer))
+            .await
     }
 
-    async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        loop {
-            self.0.writable().await?;
-            match self.0.try_write(bytes) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => return result,
-            }
+    async fn receive(&self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+        if !self.takes_descriptors {
+            return Ok((self.read(buffer).await?, Vec::new()));
         }
+        let socket = &self.socket;
+        let receive = || descriptors::receive(socket.as_fd(), buffer);
+        socket.async_io(Interest::READABLE, receive).await
+    }
+
+    async fn write(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+        let socket = &self.socket;
+        let send = || descriptors::send(socket.as_fd(), bytes, fds);
+        socket.async_io(Interest::WRITABLE, send).await
     }
 
     /// Ends both directions: the reader wakes too.
     fn hang_up(&self) -> io::Result<()> {
-        let same = StdUnixStream::from(self.0.as_fd().try_clone_to_owned()?);
+        let same = StdUnixStream::from(self.socket.as_fd().try_clone_to_owned()?);
         same.shutdown(Shutdown::Both)
     }
 }
@@ -135,6 +147,11 @@ impl ReadHalf for Reader {
             self.words.take(*byte)?;
         }
         Ok((len, Vec::new()))
+    }
+
+    /// Without this nothing could be sent with a descriptor either.
+    fn can_pass_unix_fd(&self) -> bool {
+        true
     }
 
     fn auth_mechanism(&self) -> AuthMechanism {
@@ -226,9 +243,9 @@ impl Messages {
 #[async_trait]
 impl ReadHalf for Messages {
     async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-        let len = self.link.read(buffer).await?;
+        let (len, descriptors) = self.link.receive(buffer).await?;
         self.pass(&buffer[..len])?;
-        Ok((len, Vec::new()))
+        Ok((len, descriptors))
     }
 }
 
@@ -266,10 +283,7 @@ struct Writer(Link);
 #[async_trait]
 impl WriteHalf for Writer {
     async fn sendmsg(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
-        if !fds.is_empty() {
-            return Err(io::Error::from(io::ErrorKind::InvalidInput));
-        }
-        match timeout(WRITE_DEADLINE, self.0.write(bytes)).await {
+        match timeout(WRITE_DEADLINE, self.0.write(bytes, fds)).await {
             Ok(result) => result,
             Err(_) => {
                 self.0.hang_up()?;
@@ -280,6 +294,10 @@ impl WriteHalf for Writer {
 
     async fn close(&mut self) -> io::Result<()> {
         self.0.hang_up()
+    }
+
+    fn can_pass_unix_fd(&self) -> bool {
+        true
     }
 }
 

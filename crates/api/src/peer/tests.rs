@@ -22,6 +22,16 @@ impl Echo {
     async fn echo(&self, text: &str) -> String {
         text.to_owned()
     }
+
+    /// How long a file is.
+    async fn measure(&self, file: zbus::Fd<'_>) -> u64 {
+        let file = std::fs::File::from(file.as_fd().try_clone_to_owned().unwrap());
+        file.metadata().unwrap().len()
+    }
+
+    async fn stdin(&self) -> zbus::OwnedFd {
+        OwnedFd::from(std::fs::File::open("/dev/null").unwrap()).into()
+    }
 }
 
 fn served(socket: StdUnixStream) -> tokio::task::JoinHandle<zbus::Result<Connection>> {
@@ -157,7 +167,10 @@ fn sizes_are_known_however_the_bytes_come() {
     let _context = runtime.enter();
     let (ours, _theirs) = StdUnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
-    let link = Link(Arc::new(UnixStream::from_std(ours).unwrap()));
+    let link = Link {
+        socket: Arc::new(UnixStream::from_std(ours).unwrap()),
+        takes_descriptors: false,
+    };
     // A message of 16 + 8 + 3 bytes, twice, then one that is too long.
     let mut bytes = call(1, 5, 3);
     bytes.extend([0; 11]);
@@ -175,4 +188,20 @@ fn sizes_are_known_however_the_bytes_come() {
             );
         }
     }
+}
+
+#[tokio::test]
+async fn a_descriptor_goes_to_the_one_that_is_called_and_not_back() {
+    let (ours, theirs) = StdUnixStream::pair().unwrap();
+    let server = served(theirs);
+    let connection = client(ours).unwrap().build().await.unwrap();
+    let _server = server.await.unwrap().unwrap();
+    let echo = EchoProxy::new(&connection).await.unwrap();
+    let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+    let file: std::fs::File = nix::sys::memfd::memfd_create(c"x", flags).unwrap().into();
+    file.set_len(12345).unwrap();
+    for _ in 0..3 {
+        assert_eq!(echo.measure(file.as_fd().into()).await.unwrap(), 12345);
+    }
+    assert!(echo.stdin().await.is_err());
 }
