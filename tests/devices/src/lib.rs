@@ -5,6 +5,7 @@
 
 #![cfg(test)]
 
+mod balloon;
 mod blk;
 mod cases;
 mod net;
@@ -87,6 +88,7 @@ macro_rules! conformance {
 }
 
 conformance! {
+    balloon_conformance: crate::balloon::Balloon,
     blk_conformance: crate::blk::Blk,
     net_conformance: crate::net::Net,
 }
