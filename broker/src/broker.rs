@@ -8,6 +8,7 @@ use std::time::Duration;
 use api::machine::State;
 use api::{Caller, Dictionary, Error, path};
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
 use zbus::OwnedObjectPath;
 
 use crate::definition::Definition;
@@ -93,19 +94,22 @@ impl Broker {
         self.policy.check(caller, action, machine, verb).await
     }
 
-    /// How many machines and devices there are in each state.
-    pub fn census(&self) -> Census {
+    /// How many machines and devices there are in each state, and what their processes count.
+    pub async fn census(self: Arc<Self>) -> Census {
         let mut machines = BTreeMap::new();
         let mut devices = BTreeMap::new();
+        let mut asked = JoinSet::new();
         for machine in self.machines() {
             *machines.entry(machine.state().as_str()).or_default() += 1;
             for (_, status) in (0..).map_while(|at| machine.device(at)) {
                 *devices.entry(status.state.as_str()).or_default() += 1;
             }
+            asked.spawn(async move { machine.counted().await });
         }
         Census {
             machines: machines.into_iter().collect(),
             devices: devices.into_iter().collect(),
+            processes: asked.join_all().await.concat(),
         }
     }
 

@@ -35,3 +35,4 @@ pub mod publish;
 pub mod resources;
 pub mod service;
 mod tap;
+mod usage;

@@ -146,8 +146,8 @@ async fn serve(options: Options) -> Result<()> {
     };
     let broker = Broker::new(host, policy, options.config_dir.clone());
     let counted = Arc::clone(&broker);
-    let registry = metrics.registry(move || counted.census());
-    tokio::spawn(metrics::serve(metrics_listener, registry));
+    let count = move || Arc::clone(&counted).census();
+    tokio::spawn(metrics::serve(metrics_listener, metrics, count));
     let manager = ManagerObject {
         broker: Arc::clone(&broker),
         metrics_socket: metrics_path.display().to_string(),

@@ -8,6 +8,8 @@ use device_kit::{
     OptionError, QueueIndex, StateError,
 };
 
+use migration::state::DeviceState;
+
 use crate::config::{ACTUAL_AT, Options, POISON_AT, QUEUE_SIZE, QUEUES, SPACE_LEN, feature};
 use crate::metrics::Metrics;
 use crate::saved_state::SavedState;
@@ -110,7 +112,9 @@ impl Device for BalloonDevice {
     }
 
     /// What is in the balloon is known at any time.
-    fn prepare(&self) {}
+    fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
+        Ok(())
+    }
 
     fn save(&self) -> Result<SavedState, StateError> {
         Ok(self.shared.save())

@@ -8,6 +8,8 @@ use device_kit::{
     Kit, OptionError, QueueIndex, StateError,
 };
 
+use migration::state::DeviceState;
+
 use crate::config::{self, Options, SPACE_LEN, Serial, WRITEBACK_AT, feature};
 use crate::engine::Engine;
 use crate::image::Image;
@@ -174,8 +176,9 @@ impl Device for Blk {
         }
     }
 
-    fn prepare(&self) {
-        // Nothing to be made ahead: the state is one field.
+    /// Nothing is made ahead: the state is one field.
+    fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
+        Ok(())
     }
 
     fn save(&self) -> Result<SavedState, StateError> {

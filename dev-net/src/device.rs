@@ -7,6 +7,8 @@ use device_kit::{
     MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
 };
 
+use migration::state::DeviceState;
+
 use crate::config::{NetConfig, Options};
 use crate::features::Features;
 use crate::metrics::Metrics;
@@ -101,7 +103,9 @@ impl Device for NetDevice {
     }
 
     /// The state is under two kilobytes and always at hand.
-    fn prepare(&self) {}
+    fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
+        Ok(())
+    }
 
     fn save(&self) -> Result<NetState, StateError> {
         Ok(self.shared.save())

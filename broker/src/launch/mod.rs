@@ -45,6 +45,12 @@ impl Program {
         self.descriptors.push(descriptor);
         number
     }
+
+    /// Hands it a descriptor whose number is an option of its own.
+    pub fn hand(&mut self, option: &str, descriptor: impl Into<OwnedFd>) {
+        let number = self.pass(descriptor.into());
+        self.args([option, &number.to_string()]);
+    }
 }
 
 /// Why a program was not started.

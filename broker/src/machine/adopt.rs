@@ -12,8 +12,8 @@ use api::machine::State;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
+use super::core::connect;
 use super::device::RunningDevice;
-use super::start::connect;
 use super::state::MachineState;
 use super::supervisor::Supervisor;
 use super::{DeviceStatus, Live, Machine};

@@ -27,6 +27,7 @@ pub mod definition;
 pub mod device;
 pub mod device1;
 mod error;
+mod guarded;
 pub mod job;
 pub mod machine;
 pub mod manager;

@@ -10,6 +10,7 @@
 //! ```
 //! From `failed` a machine can be started or removed as from `off`.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 
 use serde::{Deserialize, Serialize};
@@ -137,6 +138,8 @@ pub trait OneMachine: Send + Sync + 'static {
         source: &str,
         flags: u64,
     ) -> impl Future<Output = Result<OwnedFd, Error>> + Send;
+    /// See [`MachineProxy::statistics`].
+    fn statistics(&self) -> impl Future<Output = Result<BTreeMap<String, u64>, Error>> + Send;
     /// What the properties are now. Must not block.
     fn facts(&self) -> Facts;
 }
@@ -227,6 +230,15 @@ impl<M: OneMachine> Machine<M> {
     ) -> Result<OwnedFd, Error> {
         let caller = Caller::from(&header);
         self.0.open_log(caller, source, flags).await
+    }
+
+    /// What its core uses, `cpu_usec`, `resident_bytes` (with the guest's memory), `own_bytes`
+    /// (without); `uptime_usec`; and the sums over its devices of `requests`, `failed_requests`,
+    /// `bytes_to_guest`, `bytes_from_guest` and `reconnects`. Empty when it does not run. Takes a
+    /// few seconds at most.
+    #[zbus(out_args("statistics"))]
+    async fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
+        self.0.statistics().await
     }
 
     /// Its name.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -165,6 +166,15 @@ impl Broker {
         let path = self.folder.path().join(name);
         make_image(&path, mib)?;
         Ok(path)
+    }
+
+    /// What its metrics socket says.
+    pub fn metrics(&self) -> Result<String> {
+        let mut stream = StdUnixStream::connect(self.folder.path().join("run/metrics"))?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
     }
 
     /// Runs busctl on its bus.
@@ -345,4 +355,12 @@ pub fn lives(pid: u32) -> bool {
 pub fn kill_process(pid: u32) -> Result<()> {
     let pid = i32::try_from(pid).context("a process id is too large")?;
     kill(Pid::from_raw(pid), Signal::SIGKILL).context("no such process")
+}
+
+/// Memory of a process's own, in KiB: a core's does not count its guest's.
+pub fn own_memory(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    let number = line.and_then(|line| line.split_whitespace().nth(1));
+    number.and_then(|n| n.parse().ok()).context("no RssAnon")
 }

@@ -25,7 +25,7 @@ async fn hostile_requests_are_refused_with_a_name() -> Result<()> {
         "a b",
         "a\nb",
         &"x".repeat(65),
-        &"x".repeat(1 << 20),
+        &"x".repeat(200_000),
     ] {
         let error = manager
             .create_machine(name, good(), START)
@@ -35,12 +35,9 @@ async fn hostile_requests_are_refused_with_a_name() -> Result<()> {
             matches!(error, Error::InvalidArgs(_)),
             "{name:?}: {error:?}"
         );
-        assert!(
-            error.to_string().len() < 500,
-            "an error does not repeat a megabyte"
-        );
+        assert!(error.to_string().len() < 500, "an error does not repeat it");
     }
-    let huge = format!("/{}", "x".repeat(8 << 20));
+    let huge = format!("/{}", "x".repeat(200_000));
     let nested = (0..20).fold(Variant::from(1u32), |inner, _| {
         Variant::Variant(Box::new(inner))
     });
@@ -70,10 +67,7 @@ async fn hostile_requests_are_refused_with_a_name() -> Result<()> {
             "{key}: {error:?}"
         );
         assert!(error.to_string().starts_with(key), "{error}");
-        assert!(
-            error.to_string().len() < 500,
-            "an error does not repeat a megabyte"
-        );
+        assert!(error.to_string().len() < 500, "an error does not repeat it");
     }
     let error = manager
         .create_machine("vm", good(), 1 << 40)

@@ -8,6 +8,7 @@
 mod balloon;
 mod blk;
 mod cases;
+mod fault;
 mod net;
 mod subject;
 
@@ -90,5 +91,6 @@ macro_rules! conformance {
 conformance! {
     balloon_conformance: crate::balloon::Balloon,
     blk_conformance: crate::blk::Blk,
+    fault_conformance: crate::fault::Counter,
     net_conformance: crate::net::Net,
 }
