@@ -18,6 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("broker", &["api", "migration"]),
     ("cli", &["api"]),
     ("vmm-core", &["api", "migration"]),
+    ("dev-balloon", &["device-kit", "migration"]),
     ("dev-blk", &["device-kit", "migration"]),
     ("dev-net", &["device-kit", "migration"]),
     ("packaging", &[]),
