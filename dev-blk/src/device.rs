@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use device_kit::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, Forecast, Health, HostError, Kit,
-    OptionError, QueueIndex, StateError,
+    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast, Health,
+    HostError, Kit, OptionError, QueueIndex, StateError,
 };
+
+use migration::state::DeviceState;
 
 use crate::config::{self, Options, SPACE_LEN, Serial, WRITEBACK_AT, feature};
 use crate::engine::Engine;
@@ -182,8 +184,9 @@ impl Device for Blk {
         self.shared.image.unlock()
     }
 
-    fn prepare(&self) {
-        // Nothing to be made ahead: the state is one field.
+    /// Nothing is made ahead: the state is one field.
+    fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
+        Ok(())
     }
 
     /// Its frame is a few dozen bytes.
@@ -211,5 +214,9 @@ impl Device for Blk {
     fn reset(&self) {
         self.shared.features.store(0, Ordering::Release);
         self.shared.writeback.store(true, Ordering::Release);
+    }
+
+    fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {
+        None
     }
 }

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use device_kit::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, Forecast, HostError, Kit,
-    MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
+    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast,
+    HostError, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
 };
+
+use migration::state::DeviceState;
 
 use crate::config::{NetConfig, Options};
 use crate::features::Features;
@@ -112,8 +114,10 @@ impl Device for NetDevice {
         Ok(())
     }
 
-    /// The state is small and always at hand.
-    fn prepare(&self) {}
+    /// The state is under two kilobytes and always at hand.
+    fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
+        Ok(())
+    }
 
     fn forecast(&self) -> Forecast {
         Forecast {
@@ -137,5 +141,9 @@ impl Device for NetDevice {
     fn statistics(&self) -> Vec<(&'static str, u64)> {
         let pairs = self.shared.tap().pairs();
         self.shared.metrics().totals(pairs)
+    }
+
+    fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {
+        None
     }
 }
