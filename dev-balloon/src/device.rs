@@ -111,7 +111,7 @@ impl Device for BalloonDevice {
         Ok(())
     }
 
-    fn acquire(&self) -> Result<(), OptionError> {
+    fn acquire(&self, _patience: Duration) -> Result<(), OptionError> {
         Ok(())
     }
 

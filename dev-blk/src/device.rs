@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use device_kit::{
     Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast, Health,
@@ -176,8 +177,8 @@ impl Device for Blk {
         }
     }
 
-    fn acquire(&self) -> Result<(), OptionError> {
-        self.shared.image.lock()
+    fn acquire(&self, patience: Duration) -> Result<(), OptionError> {
+        self.shared.image.lock(patience)
     }
 
     fn release(&self) -> Result<(), OptionError> {

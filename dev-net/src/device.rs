@@ -1,6 +1,7 @@
 //! The network device, as the kit drives it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use device_kit::{
     Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast,
@@ -106,7 +107,7 @@ impl Device for NetDevice {
     }
 
     /// A tap may be open in two processes for a moment: a queue that nobody reads only waits.
-    fn acquire(&self) -> Result<(), OptionError> {
+    fn acquire(&self, _patience: Duration) -> Result<(), OptionError> {
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use device_kit::{
     Assignment, BalloonProcess, Capabilities, Chain, ConfigError, ConfigWriter, Device, Forecast,
@@ -107,7 +108,7 @@ impl Device for Counter {
         })
     }
 
-    fn acquire(&self) -> Result<(), OptionError> {
+    fn acquire(&self, _patience: Duration) -> Result<(), OptionError> {
         Ok(())
     }
 

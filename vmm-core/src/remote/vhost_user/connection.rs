@@ -127,18 +127,7 @@ impl Connection {
         bodies: &[Vec<u8>],
         fd: Option<RawFd>,
     ) -> Result<Vec<Vec<u8>>, VhostUserError> {
-        self.exchange_within(self.deadline, request, message, bodies, fd)
-    }
-
-    fn exchange_within(
-        &mut self,
-        deadline: Duration,
-        request: u32,
-        message: &'static str,
-        bodies: &[Vec<u8>],
-        fd: Option<RawFd>,
-    ) -> Result<Vec<Vec<u8>>, VhostUserError> {
-        let guard = self.watchdog.guard(&self.socket, deadline);
+        let guard = self.watchdog.guard(&self.socket, self.deadline);
         let mut send = |body: &Vec<u8>| {
             costs::MESSAGES.add();
             send(&self.socket, request, body, fd)
@@ -153,7 +142,7 @@ impl Connection {
             });
         let late = guard.has_fired();
         drop(guard);
-        result.map_err(|error| self.explain(message, deadline, late, error.into()))
+        result.map_err(|error| self.explain(message, self.deadline, late, error.into()))
     }
 
     /// Sends one of our own requests, whose answer is nothing, or why not.
@@ -162,9 +151,8 @@ impl Connection {
         request: u32,
         message: &'static str,
         body: Vec<u8>,
-        deadline: Duration,
     ) -> Result<(), VhostUserError> {
-        let answers = self.exchange_within(deadline, request, message, &[body], None)?;
+        let answers = self.exchange(request, message, &[body], None)?;
         let Some(why) = answers.first().filter(|answer| !answer.is_empty()) else {
             return Ok(());
         };
