@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::{Bytes as _, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{
+    Bytes as _, FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap,
+    ReadVolatile as _, WriteVolatile as _,
+};
 
 /// Bytes of one write: as much as a record of memory has.
 const PART: usize = 256 << 10;
@@ -27,12 +30,19 @@ pub(super) fn carry(streams: usize, bytes: usize) -> Result<(usize, Duration)> {
     let begin = Instant::now();
     thread::scope(|scope| {
         let mut threads = Vec::new();
-        for (from, to, (out, into)) in &mut ways {
-            threads.push(scope.spawn(|| {
-                parts(share).try_for_each(|part| from.write_all_volatile_to(part, out, PART))
+        for (from, to, (mut out, mut into)) in ways {
+            // Each has its socket to itself, so that the other sees it end.
+            threads.push(scope.spawn(move || -> Result<()> {
+                for part in parts(share) {
+                    out.write_all_volatile(&from.get_slice(part, PART)?)?;
+                }
+                Ok(())
             }));
-            threads.push(scope.spawn(|| {
-                parts(share).try_for_each(|part| to.read_exact_volatile_from(part, into, PART))
+            threads.push(scope.spawn(move || -> Result<()> {
+                for part in parts(share) {
+                    into.read_exact_volatile(&mut to.get_slice(part, PART)?)?;
+                }
+                Ok(())
             }));
         }
         for thread in threads {
