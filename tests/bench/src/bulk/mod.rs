@@ -19,8 +19,8 @@ use crate::switchover::{gap, godwit};
 /// Channels that are compared.
 const CHANNELS: [usize; 4] = [1, 2, 4, 8];
 /// MiB of a machine's memory, and of those which its guest has written.
-const MEMORY_MIB: u64 = 1024;
-const WRITTEN_MIB: u32 = 768;
+const MEMORY_MIB: u64 = 512;
+const WRITTEN_MIB: u32 = 256;
 /// Our part of what plain streams carry.
 const GOAL: f64 = 0.8;
 /// How long the guest is watched.
