@@ -11,6 +11,7 @@ use api::private_bus;
 use crate::definition::{Definition, Device, DeviceKind};
 use crate::host::Host;
 use crate::launch::Program;
+use crate::migration::ends::Incoming;
 use crate::name::MachineName;
 use crate::resources::{self, ResourceError};
 
@@ -77,6 +78,22 @@ pub(super) fn program(
 pub(super) fn hand(program: &mut Program, option: &str, descriptor: OwnedFd) {
     let number = program.pass(descriptor);
     program.args([option, &number.to_string()]);
+}
+
+/// Lets the core take a machine over instead of booting one.
+pub(super) fn expect(program: &mut Program, incoming: Incoming) {
+    let Incoming { from, ends, memory } = incoming;
+    let mut text = format!("{}={}", from.key(), program.pass(ends.control));
+    for ram in ends.ram {
+        text.push_str(&format!(",ram={}", program.pass(ram)));
+    }
+    for (id, state) in ends.states {
+        text.push_str(&format!(",state={id}:{}", program.pass(state)));
+    }
+    if let Some(memory) = memory {
+        text.push_str(&format!(",memory={}", program.pass(memory)));
+    }
+    program.args(["--incoming", &text]);
 }
 
 /// Tells the core of a device, whose back-end is at `endpoint`.

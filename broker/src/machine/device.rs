@@ -14,8 +14,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::Error;
+use api::device::State as DeviceState;
 use tokio::time::Instant;
 
+use super::{DeviceStatus, MachineState};
 use crate::definition::{Device, DeviceKind};
 use crate::folder::last_words;
 use crate::host::Host;
@@ -41,6 +43,8 @@ pub(super) struct RunningDevice {
     /// Counts processes, so that the end of an old one is not taken for that of a new one.
     pub(super) generation: u64,
     pub(super) reconnects: u32,
+    /// Another process has the image open and locked, until the machine is here.
+    pub(super) shares_image: bool,
     resources: DeviceResources,
     restarts: VecDeque<Instant>,
 }
@@ -62,14 +66,43 @@ impl RunningDevice {
         Self::with(device, resources, reconnects)
     }
 
+    /// Those of a machine that is adopted, with their processes that still run.
+    pub(super) fn adopt_all(state: &MachineState) -> Vec<Self> {
+        let devices = state.definition.devices.iter().zip(&state.devices);
+        devices
+            .map(|(device, record)| {
+                let mut device = Self::adopt(device.clone(), record.image, record.reconnects);
+                let process = record.process.as_ref();
+                let process = process.and_then(|id| Process::adopt(id).ok());
+                device.process = process.map(Arc::new);
+                device
+            })
+            .collect()
+    }
+
     fn with(device: Device, resources: DeviceResources, reconnects: u32) -> Self {
         Self {
             device,
             process: None,
             generation: 0,
             reconnects,
+            shares_image: false,
             resources,
             restarts: VecDeque::new(),
+        }
+    }
+
+    /// What the bus shows of it.
+    pub(super) fn status(&self) -> DeviceStatus {
+        let process = self.process.as_ref().map(|process| process.id().clone());
+        DeviceStatus {
+            state: match process.is_some() || !self.is_ours() {
+                true => DeviceState::Running,
+                false => DeviceState::Restarting,
+            },
+            process,
+            reason: String::new(),
+            reconnects: self.reconnects,
         }
     }
 
@@ -136,6 +169,9 @@ impl RunningDevice {
                 }
                 if disk.read_only {
                     program.args(["--read-only"]);
+                }
+                if self.shares_image {
+                    program.args(["--lock", "off"]);
                 }
             }
             DeviceKind::Net(net) => {

@@ -72,6 +72,12 @@ errors! {
     MachineFailed = "org.godwit.Vmm1.Error.MachineFailed",
     /// A device did not do its part.
     DeviceFailed = "org.godwit.Vmm1.Error.DeviceFailed",
+    /// The machine cannot move, or does not fit its destination.
+    NotMigratable = "org.godwit.Vmm1.Error.NotMigratable",
+    /// The machine did not move.
+    MigrationFailed = "org.godwit.Vmm1.Error.MigrationFailed",
+    /// Nobody, or nobody who is trusted, answers at the destination.
+    DestinationUnreachable = "org.godwit.Vmm1.Error.DestinationUnreachable",
     /// It was cancelled.
     Cancelled = "org.godwit.Vmm1.Error.Cancelled",
     /// Something took longer than it may.
