@@ -13,6 +13,7 @@
 //! | [`machine`] | one machine: start, supervision, adoption |
 //! | [`migration`] | machines that leave, arrive, go into files and come out of them |
 //! | [`launch`] | processes as children or as systemd units |
+//! | [`visit`] | declared machines that systemd starts |
 //! | [`definition`] | what a machine is, from TOML or a dictionary |
 //! | [`resources`] | what is opened and handed to processes |
 //! | [`jobs`], [`console`], [`policy`], [`metrics`], [`folder`] | what their names say |
@@ -37,3 +38,5 @@ pub mod publish;
 pub mod resources;
 pub mod service;
 mod tap;
+mod usage;
+pub mod visit;

@@ -16,10 +16,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("migration", &[]),
     ("device-kit", &["api", "migration"]),
     ("broker", &["api", "migration"]),
-    ("cli", &["api"]),
+    ("cli", &["api", "migration"]),
     ("vmm-core", &["api", "migration"]),
+    ("dev-balloon", &["device-kit", "migration"]),
     ("dev-blk", &["device-kit", "migration"]),
     ("dev-net", &["device-kit", "migration"]),
+    ("packaging", &[]),
 ];
 
 /// Licences that an Apache-2.0 program can be distributed with.

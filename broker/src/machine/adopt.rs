@@ -31,7 +31,7 @@ pub(crate) async fn clean(host: &Host, place: &Path, state: Option<&MachineState
             .iter()
             .filter_map(|device| device.process.as_ref());
         for id in devices.chain(&state.core) {
-            if let Ok(process) = Process::adopt(id) {
+            if let Ok(process) = host.launcher.adopt(id).await {
                 process.signal(Signal::SIGKILL);
                 // A killed process ends, or the kernel is broken.
                 let _ = tokio::time::timeout(CLEAN_DEADLINE, process.ended()).await;
@@ -54,13 +54,16 @@ pub(crate) async fn adopt(
     state: &MachineState,
 ) -> io::Result<()> {
     let (commands, inbox) = mpsc::channel(16);
-    let lives = |id| Process::adopt(id).is_ok();
-    if !state.core.as_ref().is_some_and(lives) {
+    let lives = match &state.core {
+        Some(id) => host.launcher.adopt(id).await.is_ok(),
+        None => false,
+    };
+    if !lives {
         // It ended while nobody watched: what it said tells how.
         let own = Process::new(std::process::id(), String::new())?;
         machine.gone.send_replace(false);
         let mut supervisor = Supervisor::new(host, machine, Arc::new(own), inbox);
-        supervisor.adopt_devices(RunningDevice::adopt_all(state));
+        supervisor.adopt_devices(RunningDevice::adopt_all(host, state).await);
         supervisor.end(Ended::Unknown).await;
         return Ok(());
     }

@@ -8,11 +8,11 @@ use std::time::Duration;
 use api::core::CoreProxy;
 use api::private_bus;
 
+use super::Machine;
 use crate::definition::{Definition, Device, DeviceKind};
 use crate::host::Host;
 use crate::launch::Program;
 use crate::migration::ends::Incoming;
-use crate::name::MachineName;
 use crate::resources::{self, ResourceError};
 
 /// How long a call to a core may take, which has a deadline of its own for what it does.
@@ -43,12 +43,14 @@ impl Boot {
 /// The program of a core, which is still to be told its devices and its owner.
 pub(super) fn program(
     host: &Host,
-    name: &MachineName,
+    machine: &Machine,
     definition: &Definition,
     boot: Boot,
 ) -> io::Result<Program> {
+    let name = machine.name();
     let mut program = Program {
         machine: name.to_string(),
+        declared: machine.from_file,
         role: "core".into(),
         path: host.programs.join("godwit-vmm"),
         args: Vec::new(),
@@ -65,19 +67,13 @@ pub(super) fn program(
     if definition.prefault {
         program.args(["--prefault"]);
     }
-    hand(&mut program, "--kvm-fd", boot.kvm);
-    hand(&mut program, "--kernel-fd", boot.kernel);
+    program.hand("--kvm-fd", boot.kvm);
+    program.hand("--kernel-fd", boot.kernel);
     if let (Some(path), Some(file)) = (&definition.initrd, boot.initrd) {
         program.args(["--initrd", path]);
-        hand(&mut program, "--initrd-fd", file);
+        program.hand("--initrd-fd", file);
     }
     Ok(program)
-}
-
-/// Hands the core a descriptor whose number is an option of its own.
-pub(super) fn hand(program: &mut Program, option: &str, descriptor: OwnedFd) {
-    let number = program.pass(descriptor);
-    program.args([option, &number.to_string()]);
 }
 
 /// Lets the core take a machine over instead of booting one.

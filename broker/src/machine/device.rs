@@ -17,7 +17,7 @@ use api::Error;
 use api::device::State as DeviceState;
 use tokio::time::Instant;
 
-use super::{DeviceStatus, MachineState};
+use super::{DeviceStatus, Machine, MachineState};
 use crate::definition::{Device, DeviceKind};
 use crate::folder::last_words;
 use crate::host::Host;
@@ -34,6 +34,15 @@ const MAX_BACK_OFF: Duration = Duration::from_secs(2);
 const MOST_RESTARTS: usize = 8;
 /// Restarts longer ago than this are forgotten.
 const WINDOW: Duration = Duration::from_secs(60);
+
+/// The other ends of a device process's sockets.
+#[derive(Debug)]
+pub(super) struct Ends {
+    /// What the device is served on.
+    pub(super) backend: OwnedFd,
+    /// `org.godwit.Device1`.
+    pub(super) link: OwnedFd,
+}
 
 /// A device of a running machine.
 #[derive(Debug)]
@@ -67,17 +76,16 @@ impl RunningDevice {
     }
 
     /// Those of a machine that is adopted, with their processes that still run.
-    pub(super) fn adopt_all(state: &MachineState) -> Vec<Self> {
-        let devices = state.definition.devices.iter().zip(&state.devices);
+    pub(super) async fn adopt_all(host: &Host, state: &MachineState) -> Vec<Self> {
+        let mut devices = Vec::new();
+        for (device, record) in state.definition.devices.iter().zip(&state.devices) {
+            let mut device = Self::adopt(device.clone(), record.image, record.reconnects);
+            if let Some(id) = &record.process {
+                device.process = host.launcher.adopt(id).await.ok().map(Arc::new);
+            }
+            devices.push(device);
+        }
         devices
-            .map(|(device, record)| {
-                let mut device = Self::adopt(device.clone(), record.image, record.reconnects);
-                let process = record.process.as_ref();
-                let process = process.and_then(|id| Process::adopt(id).ok());
-                device.process = process.map(Arc::new);
-                device
-            })
-            .collect()
     }
 
     fn with(device: Device, resources: DeviceResources, reconnects: u32) -> Self {
@@ -116,12 +124,10 @@ impl RunningDevice {
         !matches!(self.device.kind, DeviceKind::VhostUser(_))
     }
 
-    /// Starts its process; the other end of its vhost-user socket.
-    pub(super) async fn start(
-        &mut self,
-        host: &Host,
-        machine: &MachineName,
-    ) -> Result<OwnedFd, Error> {
+    /// Starts its process; what the core is to have of it.
+    pub(super) async fn start(&mut self, host: &Host, machine: &Machine) -> Result<Ends, Error> {
+        let declared = machine.from_file;
+        let machine = machine.name();
         let failed = |text: String| {
             Error::DeviceFailed(format!("device {} of {machine}: {text}", self.device.id))
         };
@@ -131,7 +137,8 @@ impl RunningDevice {
             self.resources = DeviceResources::open(&self.device.kind, known)
                 .map_err(|error| Error::ResourceUnavailable(error.to_string()))?;
         }
-        let (ours, theirs) = UnixStream::pair().map_err(system)?;
+        let (backend, served) = UnixStream::pair().map_err(system)?;
+        let (link, control) = UnixStream::pair().map_err(system)?;
         let id = self.device.id.as_str();
         let name = match &self.device.kind {
             DeviceKind::Disk(_) => "godwit-blk",
@@ -140,6 +147,7 @@ impl RunningDevice {
         };
         let mut program = Program {
             machine: machine.to_string(),
+            declared,
             role: id.to_owned(),
             path: host.programs.join(name),
             args: Vec::new(),
@@ -149,8 +157,9 @@ impl RunningDevice {
                 .log(machine, &format!("device-{id}"))
                 .map_err(system)?,
         };
-        let socket = program.pass(theirs.into());
-        program.args(["--fd", &socket.to_string(), "--unit", id]);
+        program.hand("--fd", served);
+        program.hand("--control-fd", control);
+        program.args(["--unit", id]);
         let mut handed = Vec::new();
         for descriptor in &self.resources.descriptors {
             handed.push(
@@ -190,7 +199,10 @@ impl RunningDevice {
             .map_err(|error| failed(chain(&error)))?;
         self.process = Some(Arc::new(process));
         self.generation += 1;
-        Ok(ours.into())
+        Ok(Ends {
+            backend: backend.into(),
+            link: link.into(),
+        })
     }
 
     /// When its process is started again; `None` when that was tried too often.

@@ -154,13 +154,14 @@ impl Plan<'_> {
 
         self.job.set_phase("starting");
         let mut program =
-            core::program(host, name, &definition, boot).map_err(internal("no log"))?;
+            core::program(host, self.machine, &definition, boot).map_err(internal("no log"))?;
         for device in &mut made.devices {
             let endpoint = match &device.device.kind {
                 DeviceKind::VhostUser(other) => format!("socket={}", other.socket),
                 _ => {
-                    let socket = device.start(host, name).await?;
-                    format!("fd={}", program.pass(socket))
+                    let ends = device.start(host, self.machine).await?;
+                    let (backend, link) = (program.pass(ends.backend), program.pass(ends.link));
+                    format!("fd={backend},control-fd={link}")
                 }
             };
             core::add_device(&mut program, &device.device, &endpoint);
@@ -173,8 +174,8 @@ impl Plan<'_> {
             .create(true)
             .open(self.place.join("end"))
             .map_err(internal("no file for its end"))?;
-        core::hand(&mut program, "--control-fd", listener.into());
-        core::hand(&mut program, "--end-fd", end.into());
+        program.hand("--control-fd", listener);
+        program.hand("--end-fd", end);
         let serial = program.pass(theirs.into());
         program.args(["--serial", &format!("fd={serial}")]);
         match self.incoming.take() {
@@ -232,7 +233,7 @@ impl Instance {
     ) -> io::Result<Self> {
         let gone = |what: &str| io::Error::new(io::ErrorKind::NotFound, what.to_owned());
         let id = state.core.as_ref().ok_or_else(|| gone("it has no core"))?;
-        let core = Arc::new(Process::adopt(id)?);
+        let core = Arc::new(host.launcher.adopt(id).await?);
         let control = place.join("control");
         let proxy = tokio::time::timeout(ADOPT_DEADLINE, core::connect(&control))
             .await
@@ -253,7 +254,7 @@ impl Instance {
         Ok(Self {
             place,
             core,
-            devices: RunningDevice::adopt_all(state),
+            devices: RunningDevice::adopt_all(host, state).await,
             proxy,
             outside,
             started_usec: state.started_usec,

@@ -13,6 +13,7 @@
 //! | `supervisor` | the task: ends of processes, restarts, commands |
 //! | `device` | one device's process, and when it is tried again |
 //! | `state` | what a later broker needs to adopt it |
+//! | `statistics` | what its processes count and use |
 //! | `adopt` | taking over what a killed broker left |
 
 pub(crate) mod adopt;
@@ -21,6 +22,7 @@ mod device;
 mod instance;
 pub(crate) mod start;
 mod state;
+mod statistics;
 mod supervisor;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -12,7 +12,7 @@ use super::mover::Mover;
 use super::record::{Outcome, Verdict};
 use super::source::{Leaving, undecided};
 use crate::broker::Broker;
-use crate::folder::remove_file;
+use crate::folder::{self, remove_file};
 use crate::jobs::{Job, Kind};
 use crate::machine::adopt::clean;
 use crate::machine::{Instance, Machine, MachineState};
@@ -30,7 +30,7 @@ impl Broker {
     /// Finds processes that wait for a machine, and ends what is left of others.
     pub(crate) async fn find_pending(self: &Arc<Self>) -> Vec<(MachineName, Pending)> {
         let mut pending = Vec::new();
-        for place in self.host.folder.list("incoming") {
+        for place in folder::list(&self.host.folder.join("incoming")) {
             let name = place.file_name().unwrap_or_default().to_string_lossy();
             let Ok(name) = MachineName::new(&name) else {
                 continue;

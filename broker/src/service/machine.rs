@@ -1,5 +1,6 @@
 //! `org.godwit.Vmm1.Machine`.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -106,7 +107,8 @@ impl OneMachine for MachineObject {
         flags: u64,
     ) -> Result<OwnedObjectPath, Error> {
         only_flags(flags, 0)?;
-        self.permit(&caller, Action::Migrate, "snapshot").await?;
+        // It names a folder that the broker makes.
+        self.permit(&caller, Action::Create, "snapshot").await?;
         self.broker.snapshot(&self.machine, folder).await
     }
 
@@ -161,6 +163,10 @@ impl OneMachine for MachineObject {
             ))
         })?;
         Ok(std::os::fd::OwnedFd::from(log).into())
+    }
+
+    async fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
+        Ok(self.machine.statistics().await)
     }
 
     fn facts(&self) -> Facts {

@@ -2,9 +2,11 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use migration::picture;
 use serde_json::Value;
 
 use super::{Column, table};
+use crate::connection::Counters;
 use crate::value::Size;
 use crate::view::{Device, Job, Machine};
 
@@ -67,7 +69,7 @@ pub fn machine(machine: &Machine, definition: &Value) -> String {
     line("Life", kept.into());
     if !machine.devices.is_empty() {
         text.push('\n');
-        let table = devices(machine.devices.iter().map(|device| (None, device)), true);
+        let table = devices(machine.devices.iter().map(DeviceLine::plain), true);
         for line in table.lines().take(machine.devices.len() + 1) {
             text.push_str(&format!("  {line}\n"));
         }
@@ -82,13 +84,30 @@ pub fn machine(machine: &Machine, definition: &Value) -> String {
     text
 }
 
-/// A list of devices, with their machines where they are given.
-pub fn devices<'a>(
-    devices: impl IntoIterator<Item = (Option<&'a str>, &'a Device)>,
-    legend: bool,
-) -> String {
+/// A device in a list.
+pub struct DeviceLine<'a> {
+    /// Its machine, where that is not known anyway.
+    pub machine: Option<&'a str>,
+    pub device: &'a Device,
+    /// Requests that its process has answered, where somebody asked.
+    pub requests: Option<u64>,
+}
+
+impl<'a> DeviceLine<'a> {
+    fn plain(device: &'a Device) -> Self {
+        Self {
+            machine: None,
+            device,
+            requests: None,
+        }
+    }
+}
+
+/// A list of devices, with their machines and requests where they are given.
+pub fn devices<'a>(devices: impl IntoIterator<Item = DeviceLine<'a>>, legend: bool) -> String {
     let devices: Vec<_> = devices.into_iter().collect();
-    let with_machine = devices.iter().any(|(machine, _)| machine.is_some());
+    let with_machine = devices.iter().any(|line| line.machine.is_some());
+    let with_requests = devices.iter().any(|line| line.requests.is_some());
     let mut columns = vec![
         Column::Left("DEVICE"),
         Column::Left("KIND"),
@@ -97,10 +116,14 @@ pub fn devices<'a>(
         Column::Right("RECONNECTS"),
         Column::Left("SOURCE"),
     ];
+    if with_requests {
+        columns.insert(5, Column::Right("REQUESTS"));
+    }
     if with_machine {
         columns.insert(0, Column::Left("MACHINE"));
     }
-    let row = |(machine, device): (Option<&str>, &Device)| {
+    let row = |line: DeviceLine<'_>| {
+        let device = line.device;
         let mut row = vec![
             device.id.clone(),
             device.kind.clone(),
@@ -109,16 +132,19 @@ pub fn devices<'a>(
             device.reconnects.to_string(),
             device.source.clone(),
         ];
+        if with_requests {
+            row.insert(5, line.requests.map(|n| n.to_string()).unwrap_or_default());
+        }
         if with_machine {
-            row.insert(0, machine.unwrap_or_default().into());
+            row.insert(0, line.machine.unwrap_or_default().into());
         }
         row
     };
     table(legend, &columns, devices.into_iter().map(row), "device")
 }
 
-/// One device.
-pub fn device(machine: &str, device: &Device) -> String {
+/// One device, and what its process counts.
+pub fn device(machine: &str, device: &Device, counters: &Counters) -> String {
     let mut text = format!("{machine}/{}\n", device.id);
     let lines = [
         ("Kind", device.kind.clone()),
@@ -133,6 +159,11 @@ pub fn device(machine: &str, device: &Device) -> String {
         if !value.is_empty() {
             text.push_str(&format!("  {label:>LABEL$}: {value}\n"));
         }
+    }
+    let width = counters.keys().map(String::len).max().unwrap_or_default();
+    for (at, (name, count)) in counters.iter().enumerate() {
+        let gap = if at == 0 { "\n" } else { "" };
+        text.push_str(&format!("{gap}  {name:>width$}: {count}\n"));
     }
     text
 }
@@ -160,6 +191,9 @@ pub fn jobs(jobs: &[Job], legend: bool) -> String {
     table(legend, &columns, jobs.iter().map(row), "job")
 }
 
+/// Columns of the picture of a blackout.
+const PICTURE: usize = 40;
+
 /// One job with its result.
 pub fn job(job: &Job) -> String {
     let mut text = format!("job {}: {} of {}\n", job.id, job.kind, job.machine);
@@ -178,11 +212,32 @@ pub fn job(job: &Job) -> String {
         let value = value.as_str().map_or_else(|| value.to_string(), Into::into);
         line(key, &value);
     }
+    if let Some(migration) = &job.migration {
+        line("To", &migration.uri);
+        line("Sent", &mebibytes(migration.bytes_sent));
+        line("Left", &mebibytes(migration.bytes_remaining));
+        line("Rounds", &migration.iteration.to_string());
+        line("Rate", &format!("{}/s", mebibytes(migration.link_rate)));
+        line(
+            "Dirty rate",
+            &format!("{}/s", mebibytes(migration.dirty_rate)),
+        );
+        if let Some(report) = migration.report() {
+            text.push('\n');
+            text.push_str(&picture::text(&report, PICTURE));
+        }
+    }
     text
 }
 
 fn number(value: Option<u32>) -> String {
     value.map(|value| value.to_string()).unwrap_or_default()
+}
+
+fn mebibytes(bytes: u64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "shown to a person")]
+    let mebibytes = bytes as f64 / f64::from(1 << 20);
+    format!("{mebibytes:.1} MiB")
 }
 
 fn percent(part: f64) -> String {
@@ -255,9 +310,19 @@ mod tests {
     #[test]
     fn devices_name_their_machine_when_there_are_several() {
         let shown = a_device();
-        let text = devices([(Some("vm1"), &shown)], true);
+        let text = devices(
+            [DeviceLine {
+                machine: Some("vm1"),
+                requests: Some(77),
+                ..DeviceLine::plain(&shown)
+            }],
+            true,
+        );
         assert!(text.starts_with("MACHINE  DEVICE"), "{text}");
-        let text = devices([(None, &shown)], true);
+        let words: Vec<_> = text.split_whitespace().collect();
+        assert_eq!(words[6..8], ["REQUESTS", "SOURCE"], "{text}");
+        assert_eq!(words[14], "77", "{text}");
+        let text = devices([DeviceLine::plain(&shown)], true);
         assert!(text.starts_with("DEVICE"), "{text}");
     }
 

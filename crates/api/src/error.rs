@@ -76,6 +76,8 @@ errors! {
     NotMigratable = "org.godwit.Vmm1.Error.NotMigratable",
     /// The machine did not move.
     MigrationFailed = "org.godwit.Vmm1.Error.MigrationFailed",
+    /// The machine is paused where it was, and may run at the destination.
+    Undecided = "org.godwit.Vmm1.Error.Undecided",
     /// Nobody, or nobody who is trusted, answers at the destination.
     DestinationUnreachable = "org.godwit.Vmm1.Error.DestinationUnreachable",
     /// It was cancelled.

@@ -1,14 +1,17 @@
 //! Helpers for tests of the broker: one in a folder of its own, and clients of it.
 
+mod manner;
+
 use std::collections::HashMap;
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+pub use self::manner::Manner;
 use anyhow::{Context as _, Result, bail, ensure};
 use api::Dictionary;
 use api::device::DeviceProxy;
@@ -35,10 +38,11 @@ pub struct Broker {
     process: Option<Process>,
     folder: TempDir,
     options: Vec<(&'static str, String)>,
+    manner: Manner,
 }
 
 impl Broker {
-    /// Starts one that launches directly.
+    /// Starts one, as [`Manner::of_tests`] says.
     pub fn start() -> Result<Self> {
         let mut broker = Self::new()?;
         broker.start_again()?;
@@ -50,7 +54,10 @@ impl Broker {
             process: None,
             folder: TempDir::new().context("no folder for a broker")?,
             options: Vec::new(),
+            manner: Manner::of_tests()?,
         };
+        let left = broker.manner.leftovers()?;
+        ensure!(left.is_empty(), "an earlier test left {left:?}");
         fs::create_dir(broker.folder.path().join("config"))?;
         Ok(broker)
     }
@@ -87,17 +94,25 @@ impl Broker {
         Ok(uri.with_context(|| said.clone())?.to_owned())
     }
 
+    /// How it starts processes, and where it is called.
+    pub fn manner(&self) -> Manner {
+        self.manner
+    }
+
     /// Starts another one in the place of one that has ended.
     pub fn start_again(&mut self) -> Result<()> {
         let mut launch = Launch::new(&program("godwit-broker")?)
-            .option("--runtime-dir", self.folder.path().join("run"))
+            .option("--runtime-dir", self.run())
             .option("--config-dir", self.config());
+        for option in self.manner.options() {
+            launch = launch.arg(option);
+        }
         for (option, value) in &self.options {
             launch = launch.option(option, value);
         }
         let mut process = launch.start()?;
         let end = Instant::now() + DEADLINE;
-        while StdUnixStream::connect(self.bus()).is_err() {
+        while !process.stderr().contains(" ready") {
             ensure!(
                 process.is_running(),
                 "the broker ended: {}",
@@ -144,9 +159,21 @@ impl Broker {
         self.folder.path().join("config")
     }
 
+    /// Its runtime folder.
+    pub fn run(&self) -> PathBuf {
+        match self.manner {
+            Manner::Direct => self.folder.path().join("run"),
+            // Where units of declared machines find it.
+            Manner::Units | Manner::SystemBus => "/run/godwit".into(),
+        }
+    }
+
     /// The socket of its bus.
     pub fn bus(&self) -> PathBuf {
-        self.folder.path().join("run/bus")
+        match self.manner {
+            Manner::Direct | Manner::Units => self.run().join("bus"),
+            Manner::SystemBus => "/run/dbus/system_bus_socket".into(),
+        }
     }
 
     /// The same as a D-Bus address.
@@ -172,7 +199,7 @@ impl Broker {
     /// Everything in its runtime folder, for comparison.
     pub fn files(&self) -> Vec<PathBuf> {
         let mut files = Vec::new();
-        let mut folders = vec![self.folder.path().join("run")];
+        let mut folders = vec![self.run()];
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
                 if entry.path().is_dir() {
@@ -185,9 +212,9 @@ impl Broker {
         files
     }
 
-    /// Processes of its machines that run.
-    pub fn programs(&self) -> Vec<String> {
-        let mut found = Vec::new();
+    /// Processes of its machines that run, and units that systemd knows.
+    pub fn programs(&self) -> Result<Vec<String>> {
+        let mut found = self.manner.leftovers()?;
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let Ok(pid) = name.parse::<u32>() else {
@@ -195,13 +222,15 @@ impl Broker {
             };
             let open = fs::read_dir(entry.path().join("fd")).into_iter().flatten();
             let ours = open.flatten().any(|fd| {
-                fs::read_link(fd.path()).is_ok_and(|link| link.starts_with(self.folder.path()))
+                fs::read_link(fd.path()).is_ok_and(|link| {
+                    link.starts_with(self.folder.path()) || link.starts_with(self.run())
+                })
             });
             if ours && pid != self.id() && lives(pid) {
                 found.push(fs::read_to_string(entry.path().join("comm")).unwrap_or_default());
             }
         }
-        found
+        Ok(found)
     }
 
     /// A disk of `mib` MiB of zeroes.
@@ -209,6 +238,15 @@ impl Broker {
         let path = self.folder.path().join(name);
         make_image(&path, mib)?;
         Ok(path)
+    }
+
+    /// What its metrics socket says.
+    pub fn metrics(&self) -> Result<String> {
+        let mut stream = StdUnixStream::connect(self.folder.path().join("run/metrics"))?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
     }
 
     /// Runs busctl on its bus.
@@ -223,8 +261,8 @@ impl Broker {
 impl Drop for Broker {
     fn drop(&mut self) {
         self.process = None;
-        let places = ["run/machines", "run/incoming"];
-        let places = places.map(|part| fs::read_dir(self.folder.path().join(part)));
+        let places = ["machines", "incoming"];
+        let places = places.map(|part| fs::read_dir(self.run().join(part)));
         for place in places.into_iter().flatten().flatten() {
             let Ok(place) = place else { continue };
             let text = fs::read_to_string(place.path().join("state.json")).unwrap_or_default();
@@ -238,6 +276,9 @@ impl Drop for Broker {
                 }
             }
         }
+        self.manner.forget_killed();
+        // Only a folder in the temporary one goes by itself.
+        let _ = fs::remove_dir_all(self.run());
     }
 }
 
