@@ -86,10 +86,6 @@ fn passes(manner: &str, names: &[&str], options: &str) -> Result<()> {
     let suite = suite()?;
     // The tests start brokers of their own.
     host.run("systemctl mask --runtime --now godwit-broker")?;
-    let skipped: String = skipped
-        .iter()
-        .map(|test| format!(" --skip {test}"))
-        .collect();
     for name in names {
         let (_, program) = suite
             .iter()
