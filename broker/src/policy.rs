@@ -91,8 +91,14 @@ impl Policy {
         if answer.is_authorized {
             Ok(())
         } else if answer.is_challenge {
+            let advice = if caller.interactive {
+                "and no polkit agent runs that could ask for it: start pkttyagent, or be root"
+            } else {
+                "which this call does not allow to ask for: allow interactive authorization"
+            };
             Err(Error::InteractiveAuthorizationRequired(format!(
-                "{verb} {machine} needs a confirmation: allow interactive authorization"
+                "{verb} {machine} needs a confirmation, {advice} ({})",
+                action.id()
             )))
         } else {
             Err(denied("polkit does not allow it"))
