@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use super::barrier::{self, Barrier};
 use super::converge::{Around, Convergence, Decision, Measured};
 use super::error::system;
-use super::ram::{CoreWrites, DirtyTracker, RamSender};
+use super::ram::{CoreWrites, DirtyTracker, RamSender, WORD_PAGES};
 use super::saved_state::{DeviceWiring, WiringState, to_blob};
 use super::setup::{MigrateOptions, Sockets};
 use super::status::{Progress, Status};
@@ -31,6 +31,10 @@ use super::{
 use crate::hypervisor::{MemorySlots, Throttle};
 use crate::memory::Memory;
 use migration::wire::Definition;
+
+/// Words of pages that are given to the channels at once: 4 MiB of memory, so that the other side
+/// hears something in time on a slow link too.
+const PIECE_WORDS: usize = 16;
 
 /// The running machine, as far as the source's thread has to do with it.
 pub struct View {
@@ -252,8 +256,11 @@ impl Source {
             if first {
                 memory.tracker.without_holes(page, &mut words)?;
             }
-            memory.sender.send(page, &words)?;
-            self.listen()?;
+            for (number, words) in words.chunks(PIECE_WORDS).enumerate() {
+                let offset = (number * PIECE_WORDS) as u64 * WORD_PAGES;
+                memory.sender.send(page + offset, words)?;
+                self.listen()?;
+            }
             let remaining = memory.tracker.pending_bytes();
             let sent = memory.sender.sent();
             self.progress("copying", |progress| {
