@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use api::core::CoreProxy;
 use api::machine::State;
 use api::{Caller, Dictionary, Error, path};
 use serde::{Deserialize, Serialize};
@@ -42,7 +43,7 @@ struct Defined {
 pub struct Broker {
     pub(crate) host: Arc<Host>,
     policy: Policy,
-    config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     machines: Mutex<BTreeMap<MachineName, Arc<Machine>>>,
     pub(crate) jobs: Jobs,
 }
@@ -51,15 +52,15 @@ impl Broker {
     /// A broker that knows no machine yet.
     pub fn new(host: Host, policy: Policy, config: Option<PathBuf>) -> Arc<Self> {
         Arc::new(Self {
+            jobs: Jobs::new(host.publisher.clone()),
             host: Arc::new(host),
             policy,
             config,
             machines: Mutex::default(),
-            jobs: Jobs::default(),
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<MachineName, Arc<Machine>>> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, BTreeMap<MachineName, Arc<Machine>>> {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -113,6 +114,11 @@ impl Broker {
         }
     }
 
+    /// Shortens all logs that have grown too long. Blocks.
+    pub fn bound_logs(&self) {
+        self.host.folder.bound_logs();
+    }
+
     fn defined_path(&self, name: &MachineName) -> PathBuf {
         self.host
             .folder
@@ -148,7 +154,7 @@ impl Broker {
         Ok(machine)
     }
 
-    async fn publish_added(&self, machine: &Machine) {
+    pub(crate) async fn publish_added(&self, machine: &Machine) {
         let name = machine.name().clone();
         self.host
             .publisher
@@ -156,7 +162,7 @@ impl Broker {
             .await;
     }
 
-    fn insert(
+    pub(crate) fn insert(
         &self,
         name: MachineName,
         definition: Definition,
@@ -306,7 +312,8 @@ impl Broker {
     ) -> Result<OwnedObjectPath, Error> {
         machine.must_be(&[State::Running], "powered off")?;
         self.begin(Kind::PowerOff, machine, |_, machine, job| async move {
-            machine.core("powered off")?.power_button().await?;
+            let press = async |core: CoreProxy<'static>| core.power_button().await;
+            machine.command("powered off", press).await?;
             wait_for_power_off(&machine, &job).await
         })
         .await
@@ -355,7 +362,8 @@ impl Broker {
             &[State::Running, State::Paused],
             "given a new device process",
         )?;
-        self.begin(Kind::RestartDevice, machine, |_, machine, _| async move {
+        self.begin(Kind::RestartDevice, machine, |_, machine, job| async move {
+            job.set_phase("replacing the process", 0.0);
             machine.restart_device(at).await
         })
         .await
@@ -381,12 +389,14 @@ impl Broker {
                 (Err(_), _) => folder::remove_file(&file),
             }
         }
-        self.read_configuration();
         for place in self.host.folder.list("machines") {
             let name = place.file_name().unwrap_or_default().to_string_lossy();
             if let Ok(name) = MachineName::new(&name) {
                 self.take_over(name).await;
             }
+        }
+        for mistake in self.read_configuration().mistakes {
+            tracing::error!("{mistake}");
         }
         for machine in self.machines() {
             self.publish_added(&machine).await;
@@ -468,64 +478,11 @@ impl Broker {
         };
         self.carry_out(&machine, job, work);
     }
-
-    /// Reads the definitions in the configuration folder. Says what is wrong and goes on.
-    /// The machines that are new or have changed.
-    fn read_configuration(&self) -> Vec<Arc<Machine>> {
-        let Some(folder) = &self.config else {
-            return Vec::new();
-        };
-        let entries = match std::fs::read_dir(folder) {
-            Ok(entries) => entries,
-            Err(error) => {
-                tracing::warn!(folder = %folder.display(), %error, "no definitions were read");
-                return Vec::new();
-            }
-        };
-        let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-        files.retain(|file| {
-            file.extension()
-                .is_some_and(|extension| extension == "toml")
-        });
-        files.sort();
-        let mut changed = Vec::new();
-        for file in files {
-            let shown = file.display();
-            let (name, definition) = match Definition::from_file(&file) {
-                Ok(read) => read,
-                Err(error) => {
-                    tracing::error!("{shown}: {error}");
-                    continue;
-                }
-            };
-            let known = self.lock().get(&name).cloned();
-            let result = match known {
-                Some(machine) if !machine.from_file => Err(Error::MachineExists(format!(
-                    "there is a machine {name} already, made by a call"
-                ))),
-                Some(machine) if *machine.definition() == definition => continue,
-                Some(machine) => machine.redefine(definition).map(|()| machine),
-                None => self.insert(name, definition, false, true),
-            };
-            match result {
-                Ok(machine) => changed.push(machine),
-                Err(error) => tracing::error!("{shown}: {error}"),
-            }
-        }
-        changed
-    }
-
-    /// Reads the configuration folder again.
-    pub(crate) async fn reload(&self) {
-        for machine in self.read_configuration() {
-            self.publish_added(&machine).await;
-        }
-    }
 }
 
 async fn wait_for_power_off(machine: &Machine, job: &Job) -> Result<(), Error> {
     let name = machine.name();
-    job.set_phase("waiting for the guest");
+    job.set_phase("waiting for the guest", 0.0);
     tokio::select! {
         () = machine.gone() => Ok(()),
         () = job.cancelled() => Err(Error::Cancelled(format!("nobody waits for {name} any more"))),
@@ -538,7 +495,7 @@ async fn wait_for_power_off(machine: &Machine, job: &Job) -> Result<(), Error> {
 
 /// Ends a machine: by its core, and if that does not do it, by force.
 async fn end(machine: &Machine, job: &Job) -> Result<(), Error> {
-    job.set_phase("ending");
+    job.set_phase("ending", 0.0);
     if let Ok(core) = machine.core("terminated") {
         // A core that does not answer is killed.
         let _ = tokio::time::timeout(TERMINATE_DEADLINE, core.terminate()).await;
@@ -547,6 +504,7 @@ async fn end(machine: &Machine, job: &Job) -> Result<(), Error> {
         .await
         .is_err()
     {
+        job.set_phase("killing", 0.5);
         machine.kill().await;
     }
     tokio::time::timeout(GONE_DEADLINE, machine.gone())

@@ -21,6 +21,7 @@
 
 pub mod broker;
 pub mod console;
+mod declared;
 pub mod definition;
 pub mod folder;
 pub mod host;

@@ -2,8 +2,7 @@
 //!
 //! Order: everything that is opened, then the device processes, then the core with its
 //! guest stopped, then the state on disk, then the guest runs. Of a broker that is killed on
-//! the way no guest runs: a device ends with its socket, and a core whose start was not
-//! complete is ended by the next broker.
+//! the way no guest runs, and what it had started is ended by the next broker.
 
 use std::fs::OpenOptions;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -48,6 +47,16 @@ fn internal(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
 struct Made {
     devices: Vec<RunningDevice>,
     core: Option<Arc<Process>>,
+}
+
+impl Made {
+    /// A later broker ends what this one may not get to the end of.
+    fn save(&self, host: &Host, machine: &Machine) -> Result<(), Error> {
+        let state = MachineState::new(machine, self.core.as_deref(), &self.devices, false);
+        state
+            .save(host, &machine.name)
+            .map_err(internal("no state"))
+    }
 }
 
 /// Starts `machine`, and its supervisor. With `paused`, its guest does not run yet.
@@ -119,7 +128,7 @@ async fn make(
 ) -> Result<Supervisor, Error> {
     let name = &machine.name;
     let definition = machine.definition();
-    job.set_phase("opening");
+    job.set_phase("opening", 0.0);
     let boot = Boot::open(&definition).map_err(unavailable)?;
     for device in &definition.devices {
         made.devices.push(RunningDevice::open(device.clone())?);
@@ -131,9 +140,16 @@ async fn make(
         .make_machine(name)
         .map_err(internal("no folder"))?;
 
-    job.set_phase("starting");
+    // Each device is a step, and so are the core's process and its first answer.
+    let (steps, mut step) = (made.devices.len() + 2, 0);
+    let mut advance = |phase: &str| {
+        job.set_phase(phase, step as f64 / steps as f64);
+        step += 1;
+    };
     let mut program = core::program(host, name, &definition, boot).map_err(internal("no log"))?;
-    for device in &mut made.devices {
+    for at in 0..made.devices.len() {
+        advance("starting devices");
+        let device = &mut made.devices[at];
         let endpoint = match &device.device.kind {
             DeviceKind::VhostUser(other) => format!("socket={}", other.socket),
             _ => {
@@ -143,6 +159,7 @@ async fn make(
             }
         };
         core::add_device(&mut program, &device.device, &endpoint);
+        made.save(host, machine)?;
     }
     let control = place.join("control");
     let listener = UnixListener::bind(&control).map_err(internal("no control socket"))?;
@@ -156,15 +173,15 @@ async fn make(
     program.hand("--end-fd", end);
     let serial = program.pass(theirs.into());
     program.args(["--serial", &format!("fd={serial}"), "--paused"]);
+    advance("starting the core");
     let core = host.launcher.start(program).await;
     let core = Arc::new(core.map_err(|error| Error::MachineFailed(chain(&error)))?);
     made.core = Some(Arc::clone(&core));
-    // A later broker ends what this one may not get to the end of.
-    let state = MachineState::new(machine, &core, &made.devices, false);
-    state.save(host, name).map_err(internal("no state"))?;
+    made.save(host, machine)?;
     let console = host.folder.logs(name).join("console.log");
     let console = Console::new(ours, &console).map_err(internal("no console"))?;
 
+    advance("waiting for the core");
     let proxy = reach(host, machine, job, made, &core).await?;
     let started = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
     let started = u64::try_from(started.as_micros()).unwrap_or(u64::MAX);

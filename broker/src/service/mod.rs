@@ -257,9 +257,9 @@ impl Published {
         {
             let job = interface.get().await;
             job.phase_changed(emitter).await?;
+            job.progress_changed(emitter).await?;
             if ended {
                 job.state_changed(emitter).await?;
-                job.progress_changed(emitter).await?;
                 job.result_changed(emitter).await?;
             }
             job.cancellable_changed(emitter).await?;

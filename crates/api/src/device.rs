@@ -85,7 +85,7 @@ pub struct Device<D>(pub D);
 impl<D: OneDevice> Device<D> {
     /// Replaces its process by a new one under the running machine. Requests in flight are
     /// kept.
-    #[zbus(out_args("job"))]
+    #[zbus(out_args("job"), proxy(allow_interactive_auth))]
     async fn restart(
         &self,
         #[zbus(header)] header: Header<'_>,

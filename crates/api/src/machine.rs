@@ -155,7 +155,7 @@ pub struct Machine<M>(pub M);
 )]
 impl<M: OneMachine> Machine<M> {
     /// Starts it. Flag 1 leaves it paused. The job ends when the guest runs.
-    #[zbus(out_args("job"))]
+    #[zbus(out_args("job"), proxy(allow_interactive_auth))]
     async fn start(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -166,7 +166,7 @@ impl<M: OneMachine> Machine<M> {
 
     /// Presses its power button. The job ends when the guest is off; to cancel it is to wait
     /// no longer.
-    #[zbus(out_args("job"))]
+    #[zbus(out_args("job"), proxy(allow_interactive_auth))]
     async fn power_off(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -176,7 +176,7 @@ impl<M: OneMachine> Machine<M> {
     }
 
     /// Ends it at once, without asking the guest. The job ends when no process is left.
-    #[zbus(out_args("job"))]
+    #[zbus(out_args("job"), proxy(allow_interactive_auth))]
     async fn terminate(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -186,21 +186,25 @@ impl<M: OneMachine> Machine<M> {
     }
 
     /// Boots it again at once, without asking the guest.
+    #[zbus(proxy(allow_interactive_auth))]
     async fn reset(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
         self.0.reset(Caller::from(&header), flags).await
     }
 
     /// Stops all vCPUs, then all devices.
+    #[zbus(proxy(allow_interactive_auth))]
     async fn pause(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
         self.0.pause(Caller::from(&header), flags).await
     }
 
     /// Lets it run on.
+    #[zbus(proxy(allow_interactive_auth))]
     async fn resume(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
         self.0.resume(Caller::from(&header), flags).await
     }
 
     /// Forgets it. It must be off; files and disks stay.
+    #[zbus(proxy(allow_interactive_auth))]
     async fn remove(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
         self.0.remove(Caller::from(&header), flags).await
     }
@@ -208,7 +212,7 @@ impl<M: OneMachine> Machine<M> {
     /// Opens its console, `serial0` or empty: a socket, both ways. One client may write at a
     /// time, any number may read. Flags: 1 only reads, 2 takes the console from who writes
     /// now, 4 begins with what was printed lately.
-    #[zbus(out_args("console"))]
+    #[zbus(out_args("console"), proxy(allow_interactive_auth))]
     async fn open_console(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -221,7 +225,7 @@ impl<M: OneMachine> Machine<M> {
 
     /// Opens the log of one of its processes, for reading: of `core`, of a device by its
     /// name, or `console` for what the guest printed.
-    #[zbus(out_args("log"))]
+    #[zbus(out_args("log"), proxy(allow_interactive_auth))]
     async fn open_log(
         &self,
         #[zbus(header)] header: Header<'_>,
