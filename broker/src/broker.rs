@@ -120,10 +120,7 @@ impl Broker {
     }
 
     fn defined_path(&self, name: &MachineName) -> PathBuf {
-        self.host
-            .folder
-            .join("defined")
-            .join(format!("{name}.json"))
+        self.host.folder.defined().join(format!("{name}.json"))
     }
 
     /// Makes a machine of a dictionary.
@@ -374,10 +371,17 @@ impl Broker {
     /// Takes over what a broker before this one left, reads the configuration folder, and
     /// starts what is to be started. Says what is wrong and goes on.
     pub async fn take_up(self: &Arc<Self>) {
-        for file in self.host.folder.list("defined") {
+        for file in folder::list(&self.host.folder.defined()) {
             let name = file.file_stem().unwrap_or_default().to_string_lossy();
             let defined: Result<Defined, _> = folder::load(&file);
             match (MachineName::new(&name), defined) {
+                (Ok(name), Ok(defined))
+                    if defined.transient && !self.host.folder.machine(&name).exists() =>
+                {
+                    // It ended with the host.
+                    folder::remove_file(&file);
+                    self.host.folder.remove_logs(&name);
+                }
                 (Ok(name), Ok(defined)) => {
                     // There is no other of this name yet.
                     let _ = self.insert(name, defined.definition, defined.transient, false);
@@ -389,7 +393,7 @@ impl Broker {
                 (Err(_), _) => folder::remove_file(&file),
             }
         }
-        for place in self.host.folder.list("machines") {
+        for place in folder::list(&self.host.folder.join("machines")) {
             let name = place.file_name().unwrap_or_default().to_string_lossy();
             if let Ok(name) = MachineName::new(&name) {
                 self.take_over(name).await;
@@ -401,7 +405,7 @@ impl Broker {
         for machine in self.machines() {
             self.publish_added(&machine).await;
         }
-        for file in self.host.folder.list("jobs") {
+        for file in folder::list(&self.host.folder.join("jobs")) {
             match folder::load::<Record>(&file) {
                 Ok(record) => self.take_up_job(record).await,
                 Err(_) => folder::remove_file(&file),

@@ -12,6 +12,7 @@
 //! | [`broker`] | all machines and jobs of a host |
 //! | [`machine`] | one machine: start, supervision, adoption |
 //! | [`launch`] | processes as children or as systemd units |
+//! | [`visit`] | declared machines that systemd starts |
 //! | [`definition`] | what a machine is, from TOML or a dictionary |
 //! | [`resources`] | what is opened and handed to processes |
 //! | [`jobs`], [`console`], [`policy`], [`metrics`], [`folder`] | what their names say |
@@ -24,6 +25,7 @@ pub mod console;
 mod declared;
 pub mod definition;
 pub mod folder;
+mod holders;
 pub mod host;
 pub mod jobs;
 pub mod launch;
@@ -37,3 +39,4 @@ pub mod resources;
 pub mod service;
 mod tap;
 mod usage;
+pub mod visit;

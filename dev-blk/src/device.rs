@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use device_kit::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, Health, HostError, Kit,
-    OptionError, QueueIndex, StateError,
+    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Health, HostError,
+    Kit, OptionError, QueueIndex, StateError,
 };
+
+use migration::state::DeviceState;
 
 use crate::config::{self, Options, SPACE_LEN, Serial, WRITEBACK_AT, feature};
 use crate::engine::Engine;
@@ -174,8 +176,9 @@ impl Device for Blk {
         }
     }
 
-    fn prepare(&self) {
-        // Nothing to be made ahead: the state is one field.
+    /// Nothing is made ahead: the state is one field.
+    fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
+        Ok(())
     }
 
     fn save(&self) -> Result<SavedState, StateError> {
@@ -198,5 +201,9 @@ impl Device for Blk {
     fn reset(&self) {
         self.shared.features.store(0, Ordering::Release);
         self.shared.writeback.store(true, Ordering::Release);
+    }
+
+    fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {
+        None
     }
 }

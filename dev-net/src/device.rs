@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use device_kit::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, HostError, Kit, MAX_QUEUE_SIZE,
-    OptionError, QueueIndex, StateError,
+    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, HostError, Kit,
+    MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
 };
+
+use migration::state::DeviceState;
 
 use crate::config::{NetConfig, Options};
 use crate::features::Features;
@@ -101,7 +103,9 @@ impl Device for NetDevice {
     }
 
     /// The state is under two kilobytes and always at hand.
-    fn prepare(&self) {}
+    fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
+        Ok(())
+    }
 
     fn save(&self) -> Result<NetState, StateError> {
         Ok(self.shared.save())
@@ -118,5 +122,9 @@ impl Device for NetDevice {
     fn statistics(&self) -> Vec<(&'static str, u64)> {
         let pairs = self.shared.tap().pairs();
         self.shared.metrics().totals(pairs)
+    }
+
+    fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {
+        None
     }
 }

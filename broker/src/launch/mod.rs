@@ -14,13 +14,15 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::process::Process;
+use crate::process::{Process, ProcessId};
 
 /// A program to start.
 #[derive(Debug)]
 pub struct Program {
     /// Which machine's.
     pub machine: String,
+    /// The machine is one that an administrator has declared.
+    pub declared: bool,
     /// `core`, or the name of a device.
     pub role: String,
     /// The executable.
@@ -74,6 +76,16 @@ pub enum LaunchError {
         #[source]
         source: Box<zbus::Error>,
     },
+    /// The unit's process ended at once.
+    #[error(
+        "unit {unit} ended before it came for its descriptors ({why}): see journalctl -u '{unit}'"
+    )]
+    Ended {
+        /// The unit.
+        unit: String,
+        /// systemd's word on it.
+        why: String,
+    },
     /// The unit's process did not come for its descriptors.
     #[error("unit {unit} did not come for its descriptors within {seconds} s")]
     NoShow {
@@ -110,6 +122,18 @@ impl Launcher {
         match self {
             Self::Direct => direct::start(program),
             Self::Systemd(systemd) => systemd.start(program).await,
+        }
+    }
+
+    /// Takes over a process that a broker before this one started.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub async fn adopt(&self, id: &ProcessId) -> io::Result<Process> {
+        let process = Process::adopt(id)?;
+        match self {
+            Self::Systemd(systemd) if !id.unit.is_empty() => Ok(systemd.watch(process).await),
+            _ => Ok(process),
         }
     }
 }

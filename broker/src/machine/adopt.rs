@@ -18,35 +18,50 @@ use super::state::MachineState;
 use super::supervisor::Supervisor;
 use super::{DeviceStatus, Live, Machine};
 use crate::console::Console;
+use crate::holders;
 use crate::host::Host;
 use crate::name::MachineName;
 use crate::process::{Ended, Process};
 
 /// How long a core that runs may take to answer.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// How long a core that nobody knows may take to be ended.
-const CLEAN_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a process that was killed may take to be gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Ends what is left of a machine whose start was cut short.
 pub(crate) async fn clean(host: &Host, name: &MachineName, state: Option<&MachineState>) {
+    let devices = state.into_iter().flat_map(|state| &state.devices);
+    let devices = devices.filter_map(|device| device.process.as_ref());
+    for id in devices.chain(state.and_then(|state| state.core.as_ref())) {
+        if let Ok(process) = host.launcher.adopt(id).await {
+            kill(&process).await;
+        }
+    }
+    // A core that the broker had no time to write down holds its control socket.
     let control = host.folder.machine(name).join("control");
-    if let Some(state) = state {
-        let devices = state
-            .devices
-            .iter()
-            .filter_map(|device| device.process.as_ref());
-        for id in devices.chain(&state.core) {
-            if let Ok(process) = Process::adopt(id) {
-                process.signal(Signal::SIGKILL);
-                // A killed process ends, or the kernel is broken.
-                let _ = tokio::time::timeout(CLEAN_DEADLINE, process.ended()).await;
+    match holders::of(&control) {
+        Ok(unknown) => {
+            // One that has ended since is gone anyway.
+            let processes = unknown
+                .into_iter()
+                .map(|pid| Process::new(pid, String::new()));
+            for process in processes.flatten() {
+                kill(&process).await;
             }
         }
-    } else if let Ok(Ok(core)) = tokio::time::timeout(CLEAN_DEADLINE, connect(&control)).await {
-        // Its guest has never run.
-        let _ = core.terminate().await;
+        Err(error) => tracing::warn!(machine = %name, %error, "a core of it may be left"),
     }
     host.folder.remove_machine(name);
+}
+
+async fn kill(process: &Process) {
+    process.signal(Signal::SIGKILL);
+    if tokio::time::timeout(KILL_DEADLINE, process.ended())
+        .await
+        .is_err()
+    {
+        tracing::error!(pid = process.id().pid, "a killed process does not end");
+    }
 }
 
 /// Takes `machine` over, which runs as `state` says.
@@ -64,14 +79,12 @@ pub(crate) async fn adopt(
     let mut devices = Vec::new();
     for (device, record) in state.definition.devices.iter().zip(&state.devices) {
         let mut device = RunningDevice::adopt(device.clone(), record.image, record.reconnects);
-        device.process = record
-            .process
-            .as_ref()
-            .and_then(|id| Process::adopt(id).ok())
-            .map(Arc::new);
+        if let Some(id) = &record.process {
+            device.process = host.launcher.adopt(id).await.ok().map(Arc::new);
+        }
         devices.push(device);
     }
-    let core = match Process::adopt(id) {
+    let core = match host.launcher.adopt(id).await {
         Ok(core) => Arc::new(core),
         Err(_) => {
             // It ended while nobody watched: what it said tells how.

@@ -8,10 +8,10 @@ use std::time::Duration;
 use api::core::CoreProxy;
 use api::private_bus;
 
+use super::Machine;
 use crate::definition::{Definition, Device, DeviceKind};
 use crate::host::Host;
 use crate::launch::Program;
-use crate::name::MachineName;
 use crate::resources::{self, ResourceError};
 
 /// How long a call to a core may take, which has a deadline of its own for what it does.
@@ -42,12 +42,14 @@ impl Boot {
 /// The program of a core, which is still to be told its devices and its owner.
 pub(super) fn program(
     host: &Host,
-    name: &MachineName,
+    machine: &Machine,
     definition: &Definition,
     boot: Boot,
 ) -> io::Result<Program> {
+    let name = machine.name();
     let mut program = Program {
         machine: name.to_string(),
+        declared: machine.from_file,
         role: "core".into(),
         path: host.programs.join("godwit-vmm"),
         args: Vec::new(),

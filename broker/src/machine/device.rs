@@ -16,6 +16,7 @@ use std::time::Duration;
 use api::Error;
 use tokio::time::Instant;
 
+use super::Machine;
 use crate::definition::{Device, DeviceKind};
 use crate::folder::last_words;
 use crate::host::Host;
@@ -93,11 +94,9 @@ impl RunningDevice {
     }
 
     /// Starts its process; what the core is to have of it.
-    pub(super) async fn start(
-        &mut self,
-        host: &Host,
-        machine: &MachineName,
-    ) -> Result<Ends, Error> {
+    pub(super) async fn start(&mut self, host: &Host, machine: &Machine) -> Result<Ends, Error> {
+        let declared = machine.from_file;
+        let machine = machine.name();
         let failed = |text: String| {
             Error::DeviceFailed(format!("device {} of {machine}: {text}", self.device.id))
         };
@@ -117,6 +116,7 @@ impl RunningDevice {
         };
         let mut program = Program {
             machine: machine.to_string(),
+            declared,
             role: id.to_owned(),
             path: host.programs.join(name),
             args: Vec::new(),

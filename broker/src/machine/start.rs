@@ -146,14 +146,15 @@ async fn make(
         job.set_phase(phase, step as f64 / steps as f64);
         step += 1;
     };
-    let mut program = core::program(host, name, &definition, boot).map_err(internal("no log"))?;
+    let mut program =
+        core::program(host, machine, &definition, boot).map_err(internal("no log"))?;
     for at in 0..made.devices.len() {
         advance("starting devices");
         let device = &mut made.devices[at];
         let endpoint = match &device.device.kind {
             DeviceKind::VhostUser(other) => format!("socket={}", other.socket),
             _ => {
-                let ends = device.start(host, name).await?;
+                let ends = device.start(host, machine).await?;
                 let (backend, link) = (program.pass(ends.backend), program.pass(ends.link));
                 format!("fd={backend},control-fd={link}")
             }

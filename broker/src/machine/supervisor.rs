@@ -293,7 +293,7 @@ impl Supervisor {
     async fn start_device(&mut self, at: usize) -> Result<(), Error> {
         let core = self.machine.core("given a new device process")?;
         let name = self.machine.name.clone();
-        let ends = self.devices[at].start(&self.host, &name).await?;
+        let ends = self.devices[at].start(&self.host, &self.machine).await?;
         let device = &self.devices[at];
         let id = device.device.id.clone();
         let attached = core.attach_backend(id.as_str(), ends.backend.into()).await;

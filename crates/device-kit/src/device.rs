@@ -8,9 +8,9 @@
 //!  ── sandbox ──────────────────────────────── from here on nothing can be opened ────────────
 //!  front-end connects       features, accept_features, read_config, write_config
 //!  a ring starts            (its queue thread) Worker::start once, then Worker::process
-//!  dirty logging starts     Device::prepare
 //!  a ring stops             no more Worker::process; Worker::ready until nothing is in flight
 //!  all rings are stopped    Device::save or Device::load
+//!  between any two of these  Device::transition, as the state of its life changes
 //!  front-end resets         Device::reset
 //!  front-end goes           rings stop as above; the device stays and waits for the next one
 //! ```
@@ -21,8 +21,11 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 
+use api::balloon1::BalloonProcess;
 use migration::schema::Schema;
+use migration::state::DeviceState;
 use prometheus_client::registry::Registry;
 use thiserror::Error;
 
@@ -79,8 +82,13 @@ pub trait Device: Sized + Send + Sync + 'static {
         writer: ConfigWriter,
     ) -> Result<(), ConfigError>;
 
-    /// Dirty logging began: a move may follow. The costly part of saving belongs here.
-    fn prepare(&self);
+    /// It is about to go to another state of its life. To `PreCopy` a move may follow, and the
+    /// costly part of saving belongs here; from `Stop` to a state that runs, rings are about to
+    /// start; to `Stop` all have stopped. Must be brief but for that.
+    ///
+    /// # Errors
+    /// When it cannot go there: the front-end's request fails, and with it the session.
+    fn transition(&self, from: DeviceState, to: DeviceState) -> Result<(), StateError>;
 
     /// What it was doing. Every ring is stopped and drained.
     fn save(&self) -> Result<Self::SavedState, StateError>;
@@ -95,6 +103,9 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// Counters of its own by name, beside those that the kit has for every device. They only
     /// grow. Called by the link thread; must not block.
     fn statistics(&self) -> Vec<(&'static str, u64)>;
+
+    /// The balloon that it is, if it is one: what its link serves as `org.godwit.Balloon1`.
+    fn balloon(&self) -> Option<Arc<dyn BalloonProcess>>;
 }
 
 /// Most queues of a device.

@@ -88,6 +88,8 @@ async fn a_machine_lives_and_the_bus_shows_it() -> Result<()> {
     assert_eq!(vm.state().await?, State::Running);
     assert!(lives(vm.process().await?));
     assert!(vm.started_usec().await? > 0);
+    let has_unit = !vm.unit().await?.is_empty();
+    assert_eq!(has_unit, broker.manner().has_units());
     vm.pause(0).await?;
     assert_eq!(vm.state().await?, State::Paused);
     vm.resume(0).await?;
@@ -347,7 +349,7 @@ async fn a_start_that_was_cut_short_is_cleaned_up() -> Result<()> {
         }
         // A device whose core was never started ends by its socket, a moment later.
         until("the end of all processes", async || {
-            Ok(broker.programs().is_empty())
+            Ok(broker.programs()?.is_empty())
         })
         .await?;
     }
@@ -418,7 +420,7 @@ async fn declared_machines_are_found_and_started() -> Result<()> {
     );
     assert_eq!(quiet.vcpus().await?, 2);
     assert_eq!(quiet.uuid().await?, uuid);
-    let console = std::fs::metadata(broker.folder().join("run/log/eager/console.log"));
+    let console = std::fs::metadata(broker.run().join("log/eager/console.log"));
     console.context("the console is logged")?;
     // Files that are gone: one machine runs, and goes with its end.
     for name in ["quiet", "eager", "wrong"] {

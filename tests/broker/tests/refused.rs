@@ -116,7 +116,7 @@ fn another_user_is_refused() -> Result<()> {
     // Even if the administrator lets everybody reach the socket.
     for (path, mode) in [
         (broker.folder().to_owned(), 0o755),
-        (broker.folder().join("run"), 0o755),
+        (broker.run(), 0o755),
         (broker.bus(), 0o666),
     ] {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;

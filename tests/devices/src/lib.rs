@@ -5,8 +5,10 @@
 
 #![cfg(test)]
 
+mod balloon;
 mod blk;
 mod cases;
+mod fault;
 mod net;
 mod subject;
 
@@ -87,6 +89,8 @@ macro_rules! conformance {
 }
 
 conformance! {
+    balloon_conformance: crate::balloon::Balloon,
     blk_conformance: crate::blk::Blk,
+    fault_conformance: crate::fault::Counter,
     net_conformance: crate::net::Net,
 }

@@ -1,6 +1,8 @@
 //! Two peers, and peers that misbehave.
 
+use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::os::fd::AsFd as _;
 
 use tokio::time::timeout;
 use zbus::{Connection, Message};
@@ -22,6 +24,12 @@ struct Echo;
 impl Echo {
     async fn echo(&self, text: &str) -> String {
         text.to_owned()
+    }
+
+    /// How long a file is.
+    async fn measure(&self, file: zbus::Fd<'_>) -> u64 {
+        let file = File::from(file.as_fd().try_clone_to_owned().unwrap());
+        file.metadata().unwrap().len()
     }
 }
 
@@ -149,4 +157,18 @@ async fn a_peer_that_does_not_read_is_given_up() {
     ends(&connection).await;
     drop(connection);
     calls.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_descriptor_goes_with_a_message() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let server = served(theirs);
+    let connection = client(ours).unwrap().build().await.unwrap();
+    let _server = server.await.unwrap().unwrap();
+    let echo = EchoProxy::new(&connection).await.unwrap();
+    let file = File::open("Cargo.toml").unwrap();
+    let len = file.metadata().unwrap().len();
+    for _ in 0..3 {
+        assert_eq!(echo.measure(file.as_fd().into()).await.unwrap(), len);
+    }
 }

@@ -2,10 +2,10 @@
 
 use std::io;
 
-use migration::state::IllegalTransition;
+use migration::state::{DeviceState, IllegalTransition};
 use thiserror::Error;
 
-use crate::device::ConfigError;
+use crate::device::{ConfigError, StateError};
 use crate::memory::MemoryError;
 use crate::queue::{InflightError, QueueIndex};
 use crate::queue_threads::ThreadGone;
@@ -60,6 +60,12 @@ pub(crate) enum SessionError {
     Thread(#[from] ThreadGone),
     #[error(transparent)]
     Transition(#[from] IllegalTransition),
+    #[error("the device did not go from {from} to {to}")]
+    Device {
+        from: DeviceState,
+        to: DeviceState,
+        source: StateError,
+    },
     #[error("{0} is not offered")]
     NotOffered(&'static str),
     #[error("message cut off after {got} of 12 bytes of its header")]

@@ -12,8 +12,10 @@
 //! RESET_DEVICE, new front-end   Error → Stop
 //! ```
 
-use migration::state::{DeviceState, IllegalTransition, Variant, path};
+use migration::state::{DeviceState, Variant, path};
 
+use super::error::SessionError;
+use crate::device::StateError;
 use crate::health::Health;
 
 #[derive(Debug)]
@@ -35,11 +37,17 @@ impl Lifecycle {
         self.state
     }
 
-    /// Goes to a state, on a legal way.
-    pub(super) fn go(&mut self, to: DeviceState) -> Result<(), IllegalTransition> {
-        if self.state != to {
-            let steps = path(self.state, to, Variant::FULL)?;
-            tracing::debug!(from = %self.state, ?steps, "device state");
+    /// Goes to a state, on a legal way, if `device` can.
+    pub(super) fn go(
+        &mut self,
+        to: DeviceState,
+        device: impl FnOnce(DeviceState, DeviceState) -> Result<(), StateError>,
+    ) -> Result<(), SessionError> {
+        let from = self.state;
+        if from != to {
+            let steps = path(from, to, Variant::FULL)?;
+            tracing::debug!(%from, ?steps, "device state");
+            device(from, to).map_err(|source| SessionError::Device { from, to, source })?;
             self.set(to);
         }
         Ok(())
@@ -66,22 +74,38 @@ impl Lifecycle {
 mod tests {
     use super::*;
 
+    fn willing(_: DeviceState, _: DeviceState) -> Result<(), StateError> {
+        Ok(())
+    }
+
     #[test]
     fn error_is_left_only_by_reset() {
         let mut life = Lifecycle::new(Health::default());
-        life.go(DeviceState::Resuming).unwrap();
+        life.go(DeviceState::Resuming, willing).unwrap();
         life.fail();
-        assert!(life.go(DeviceState::Running).is_err());
+        assert!(life.go(DeviceState::Running, willing).is_err());
         assert_eq!(life.state(), DeviceState::Error);
         life.reset();
-        life.go(DeviceState::Running).unwrap();
+        life.go(DeviceState::Running, willing).unwrap();
+    }
+
+    #[test]
+    fn a_device_that_cannot_go_stays_where_it_is() {
+        let mut life = Lifecycle::new(Health::default());
+        let refuse = |_, _| Err(StateError("its lock is held elsewhere".into()));
+        let error = life.go(DeviceState::Running, refuse).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the device did not go from Stop to Running"
+        );
+        assert_eq!(life.state(), DeviceState::Stop);
     }
 
     #[test]
     fn what_is_read_cannot_go_back_to_precopy() {
         let mut life = Lifecycle::new(Health::default());
-        life.go(DeviceState::StopCopy).unwrap();
-        assert!(life.go(DeviceState::PreCopy).is_err());
+        life.go(DeviceState::StopCopy, willing).unwrap();
+        assert!(life.go(DeviceState::PreCopy, willing).is_err());
         assert_eq!(life.state(), DeviceState::StopCopy);
     }
 }

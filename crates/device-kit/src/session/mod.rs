@@ -123,7 +123,7 @@ impl<D: Device> Session<D> {
         } else {
             DeviceState::Running
         };
-        state.life.go(running)?;
+        self.go(state, running)?;
         let layout = state.layout(at)?;
         let vring = &mut state.vrings[at];
         let record = state
@@ -153,7 +153,7 @@ impl<D: Device> Session<D> {
                 vring.kick = None;
             }
         }
-        state.settle()
+        self.settle(state)
     }
 
     /// Stops rings, all at once, and waits until nothing of them is in flight.
@@ -176,12 +176,25 @@ impl<D: Device> Session<D> {
                     })?;
             vring.running = false;
         }
-        state.settle()
+        self.settle(state)
     }
 
     fn stop_all(&self, state: &mut State) -> Result<(), SessionError> {
         let all: Vec<usize> = (0..state.vrings.len()).collect();
         self.stop_rings(state, &all)
+    }
+
+    /// Without a running ring the device is stopped.
+    fn settle(&self, state: &mut State) -> Result<(), SessionError> {
+        if state.life.state().runs() && !state.running() {
+            self.go(state, DeviceState::Stop)?;
+        }
+        Ok(())
+    }
+
+    fn go(&self, state: &mut State, to: DeviceState) -> Result<(), SessionError> {
+        let device = &self.services.device;
+        state.life.go(to, |from, to| device.transition(from, to))
     }
 
     /// Makes this the memory of all rings.
@@ -201,20 +214,17 @@ impl<D: Device> Session<D> {
 
     /// Turns the log on or off as features and bitmap say.
     fn update_log(&self, state: &mut State) -> Result<(), SessionError> {
-        let was_on = state.log.is_on();
         let on = state.logging();
         state.log.set_on(on);
-        if on && !was_on {
-            self.services.device.prepare();
+        if !state.life.state().runs() {
+            return Ok(());
         }
-        if state.life.state().runs() {
-            state.life.go(if on {
-                DeviceState::PreCopy
-            } else {
-                DeviceState::Running
-            })?;
-        }
-        Ok(())
+        let to = if on {
+            DeviceState::PreCopy
+        } else {
+            DeviceState::Running
+        };
+        self.go(state, to)
     }
 
     fn start_transfer(&self, direction: Direction, fd: OwnedFd) -> Result<(), String> {
@@ -229,7 +239,7 @@ impl<D: Device> Session<D> {
             Direction::Save => DeviceState::StopCopy,
             Direction::Load => DeviceState::Resuming,
         };
-        state.life.go(to).map_err(|error| error.to_string())?;
+        self.go(&mut state, to).map_err(|error| chain(&error))?;
         let device = Arc::clone(&self.services.device);
         match Transfer::start(direction, device, self.services.unit.clone(), fd) {
             Ok(transfer) => {
@@ -238,10 +248,8 @@ impl<D: Device> Session<D> {
             }
             Err(error) => {
                 // Nothing was moved: the way back is a legal one.
-                state
-                    .life
-                    .go(DeviceState::Stop)
-                    .map_err(|error| error.to_string())?;
+                self.go(&mut state, DeviceState::Stop)
+                    .map_err(|error| chain(&error))?;
                 Err(chain(&error))
             }
         }
@@ -279,10 +287,8 @@ impl<D: Device> Session<D> {
                 Ok(())
             }
         };
-        state
-            .life
-            .go(DeviceState::Stop)
-            .map_err(|error| error.to_string())?;
+        self.go(state, DeviceState::Stop)
+            .map_err(|error| chain(&error))?;
         verdict
     }
 
@@ -324,13 +330,5 @@ impl State {
             self.features & EVENT_IDX != 0,
             self.features & INDIRECT_DESC != 0,
         )
-    }
-
-    /// Without a running ring the device is stopped.
-    fn settle(&mut self) -> Result<(), SessionError> {
-        if self.life.state().runs() && !self.running() {
-            self.life.go(DeviceState::Stop)?;
-        }
-        Ok(())
     }
 }
