@@ -191,7 +191,11 @@ impl Broker {
                 Err(_) if Instant::now() < end => {
                     tokio::time::sleep(Duration::from_millis(20)).await
                 }
-                result => return result.context("no connection to the broker"),
+                result => {
+                    return result.with_context(|| {
+                        format!("no connection to the broker: {}", self.stderr())
+                    });
+                }
             }
         }
     }
