@@ -31,6 +31,14 @@ fn busy() -> Workload {
     }
 }
 
+/// The same without disks.
+fn diskless() -> Workload {
+    Workload {
+        blk: BlkMode::Off,
+        ..busy()
+    }
+}
+
 /// Waits for two heartbeats that come after this was called, of a clock that never went back.
 fn beats(console: &mut Console) -> Result<u64> {
     let begin = Instant::now();
@@ -262,7 +270,7 @@ async fn what_does_not_fit_is_named_and_nothing_is_left() -> Result<()> {
         }
         nothing_left(&b, &there, "vm").await?;
     }
-    let other = running(&there, "vm", definition(&busy())).await?;
+    let other = running(&there, "vm", definition(&diskless())).await?;
     refused(&b.unix(), "NotMigratable", "another machine vm already").await?;
     done(&there, other.terminate(0).await?).await?;
     other.remove(0).await?;
@@ -430,7 +438,7 @@ async fn a_machine_goes_into_files_and_comes_out_again() -> Result<()> {
 async fn busctl_moves_a_machine() -> Result<()> {
     let broker = Broker::start()?;
     let bus = broker.connect().await?;
-    let vm = running(&bus, "vm", definition(&busy())).await?;
+    let vm = running(&bus, "vm", definition(&diskless())).await?;
     let path = "/org/godwit/Vmm1/machine/vm";
     let interface = "org.godwit.Vmm1.Machine";
     let said = broker.busctl(&[
