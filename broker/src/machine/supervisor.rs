@@ -290,16 +290,15 @@ impl Supervisor {
         }
         let name = self.machine.name.clone();
         self.host.folder.settle(&mut instance.place, &name);
-        let former = std::mem::take(&mut self.devices);
-        self.core = Arc::clone(&instance.core);
-        self.devices = std::mem::take(&mut instance.devices);
-        for (device, former) in self.devices.iter_mut().zip(former) {
+        for (device, former) in instance.devices.iter_mut().zip(&self.devices) {
             device.reconnects = former.reconnects;
             device.shares_image = false;
         }
         if let Ok(live) = self.machine.live("moved") {
             self.machine.install(&mut instance, live.commands);
         }
+        self.core = Arc::clone(&instance.core);
+        self.devices = instance.devices;
         self.watch(&instance.proxy);
         // Changes are told; what it is now is not.
         if let Ok(state) = instance.proxy.state().await {
