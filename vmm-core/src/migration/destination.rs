@@ -177,7 +177,16 @@ impl Incoming {
             said: "its state",
             expected: "that it stops",
         })?;
-        barrier::wait(
+        // A source that gives up meanwhile says so, or is gone.
+        let listen = |_| match self.link.has_message() {
+            false => Ok(()),
+            true => Err(match self.link.receive(ANSWER_DEADLINE)? {
+                ToDestination::Abort { reason } => MigrationError::GivenUp { reason },
+                other => unexpected(&other, "nothing"),
+            }),
+        };
+        barrier::wait_while(
+            listen,
             Barrier::E,
             "load",
             self.crew.names(),
@@ -231,6 +240,9 @@ impl Incoming {
         let (next, word) = self.state.on(input);
         self.state = next;
         self.states.cut();
+        if let Some(unit) = self.units.first() {
+            unit.remote.give_up();
+        }
         if word.is_some() {
             if let Ok(cancel) = Cancel::new() {
                 self.link.set_cancel(cancel);

@@ -30,6 +30,10 @@ use super::unit::{Crew, Unit, arrive};
 use super::{BLACKOUT_DEADLINE, MigrationError};
 use crate::remote::vhost_user::StateDirection;
 
+/// How long a device has to come back when a migration is given up. One that takes longer is taken
+/// for gone, until its owner starts it anew.
+const STUCK: Duration = Duration::from_millis(500);
+
 /// What the switchover needs of the machine whose main thread it runs on.
 pub trait Host {
     /// Gets every vCPU out of the guest. Fine when they are out.
@@ -232,7 +236,18 @@ impl Switchover {
         if host.ran() {
             // In line behind whatever each device still does.
             let resumed = self.crew.each(|_, unit| Ok(unit.pci.resume()?));
-            let resumed = barrier::wait(
+            let units = &self.view.units;
+            // The guest waits no longer for a device that is stuck than it takes to see that.
+            let give_up_late_ones = |waited| {
+                if waited > STUCK
+                    && let Some(unit) = units.first()
+                {
+                    unit.remote.give_up();
+                }
+                Ok(())
+            };
+            let resumed = barrier::wait_while(
+                give_up_late_ones,
                 Barrier::F,
                 "resume",
                 self.crew.names(),

@@ -143,7 +143,9 @@ impl VhostUserDevice {
         let log = Arc::new(log);
         if let Phase::Connected(session) = &mut state.phase {
             let result = session.set_log(state.wanted.as_ref(), &state.regions, Some(&log));
-            self.shared.settle(state, result)?;
+            // One that hangs up for it is not asked again when it is back.
+            self.shared.note(state, &result);
+            result?;
         }
         state.log = Some(Arc::clone(&log));
         Ok(log)
@@ -175,6 +177,12 @@ impl VhostUserDevice {
         let result = state::begin(self.shared.stopped_session(state)?, direction, fd);
         self.shared.note(state, &result);
         result
+    }
+
+    /// Ends every wait for an answer, of this device and of all others of its machine: who has not
+    /// answered by now is taken for gone.
+    pub fn give_up(&self) {
+        self.shared.watchdog.give_up();
     }
 
     /// Waits for the end of a transfer of state, and says whether all of it was good.
