@@ -273,6 +273,26 @@ fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
 }
 
 #[test]
+#[ignore = "writes into tests/compat, see its README"]
+fn write_golden_snapshot() -> Result<()> {
+    let compat = concat!(env!("CARGO_MANIFEST_DIR"), "/../compat");
+    let path = std::path::Path::new(compat).join("snapshot-1.state");
+    ensure!(!path.exists(), "{} must not change", path.display());
+    let folder = TempDir::new()?;
+    let mut spec = Spec::of(Workload {
+        blk: BlkMode::Loop,
+        ..busy()
+    });
+    spec.cpus = 2;
+    spec.disks = vec![disk(&folder, "a", 2)?];
+    let mut side = Side::boot(&spec)?;
+    warm_up(&mut side)?;
+    side.snapshot(&spec, folder.path())?;
+    std::fs::copy(folder.path().join("core"), path)?;
+    Ok(())
+}
+
+#[test]
 fn a_machine_goes_on_after_its_snapshot() -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = Spec::of(Workload {
