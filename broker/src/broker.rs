@@ -8,6 +8,7 @@ use std::time::Duration;
 use api::machine::State;
 use api::{Caller, Dictionary, Error, path};
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
 use zbus::OwnedObjectPath;
 
 use crate::definition::Definition;
@@ -93,27 +94,27 @@ impl Broker {
         self.policy.check(caller, action, machine, verb).await
     }
 
-    /// How many machines and devices there are in each state.
-    pub fn census(&self) -> Census {
+    /// How many machines and devices there are in each state, and what their processes count.
+    pub async fn census(self: Arc<Self>) -> Census {
         let mut machines = BTreeMap::new();
         let mut devices = BTreeMap::new();
+        let mut asked = JoinSet::new();
         for machine in self.machines() {
             *machines.entry(machine.state().as_str()).or_default() += 1;
             for (_, status) in (0..).map_while(|at| machine.device(at)) {
                 *devices.entry(status.state.as_str()).or_default() += 1;
             }
+            asked.spawn(async move { machine.counted().await });
         }
         Census {
             machines: machines.into_iter().collect(),
             devices: devices.into_iter().collect(),
+            processes: asked.join_all().await.concat(),
         }
     }
 
     fn defined_path(&self, name: &MachineName) -> PathBuf {
-        self.host
-            .folder
-            .join("defined")
-            .join(format!("{name}.json"))
+        self.host.folder.defined().join(format!("{name}.json"))
     }
 
     /// Makes a machine of a dictionary.
@@ -362,10 +363,17 @@ impl Broker {
     /// Takes over what a broker before this one left, reads the configuration folder, and
     /// starts what is to be started. Says what is wrong and goes on.
     pub async fn take_up(self: &Arc<Self>) {
-        for file in self.host.folder.list("defined") {
+        for file in folder::list(&self.host.folder.defined()) {
             let name = file.file_stem().unwrap_or_default().to_string_lossy();
             let defined: Result<Defined, _> = folder::load(&file);
             match (MachineName::new(&name), defined) {
+                (Ok(name), Ok(defined))
+                    if defined.transient && !self.host.folder.machine(&name).exists() =>
+                {
+                    // It ended with the host.
+                    folder::remove_file(&file);
+                    self.host.folder.remove_logs(&name);
+                }
                 (Ok(name), Ok(defined)) => {
                     // There is no other of this name yet.
                     let _ = self.insert(name, defined.definition, defined.transient, false);
@@ -378,7 +386,7 @@ impl Broker {
             }
         }
         self.read_configuration();
-        for place in self.host.folder.list("machines") {
+        for place in folder::list(&self.host.folder.join("machines")) {
             let name = place.file_name().unwrap_or_default().to_string_lossy();
             if let Ok(name) = MachineName::new(&name) {
                 self.take_over(name).await;
@@ -387,7 +395,7 @@ impl Broker {
         for machine in self.machines() {
             self.publish_added(&machine).await;
         }
-        for file in self.host.folder.list("jobs") {
+        for file in folder::list(&self.host.folder.join("jobs")) {
             match folder::load::<Record>(&file) {
                 Ok(record) => self.take_up_job(record).await,
                 Err(_) => folder::remove_file(&file),

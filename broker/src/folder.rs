@@ -1,15 +1,18 @@
-//! The broker's folder: sockets, state and logs, for this user alone.
+//! The broker's folders: sockets, state and logs, for this user alone.
 //!
 //! ```text
 //! DIR/lock                      held by the broker that runs
 //! DIR/bus  DIR/metrics          sockets
+//! DIR/launch                    the socket to which units' processes come
 //! DIR/machines/NAME/control     the core's socket, while it runs
 //! DIR/machines/NAME/end         what the core said of its end
 //! DIR/machines/NAME/state.json  what a new broker needs to adopt it
-//! DIR/defined/NAME.json         a machine that was made by a call
 //! DIR/jobs/N.json               a job that is kept
-//! DIR/log/NAME/*.log            output of its processes and its console
+//! KEPT/defined/NAME.json        a machine that was made by a call
+//! KEPT/log/NAME/*.log           output of its processes and its console
 //! ```
+//! What KEPT holds outlives the host's reboots, if it is on a disk.
+//!
 //! Files of state are replaced whole: a broker that is killed leaves the old one or the new.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -35,10 +38,11 @@ const LOG_TAIL: u64 = 4096;
 /// Longest path of a socket.
 const MAX_SOCKET_PATH: usize = 107;
 
-/// The broker's folder. It is locked as long as this lives.
+/// The broker's folders. The one of what runs is locked as long as this lives.
 #[derive(Debug)]
 pub struct Folder {
     path: PathBuf,
+    kept: PathBuf,
     _lock: Flock<File>,
 }
 
@@ -55,13 +59,19 @@ fn remove(path: &Path, result: io::Result<()>) {
 }
 
 impl Folder {
-    /// Makes it if it is not there.
+    /// Makes what is not there: `path` for what runs, `kept` for what is to outlive the host's
+    /// reboots.
     ///
     /// # Errors
     /// It cannot be made, or another broker has it.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        for part in ["machines", "defined", "jobs", "log"] {
-            make(&path.join(part))?;
+    pub fn open(path: &Path, kept: &Path) -> io::Result<Self> {
+        for folder in [
+            path.join("machines"),
+            path.join("jobs"),
+            kept.join("defined"),
+            kept.join("log"),
+        ] {
+            make(&folder)?;
         }
         let lock = OpenOptions::new()
             .write(true)
@@ -75,11 +85,17 @@ impl Folder {
         })?;
         Ok(Self {
             path: path.to_owned(),
+            kept: kept.to_owned(),
             _lock: lock,
         })
     }
 
-    /// A path in it.
+    /// Where machines that were made by calls are kept.
+    pub fn defined(&self) -> PathBuf {
+        self.kept.join("defined")
+    }
+
+    /// A path in the one of what runs.
     pub fn join(&self, part: &str) -> PathBuf {
         self.path.join(part)
     }
@@ -116,7 +132,7 @@ impl Folder {
 
     /// Where a machine's logs are.
     pub fn logs(&self, name: &MachineName) -> PathBuf {
-        self.join("log").join(name.as_str())
+        self.kept.join("log").join(name.as_str())
     }
 
     /// Removes the logs of a machine that is forgotten.
@@ -140,14 +156,14 @@ impl Folder {
             .mode(0o600)
             .open(path)
     }
+}
 
-    /// The names of the files or folders in `part`.
-    pub fn list(&self, part: &str) -> Vec<PathBuf> {
-        let entries = fs::read_dir(self.join(part)).into_iter().flatten();
-        let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-        paths.sort();
-        paths
-    }
+/// The files and folders in `folder`, by name.
+pub fn list(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    paths
 }
 
 /// Replaces a file of state.
@@ -233,11 +249,13 @@ mod tests {
     #[test]
     fn one_broker_has_a_folder() {
         let place = tempfile::tempdir().unwrap();
-        let folder = Folder::open(place.path()).unwrap();
-        let error = Folder::open(place.path()).unwrap_err().to_string();
+        let folder = Folder::open(place.path(), place.path()).unwrap();
+        let error = Folder::open(place.path(), place.path())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("another broker runs"), "{error}");
         drop(folder);
-        Folder::open(place.path()).unwrap();
+        Folder::open(place.path(), place.path()).unwrap();
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | [`broker`] | all machines and jobs of a host |
 //! | [`machine`] | one machine: start, supervision, adoption |
 //! | [`launch`] | processes as children or as systemd units |
+//! | [`visit`] | declared machines that systemd starts |
 //! | [`definition`] | what a machine is, from TOML or a dictionary |
 //! | [`resources`] | what is opened and handed to processes |
 //! | [`jobs`], [`console`], [`policy`], [`metrics`], [`folder`] | what their names say |
@@ -35,3 +36,5 @@ pub mod publish;
 pub mod resources;
 pub mod service;
 mod tap;
+mod usage;
+pub mod visit;

@@ -20,12 +20,14 @@ use broker::metrics::{self, Metrics};
 use broker::policy::Policy;
 use broker::publish;
 use broker::service::{self, ManagerObject};
+use broker::visit;
 use clap::{Parser, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tracing_subscriber::EnvFilter;
 use zbus::Connection;
 use zbus::connection::Builder;
@@ -48,9 +50,13 @@ struct Options {
     /// How processes are started
     #[arg(long, value_enum, default_value_t = Launch::Direct)]
     launch: Launch,
-    /// Folder for sockets, state and logs [default: $XDG_RUNTIME_DIR/godwit, or /run/godwit]
+    /// Folder for sockets and the state of what runs
+    /// [default: $XDG_RUNTIME_DIR/godwit, or /run/godwit]
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
+    /// Folder for logs and machines that were made by calls [default: that of --runtime-dir]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
     /// Folder with a definition NAME.toml for each declared machine
     #[arg(long, value_name = "DIR")]
     config_dir: Option<PathBuf>,
@@ -114,10 +120,19 @@ async fn serve(options: Options) -> Result<()> {
         .unwrap_or_else(default_runtime_dir);
     let runtime_dir = std::path::absolute(&runtime_dir)
         .with_context(|| format!("--runtime-dir {}", runtime_dir.display()))?;
-    let folder = Folder::open(&runtime_dir)
-        .with_context(|| format!("--runtime-dir {}", runtime_dir.display()))?;
-    let programs = match options.program_dir.clone() {
-        Some(folder) => folder,
+    let state_dir = options.state_dir.as_ref().unwrap_or(&runtime_dir);
+    let state_dir = std::path::absolute(state_dir)
+        .with_context(|| format!("--state-dir {}", state_dir.display()))?;
+    let folder = Folder::open(&runtime_dir, &state_dir).with_context(|| {
+        format!(
+            "--runtime-dir {}, --state-dir {}",
+            runtime_dir.display(),
+            state_dir.display()
+        )
+    })?;
+    let programs = match &options.program_dir {
+        Some(folder) => std::path::absolute(folder)
+            .with_context(|| format!("--program-dir {}", folder.display()))?,
         None => own_folder()?,
     };
     let mut terminate = signal(SignalKind::terminate()).context("signals cannot be heard")?;
@@ -132,7 +147,11 @@ async fn serve(options: Options) -> Result<()> {
         Some(connection) => Policy::polkit(connection).await.context("no polkit")?,
         None => Policy::Private,
     };
-    let launcher = launcher(options.launch, system.as_ref(), &runtime_dir, &programs).await?;
+    let (visit, visits) = mpsc::unbounded_channel();
+    let launcher = match options.launch {
+        Launch::Direct => Launcher::Direct,
+        Launch::Systemd => systemd(system.as_ref(), &runtime_dir, &programs, visit).await?,
+    };
     let metrics = Metrics::default();
     let metrics_path = folder.join("metrics");
     let metrics_listener = listen(&metrics_path)?;
@@ -145,9 +164,10 @@ async fn serve(options: Options) -> Result<()> {
         metrics: metrics.clone(),
     };
     let broker = Broker::new(host, policy, options.config_dir.clone());
+    tokio::spawn(visit::receive(Arc::clone(&broker), visits));
     let counted = Arc::clone(&broker);
-    let registry = metrics.registry(move || counted.census());
-    tokio::spawn(metrics::serve(metrics_listener, registry));
+    let count = move || Arc::clone(&counted).census();
+    tokio::spawn(metrics::serve(metrics_listener, metrics, count));
     let manager = ManagerObject {
         broker: Arc::clone(&broker),
         metrics_socket: metrics_path.display().to_string(),
@@ -208,7 +228,20 @@ async fn wait(
 fn ready() {
     // Outside of systemd there is nobody to tell.
     let _ = sd_notify::notify(&[NotifyState::Ready]);
+    tokio::spawn(stay_alive());
     tracing::info!("ready");
+}
+
+/// Tells systemd's watchdog, if it wants to know, that what serves calls is not stuck.
+async fn stay_alive() {
+    let Some(patience) = sd_notify::watchdog_enabled() else {
+        return;
+    };
+    let mut tick = tokio::time::interval(patience / 2);
+    loop {
+        tick.tick().await;
+        let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+    }
 }
 
 fn own_folder() -> Result<PathBuf> {
@@ -218,18 +251,22 @@ fn own_folder() -> Result<PathBuf> {
         .context("this program is in no folder: give --program-dir")
 }
 
-async fn launcher(
-    launch: Launch,
+/// The launcher that starts units on the bus that is connected to, or else on the system bus.
+async fn systemd(
     system: Option<&Connection>,
     runtime_dir: &Path,
     programs: &Path,
+    visits: mpsc::UnboundedSender<String>,
 ) -> Result<Launcher> {
-    let connection = match (launch, system) {
-        (Launch::Direct, _) => return Ok(Launcher::Direct),
-        (Launch::Systemd, Some(connection)) => connection.clone(),
-        (Launch::Systemd, None) => system_bus().await?,
+    anyhow::ensure!(
+        geteuid().is_root(),
+        "--launch systemd starts units of the system, which is for root"
+    );
+    let connection = match system {
+        Some(connection) => connection.clone(),
+        None => system_bus().await?,
     };
-    let systemd = Systemd::new(&connection, runtime_dir, programs).await;
+    let systemd = Systemd::new(&connection, runtime_dir, programs, visits).await;
     systemd.map(Launcher::Systemd).context("--launch systemd")
 }
 

@@ -1,14 +1,15 @@
 //! What the broker counts, in OpenMetrics, by HTTP on a Unix socket.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _};
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
@@ -16,7 +17,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 
 /// A scraper that is slower than this is let go.
-const DEADLINE: Duration = Duration::from_secs(2);
+const DEADLINE: Duration = Duration::from_secs(10);
 /// Longest request that is read, in bytes.
 const MAX_REQUEST: usize = 8192;
 
@@ -29,6 +30,13 @@ struct KindLabel {
 struct JobLabels {
     kind: &'static str,
     result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ProcessLabels {
+    machine: String,
+    process: String,
+    kind: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -78,9 +86,8 @@ impl Metrics {
         self.requests.inc();
     }
 
-    /// A registry of all, with what `count` counts at each look: machines and devices by
-    /// state.
-    pub fn registry(&self, count: impl Fn() -> Census + Send + Sync + 'static) -> Registry {
+    /// A registry of all, with what there is now.
+    fn registry(&self, census: Census) -> Registry {
         let mut registry = Registry::with_prefix("godwit_broker");
         let counters = [
             ("machines_started", "Machines started", &self.started),
@@ -106,75 +113,166 @@ impl Metrics {
             self.device_restarts.clone(),
         );
         registry.register("jobs", "Jobs that ended", self.jobs.clone());
-        registry.register_collector(Box::new(Count(Box::new(count))));
+        registry.register_collector(Box::new(census));
         registry
     }
 }
 
-/// How many there are in each state.
+/// What there is at one moment.
 #[derive(Debug, Default)]
 pub struct Census {
-    /// Machines.
+    /// Machines in each state.
     pub machines: Vec<(&'static str, i64)>,
-    /// Devices.
+    /// Devices in each state.
     pub devices: Vec<(&'static str, i64)>,
+    /// Processes of all machines.
+    pub processes: Vec<Counted>,
 }
 
-struct Count(Box<dyn Fn() -> Census + Send + Sync>);
-
-impl fmt::Debug for Count {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Count")
-    }
+/// A process and its counters.
+#[derive(Clone, Debug)]
+pub struct Counted {
+    /// Its machine.
+    pub machine: String,
+    /// `core`, or the name of the device.
+    pub process: String,
+    /// `core`, or the kind of the device.
+    pub kind: String,
+    /// By the names that they have on the bus.
+    pub counters: BTreeMap<String, u64>,
 }
 
-impl Collector for Count {
+/// Of the counters of processes: the name on the bus, the name of the metric, what it is, whether
+/// it only grows, and by what it is divided.
+const OF_PROCESSES: [(&str, &str, &str, MetricType, f64); 8] = [
+    (
+        "requests",
+        "device_requests",
+        "Requests that a device answered",
+        MetricType::Counter,
+        1.0,
+    ),
+    (
+        "failed_requests",
+        "device_failed_requests",
+        "Requests that a device answered with an error",
+        MetricType::Counter,
+        1.0,
+    ),
+    (
+        "bytes_to_guest",
+        "device_to_guest_bytes",
+        "Bytes that the guest received",
+        MetricType::Counter,
+        1.0,
+    ),
+    (
+        "bytes_from_guest",
+        "device_from_guest_bytes",
+        "Bytes that the guest gave",
+        MetricType::Counter,
+        1.0,
+    ),
+    (
+        "reconnects",
+        "device_takeovers",
+        "Processes that took over a device",
+        MetricType::Counter,
+        1.0,
+    ),
+    (
+        "cpu_usec",
+        "process_cpu_seconds",
+        "CPU time of a process",
+        MetricType::Counter,
+        1e6,
+    ),
+    (
+        "resident_bytes",
+        "process_resident_bytes",
+        "Memory of a process, with the guest's",
+        MetricType::Gauge,
+        1.0,
+    ),
+    (
+        "own_bytes",
+        "process_own_bytes",
+        "Memory of a process, without the guest's",
+        MetricType::Gauge,
+        1.0,
+    ),
+];
+
+impl Collector for Census {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let census = (self.0)();
         let families = [
-            ("machines", "Machines by state", census.machines),
-            ("devices", "Devices by state", census.devices),
+            ("machines", "Machines by state", &self.machines),
+            ("devices", "Devices by state", &self.devices),
         ];
         for (name, help, counts) in families {
-            let gauge = ConstGauge::new(0i64);
-            let mut family = encoder.encode_descriptor(name, help, None, gauge.metric_type())?;
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             for (state, count) in counts {
                 let label = StateLabel { state };
-                ConstGauge::new(count).encode(family.encode_family(&label)?)?;
+                ConstGauge::new(*count).encode(family.encode_family(&label)?)?;
+            }
+        }
+        for (counter, name, help, metric, unit) in OF_PROCESSES {
+            let mut family = encoder.encode_descriptor(name, help, None, metric)?;
+            for process in &self.processes {
+                let Some(&count) = process.counters.get(counter) else {
+                    continue;
+                };
+                let label = ProcessLabels {
+                    machine: process.machine.clone(),
+                    process: process.process.clone(),
+                    kind: process.kind.clone(),
+                };
+                let value = count as f64 / unit;
+                let encoder = family.encode_family(&label)?;
+                match metric {
+                    MetricType::Counter => ConstCounter::new(value).encode(encoder)?,
+                    _ => ConstGauge::new(value).encode(encoder)?,
+                }
             }
         }
         Ok(())
     }
 }
 
-/// Answers whoever asks, for ever.
-pub async fn serve(listener: UnixListener, registry: Registry) {
-    let registry = Arc::new(registry);
+/// Answers whoever asks, for ever, with what `count` counts at each look.
+pub async fn serve<C>(listener: UnixListener, metrics: Metrics, count: impl Fn() -> C)
+where
+    C: Future<Output = Census> + Send + 'static,
+{
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             tokio::time::sleep(DEADLINE).await;
             continue;
         };
-        let registry = Arc::clone(&registry);
+        let (metrics, count) = (metrics.clone(), count());
         tokio::spawn(async move {
             // One that is slow or wrong is let go.
-            let _ = tokio::time::timeout(DEADLINE, answer(stream, &registry)).await;
+            let _ = tokio::time::timeout(DEADLINE, answer(stream, &metrics, count)).await;
         });
     }
 }
 
-async fn answer(mut stream: UnixStream, registry: &Registry) -> io::Result<()> {
+async fn answer(
+    mut stream: UnixStream,
+    metrics: &Metrics,
+    count: impl Future<Output = Census>,
+) -> io::Result<()> {
     let mut request = Vec::new();
     let mut part = [0; 512];
     while !request.windows(4).any(|window| window == b"\r\n\r\n") {
-        let count = stream.read(&mut part).await?;
-        request.extend_from_slice(&part[..count]);
-        if count == 0 || request.len() > MAX_REQUEST {
+        let read = stream.read(&mut part).await?;
+        request.extend_from_slice(&part[..read]);
+        if read == 0 || request.len() > MAX_REQUEST {
             return Ok(());
         }
     }
     let mut text = String::new();
-    encode(&mut text, registry).map_err(io::Error::other)?;
+    encode(&mut text, &metrics.registry(count.await)).map_err(io::Error::other)?;
     let head = format!(
         "HTTP/1.0 200 OK\r\n\
          Content-Type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n\

@@ -102,3 +102,25 @@ fn subject(sender: &str) -> Result<Subject, String> {
         .map_err(|error| error.to_string())?;
     Subject::new_for_message_header(&message.header()).map_err(|error| error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHIPPED: &str = include_str!("../../packaging/polkit/org.godwit.Vmm1.policy");
+
+    #[test]
+    fn every_action_is_in_the_policy_that_is_shipped() {
+        let actions = [
+            Action::Create,
+            Action::Manage,
+            Action::OpenConsole,
+            Action::RestartDevice,
+        ];
+        for action in actions {
+            let line = format!("<action id=\"{}\">", action.id());
+            assert!(SHIPPED.contains(&line), "{line}");
+        }
+        assert_eq!(SHIPPED.matches("<action ").count(), actions.len());
+    }
+}

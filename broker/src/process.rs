@@ -8,8 +8,6 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 
-use std::sync::OnceLock;
-
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -17,6 +15,9 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::OnceCell;
+
+use crate::launch::systemd::Unit;
 
 /// Which process, across the life of a broker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,7 +57,9 @@ pub struct Process {
     id: ProcessId,
     pidfd: AsyncFd<OwnedFd>,
     /// The kernel tells its end once, and here it may be asked for again.
-    result: OnceLock<Ended>,
+    result: OnceCell<Ended>,
+    /// Tells its end if it is not our child.
+    unit: Option<Unit>,
 }
 
 impl Process {
@@ -73,8 +76,22 @@ impl Process {
         Ok(Self {
             id: ProcessId { pid, start, unit },
             pidfd: pidfd.map_err(io::Error::from)?,
-            result: OnceLock::new(),
+            result: OnceCell::new(),
+            unit: None,
         })
+    }
+
+    /// The same one, which is in a unit of systemd.
+    #[must_use]
+    pub fn in_unit(mut self, name: &str) -> Self {
+        self.id.unit = name.to_owned();
+        self
+    }
+
+    /// The same one, whose unit will tell how it ended.
+    pub(crate) fn watched_as(mut self, unit: Unit) -> Self {
+        self.unit = Some(unit);
+        self
     }
 
     /// A process that a broker before this one started.
@@ -107,7 +124,11 @@ impl Process {
         if self.pidfd.readable().await.is_err() {
             return Ended::Unknown;
         }
-        *self.result.get_or_init(|| self.reap())
+        let learn = async || match &self.unit {
+            Some(unit) => unit.ended(self.id.pid).await,
+            None => self.reap(),
+        };
+        *self.result.get_or_init(learn).await
     }
 
     fn reap(&self) -> Ended {

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use broker::launch::{Program, hand_over};
 
@@ -20,6 +20,7 @@ fn a_process_becomes_what_it_is_handed() {
     let log = folder.path().join("log");
     let mut program = Program {
         machine: "vm".into(),
+        declared: false,
         role: "core".into(),
         path: "/bin/sh".into(),
         args: Vec::new(),
@@ -44,6 +45,24 @@ fn a_process_becomes_what_it_is_handed() {
 }
 
 #[test]
+fn a_process_that_is_sent_away_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_godwit-launch"))
+        .arg(&socket)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    hand_over::refuse(&stream, "there is no machine vm").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(text, "godwit-launch: there is no machine vm\n");
+}
+
+#[test]
 fn nobody_at_the_socket_is_said() {
     let output = Command::new(env!("CARGO_BIN_EXE_godwit-launch"))
         .arg(Path::new("/nowhere/socket"))
@@ -52,7 +71,7 @@ fn nobody_at_the_socket_is_said() {
     assert!(!output.status.success());
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(
-        text.starts_with("godwit-launch: /nowhere/socket: "),
+        text.starts_with("godwit-launch: no broker at /nowhere/socket: "),
         "{text}"
     );
 }

@@ -7,7 +7,6 @@
 //! | `verbs` | what is done, a file for each verb |
 //! | `job` | waiting for the broker's jobs |
 //! | `console`, `terminal` | a person at a machine's console |
-//! | `usage` | what processes use, where the broker does not say |
 //! | `view`, `render` | what is printed: JSON forms, tables, text |
 //! | `error` | failures, their exit statuses and hints |
 
@@ -19,7 +18,6 @@ mod job;
 mod options;
 mod render;
 mod terminal;
-mod usage;
 mod value;
 mod verbs;
 mod view;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use device_kit::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, Health, HostError, Kit,
-    OptionError, QueueIndex, StateError,
+    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Health, HostError,
+    Kit, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -201,5 +201,9 @@ impl Device for Blk {
     fn reset(&self) {
         self.shared.features.store(0, Ordering::Release);
         self.shared.writeback.store(true, Ordering::Release);
+    }
+
+    fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {
+        None
     }
 }

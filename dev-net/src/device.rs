@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use device_kit::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, HostError, Kit, MAX_QUEUE_SIZE,
-    OptionError, QueueIndex, StateError,
+    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, HostError, Kit,
+    MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -122,5 +122,9 @@ impl Device for NetDevice {
     fn statistics(&self) -> Vec<(&'static str, u64)> {
         let pairs = self.shared.tap().pairs();
         self.shared.metrics().totals(pairs)
+    }
+
+    fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {
+        None
     }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::Subcommand;
-use test_bench::{Boot, BootPreset, Report};
+use test_bench::{Boot, BootPreset, Report, Switchover, SwitchoverPreset};
 use test_framework::{network, programs};
 
 use crate::cargo;
@@ -22,6 +22,18 @@ pub enum Bench {
         #[arg(long)]
         json: bool,
     },
+    /// How long a guest stands still while its machine moves.
+    Switchover {
+        /// Which machines.
+        #[arg(long, value_enum, default_value = "one-each")]
+        preset: SwitchoverPreset,
+        /// Moves of each.
+        #[arg(long, default_value_t = 10)]
+        runs: usize,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Runs a benchmark on release builds and prints what it says.
@@ -32,6 +44,10 @@ pub fn bench(bench: &Bench) -> Result<()> {
         Bench::Boot { preset, runs, json } => {
             network::enter()?;
             print(&Boot { preset, runs }.run()?, json)
+        }
+        Bench::Switchover { preset, runs, json } => {
+            network::enter()?;
+            print(&Switchover { preset, runs }.run()?, json)
         }
     }
 }

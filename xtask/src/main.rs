@@ -1,4 +1,4 @@
-//! Godwit's own commands: `cargo xtask demo | test | bench | check | hosts`.
+//! Godwit's own commands: `cargo xtask demo | test | bench | check | hosts | install`.
 #![expect(
     clippy::print_stdout,
     reason = "these commands talk to a person on stdout"
@@ -9,6 +9,7 @@ mod cargo;
 mod check;
 mod demo;
 mod hosts;
+mod install;
 mod rules;
 mod tools;
 
@@ -44,6 +45,8 @@ enum Command {
         #[command(subcommand)]
         hosts: hosts::Hosts,
     },
+    /// Puts programs, units, policies, completions and man pages in place.
+    Install(install::Place),
     /// Everything that a change must pass: format, lints, docs, rules, tests.
     Check,
 }
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Command::Demo => done(demo::demo()),
         Command::Bench { bench } => done(bench::bench(&bench)),
         Command::Hosts { hosts } => hosts::hosts(&hosts),
+        Command::Install(place) => done(install::install(place)),
         Command::Test { nextest } => done(check::test(&nextest)),
         Command::Check => done(check::check()),
     };

@@ -18,8 +18,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("broker", &["api", "migration"]),
     ("cli", &["api"]),
     ("vmm-core", &["api", "migration"]),
+    ("dev-balloon", &["device-kit", "migration"]),
     ("dev-blk", &["device-kit", "migration"]),
     ("dev-net", &["device-kit", "migration"]),
+    ("packaging", &[]),
 ];
 
 /// Licences that an Apache-2.0 program can be distributed with.

@@ -10,8 +10,7 @@ fn main() -> ExitCode {
         eprintln!("godwit-launch: give the socket at which the broker waits");
         return ExitCode::from(2);
     };
-    let socket = Path::new(&socket);
-    let error = broker::launch::hand_over::become_program(socket);
-    eprintln!("godwit-launch: {}: {error}", socket.display());
+    let error = broker::launch::hand_over::become_program(Path::new(&socket));
+    eprintln!("godwit-launch: {error}");
     ExitCode::FAILURE
 }

@@ -4,11 +4,12 @@
 //! ```text
 //! systemd ── starts ──► godwit-launch SOCKET ── connects ──► broker
 //!                            ▲                                  │
-//!                            └── order, log, descriptors ───────┘
+//!                            └── answer, log, descriptors ──────┘
 //!                       exec of the program
 //! ```
-//! The order is its length (4 bytes, little-endian) and JSON. The first descriptor is the
-//! log; the others get the numbers that the order names.
+//! The answer is its length (4 bytes, little-endian) and JSON: an order, or why there is none.
+//! With an order come descriptors. The first is the log; the others get the numbers that the
+//! order names.
 #![expect(
     unsafe_code,
     reason = "descriptors get the numbers that the program is told"
@@ -29,12 +30,22 @@ use serde::{Deserialize, Serialize};
 
 use super::Program;
 
-/// How long either side waits for the other.
-const DEADLINE: Duration = Duration::from_secs(30);
-/// Largest order, in bytes.
-const MAX_ORDER: usize = 1 << 20;
+/// How long the broker waits for a process that takes nothing.
+const GIVE_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a process waits for the broker, which may have other processes to start before.
+const RECEIVE_DEADLINE: Duration = Duration::from_secs(170);
+/// Largest answer, in bytes.
+const MAX_ANSWER: usize = 1 << 20;
 /// Most descriptors of a message (SCM_MAX_FD).
 const MAX_DESCRIPTORS: usize = 253;
+
+/// What a process is told.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Answer {
+    Become(Order),
+    Refused(String),
+}
 
 /// What a process is to become.
 #[derive(Debug, Serialize, Deserialize)]
@@ -53,8 +64,7 @@ fn invalid(text: String) -> io::Error {
 ///
 /// # Errors
 /// The process is gone, or the program needs more than can be handed over.
-pub fn give(mut stream: &UnixStream, program: &Program) -> io::Result<()> {
-    stream.set_write_timeout(Some(DEADLINE))?;
+pub fn give(stream: &UnixStream, program: &Program) -> io::Result<()> {
     let order = Order {
         path: program.path.clone(),
         args: program.args.clone(),
@@ -64,27 +74,39 @@ pub fn give(mut stream: &UnixStream, program: &Program) -> io::Result<()> {
             .map(|fd| fd.as_raw_fd())
             .collect(),
     };
-    let text = serde_json::to_vec(&order)?;
-    let count = program.descriptors.len() + 1;
-    if text.len() > MAX_ORDER || count > MAX_DESCRIPTORS {
-        let size = text.len();
+    let mut descriptors = vec![program.log.as_raw_fd()];
+    descriptors.extend(&order.numbers);
+    answer(stream, &Answer::Become(order), &descriptors)
+}
+
+/// Tells the process at the other end why it gets nothing.
+///
+/// # Errors
+/// The process is gone.
+pub fn refuse(stream: &UnixStream, why: &str) -> io::Result<()> {
+    answer(stream, &Answer::Refused(why.to_owned()), &[])
+}
+
+fn answer(mut stream: &UnixStream, answer: &Answer, descriptors: &[RawFd]) -> io::Result<()> {
+    stream.set_write_timeout(Some(GIVE_DEADLINE))?;
+    let text = serde_json::to_vec(answer)?;
+    let (size, count) = (text.len(), descriptors.len());
+    if size > MAX_ANSWER || count > MAX_DESCRIPTORS {
         return Err(invalid(format!(
             "{size} bytes and {count} descriptors are more than can be handed over"
         )));
     }
-    let mut descriptors = vec![program.log.as_raw_fd()];
-    descriptors.extend(&order.numbers);
-    let length = u32::try_from(text.len()).unwrap_or(u32::MAX).to_le_bytes();
-    let rights = [ControlMessage::ScmRights(&descriptors)];
+    let length = u32::try_from(size).unwrap_or(u32::MAX).to_le_bytes();
+    let rights = [ControlMessage::ScmRights(descriptors)];
     let sent = sendmsg::<()>(
         stream.as_raw_fd(),
         &[IoSlice::new(&length)],
-        &rights,
+        &rights[..usize::from(count > 0)],
         MsgFlags::MSG_NOSIGNAL,
         None,
     )?;
     if sent != length.len() {
-        return Err(invalid("the order's length was cut off".into()));
+        return Err(invalid("the answer's length was cut off".into()));
     }
     stream.write_all(&text)
 }
@@ -101,8 +123,11 @@ pub fn become_program(socket: &Path) -> io::Error {
 }
 
 fn receive(socket: &Path) -> io::Result<Command> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(DEADLINE))?;
+    let mut stream = UnixStream::connect(socket).map_err(|error| {
+        let text = format!("no broker at {}: {error}", socket.display());
+        io::Error::new(error.kind(), text)
+    })?;
+    stream.set_read_timeout(Some(RECEIVE_DEADLINE))?;
     let mut length = [0; 4];
     let mut descriptors = Vec::new();
     {
@@ -121,18 +146,23 @@ fn receive(socket: &Path) -> io::Result<Command> {
                 descriptors.extend(numbers.into_iter().map(owned));
             }
         }
-        if message.bytes != 4 {
-            return Err(invalid("the order was cut off".into()));
+        match message.bytes {
+            4 => {}
+            0 => return Err(invalid("the broker has ended".into())),
+            _ => return Err(invalid("the answer was cut off".into())),
         }
     }
     let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
-    if length > MAX_ORDER {
-        return Err(invalid(format!("an order of {length} bytes is too long")));
+    if length > MAX_ANSWER {
+        return Err(invalid(format!("an answer of {length} bytes is too long")));
     }
     let mut text = vec![0; length];
     stream.read_exact(&mut text)?;
     drop(stream);
-    let order: Order = serde_json::from_slice(&text)?;
+    let order = match serde_json::from_slice(&text)? {
+        Answer::Become(order) => order,
+        Answer::Refused(why) => return Err(io::Error::other(why)),
+    };
     let wanted: Vec<RawFd> = [1].into_iter().chain(order.numbers).collect();
     if wanted.len() != descriptors.len() {
         return Err(invalid(format!(

@@ -14,13 +14,15 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::process::Process;
+use crate::process::{Process, ProcessId};
 
 /// A program to start.
 #[derive(Debug)]
 pub struct Program {
     /// Which machine's.
     pub machine: String,
+    /// The machine is one that an administrator has declared.
+    pub declared: bool,
     /// `core`, or the name of a device.
     pub role: String,
     /// The executable.
@@ -45,6 +47,12 @@ impl Program {
         self.descriptors.push(descriptor);
         number
     }
+
+    /// Hands it a descriptor whose number is an option of its own.
+    pub fn hand(&mut self, option: &str, descriptor: impl Into<OwnedFd>) {
+        let number = self.pass(descriptor.into());
+        self.args([option, &number.to_string()]);
+    }
 }
 
 /// Why a program was not started.
@@ -67,6 +75,16 @@ pub enum LaunchError {
         /// Its answer.
         #[source]
         source: Box<zbus::Error>,
+    },
+    /// The unit's process ended at once.
+    #[error(
+        "unit {unit} ended before it came for its descriptors ({why}): see journalctl -u '{unit}'"
+    )]
+    Ended {
+        /// The unit.
+        unit: String,
+        /// systemd's word on it.
+        why: String,
     },
     /// The unit's process did not come for its descriptors.
     #[error("unit {unit} did not come for its descriptors within {seconds} s")]
@@ -104,6 +122,18 @@ impl Launcher {
         match self {
             Self::Direct => direct::start(program),
             Self::Systemd(systemd) => systemd.start(program).await,
+        }
+    }
+
+    /// Takes over a process that a broker before this one started.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub async fn adopt(&self, id: &ProcessId) -> io::Result<Process> {
+        let process = Process::adopt(id)?;
+        match self {
+            Self::Systemd(systemd) if !id.unit.is_empty() => Ok(systemd.watch(process).await),
+            _ => Ok(process),
         }
     }
 }

@@ -12,8 +12,8 @@ use api::machine::State;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
+use super::core::connect;
 use super::device::RunningDevice;
-use super::start::connect;
 use super::state::MachineState;
 use super::supervisor::Supervisor;
 use super::{DeviceStatus, Live, Machine};
@@ -36,7 +36,7 @@ pub(crate) async fn clean(host: &Host, name: &MachineName, state: Option<&Machin
             .iter()
             .filter_map(|device| device.process.as_ref());
         for id in devices.chain(&state.core) {
-            if let Ok(process) = Process::adopt(id) {
+            if let Ok(process) = host.launcher.adopt(id).await {
                 process.signal(Signal::SIGKILL);
                 // A killed process ends, or the kernel is broken.
                 let _ = tokio::time::timeout(CLEAN_DEADLINE, process.ended()).await;
@@ -64,14 +64,12 @@ pub(crate) async fn adopt(
     let mut devices = Vec::new();
     for (device, record) in state.definition.devices.iter().zip(&state.devices) {
         let mut device = RunningDevice::adopt(device.clone(), record.image, record.reconnects);
-        device.process = record
-            .process
-            .as_ref()
-            .and_then(|id| Process::adopt(id).ok())
-            .map(Arc::new);
+        if let Some(id) = &record.process {
+            device.process = host.launcher.adopt(id).await.ok().map(Arc::new);
+        }
         devices.push(device);
     }
-    let core = match Process::adopt(id) {
+    let core = match host.launcher.adopt(id).await {
         Ok(core) => Arc::new(core),
         Err(_) => {
             // It ended while nobody watched: what it said tells how.

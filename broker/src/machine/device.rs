@@ -16,6 +16,7 @@ use std::time::Duration;
 use api::Error;
 use tokio::time::Instant;
 
+use super::Machine;
 use crate::definition::{Device, DeviceKind};
 use crate::folder::last_words;
 use crate::host::Host;
@@ -32,6 +33,15 @@ const MAX_BACK_OFF: Duration = Duration::from_secs(2);
 const MOST_RESTARTS: usize = 8;
 /// Restarts longer ago than this are forgotten.
 const WINDOW: Duration = Duration::from_secs(60);
+
+/// The other ends of a device process's sockets.
+#[derive(Debug)]
+pub(super) struct Ends {
+    /// What the device is served on.
+    pub(super) backend: OwnedFd,
+    /// `org.godwit.Device1`.
+    pub(super) link: OwnedFd,
+}
 
 /// A device of a running machine.
 #[derive(Debug)]
@@ -83,12 +93,10 @@ impl RunningDevice {
         !matches!(self.device.kind, DeviceKind::VhostUser(_))
     }
 
-    /// Starts its process; the other end of its vhost-user socket.
-    pub(super) async fn start(
-        &mut self,
-        host: &Host,
-        machine: &MachineName,
-    ) -> Result<OwnedFd, Error> {
+    /// Starts its process; what the core is to have of it.
+    pub(super) async fn start(&mut self, host: &Host, machine: &Machine) -> Result<Ends, Error> {
+        let declared = machine.from_file;
+        let machine = machine.name();
         let failed = |text: String| {
             Error::DeviceFailed(format!("device {} of {machine}: {text}", self.device.id))
         };
@@ -98,7 +106,8 @@ impl RunningDevice {
             self.resources = DeviceResources::open(&self.device.kind, known)
                 .map_err(|error| Error::ResourceUnavailable(error.to_string()))?;
         }
-        let (ours, theirs) = UnixStream::pair().map_err(system)?;
+        let (backend, served) = UnixStream::pair().map_err(system)?;
+        let (link, control) = UnixStream::pair().map_err(system)?;
         let id = self.device.id.as_str();
         let name = match &self.device.kind {
             DeviceKind::Disk(_) => "godwit-blk",
@@ -107,6 +116,7 @@ impl RunningDevice {
         };
         let mut program = Program {
             machine: machine.to_string(),
+            declared,
             role: id.to_owned(),
             path: host.programs.join(name),
             args: Vec::new(),
@@ -116,8 +126,9 @@ impl RunningDevice {
                 .log(machine, &format!("device-{id}"))
                 .map_err(system)?,
         };
-        let socket = program.pass(theirs.into());
-        program.args(["--fd", &socket.to_string(), "--unit", id]);
+        program.hand("--fd", served);
+        program.hand("--control-fd", control);
+        program.args(["--unit", id]);
         let mut handed = Vec::new();
         for descriptor in &self.resources.descriptors {
             handed.push(
@@ -154,7 +165,10 @@ impl RunningDevice {
             .map_err(|error| failed(chain(&error)))?;
         self.process = Some(Arc::new(process));
         self.generation += 1;
-        Ok(ours.into())
+        Ok(Ends {
+            backend: backend.into(),
+            link: link.into(),
+        })
     }
 
     /// When its process is started again; `None` when that was tried too often.

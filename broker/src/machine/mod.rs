@@ -8,15 +8,19 @@
 //! | module | what |
 //! |---|---|
 //! | `start` | from a definition to running processes, or nothing |
+//! | `core` | the core's command line, and the connection to it |
 //! | `supervisor` | the task: ends of processes, restarts, commands |
 //! | `device` | one device's process, and when it is tried again |
 //! | `state` | what a later broker needs to adopt it |
+//! | `statistics` | what its processes count and use |
 //! | `adopt` | taking over what a killed broker left |
 
 pub(crate) mod adopt;
+mod core;
 mod device;
 mod start;
 mod state;
+mod statistics;
 mod supervisor;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -6,9 +6,7 @@
 //! complete is ended by the next broker.
 
 use std::fs::OpenOptions;
-use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -18,25 +16,22 @@ use api::device::State as DeviceState;
 use api::machine::State;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
-use zbus::connection::Builder;
 
+use super::core::{self, Boot};
 use super::device::{RunningDevice, chain};
 use super::state::MachineState;
 use super::supervisor::Supervisor;
 use super::{DeviceStatus, Live, Machine};
 use crate::console::Console;
-use crate::definition::{Definition, DeviceKind};
+use crate::definition::DeviceKind;
 use crate::folder::{last_line, last_words};
 use crate::host::Host;
 use crate::jobs::Job;
-use crate::launch::Program;
 use crate::process::Process;
-use crate::resources::{self, ResourceError};
+use crate::resources::ResourceError;
 
 /// How long a core may take until it answers. All of its memory may be made present before.
 const START_DEADLINE: Duration = Duration::from_secs(120);
-/// How long a call to a core may take, which has a deadline of its own for what it does.
-pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(75);
 /// How long a process that was killed may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -125,13 +120,7 @@ async fn make(
     let name = &machine.name;
     let definition = machine.definition();
     job.set_phase("opening");
-    let kvm = resources::kvm().map_err(unavailable)?;
-    let kernel = resources::readable("kernel", &definition.kernel).map_err(unavailable)?;
-    let initrd = definition.initrd.as_deref();
-    let initrd = initrd
-        .map(|path| resources::readable("initrd", path))
-        .transpose()
-        .map_err(unavailable)?;
+    let boot = Boot::open(&definition).map_err(unavailable)?;
     for device in &definition.devices {
         made.devices.push(RunningDevice::open(device.clone())?);
     }
@@ -143,25 +132,18 @@ async fn make(
         .map_err(internal("no folder"))?;
 
     job.set_phase("starting");
-    let mut program = Program {
-        machine: name.to_string(),
-        role: "core".into(),
-        path: host.programs.join("godwit-vmm"),
-        args: Vec::new(),
-        descriptors: Vec::new(),
-        log: host.folder.log(name, "core").map_err(internal("no log"))?,
-    };
-    core_arguments(&mut program, &definition, kvm, kernel, initrd);
+    let mut program =
+        core::program(host, machine, &definition, boot).map_err(internal("no log"))?;
     for device in &mut made.devices {
         let endpoint = match &device.device.kind {
             DeviceKind::VhostUser(other) => format!("socket={}", other.socket),
             _ => {
-                let socket = device.start(host, name).await?;
-                format!("fd={}", program.pass(socket))
+                let ends = device.start(host, machine).await?;
+                let (backend, link) = (program.pass(ends.backend), program.pass(ends.link));
+                format!("fd={backend},control-fd={link}")
             }
         };
-        let option = device_option(&device.device.kind, device.device.id.as_str(), &endpoint);
-        program.args(["--vhost-user", &option]);
+        core::add_device(&mut program, &device.device, &endpoint);
     }
     let control = place.join("control");
     let listener = UnixListener::bind(&control).map_err(internal("no control socket"))?;
@@ -171,13 +153,8 @@ async fn make(
         .create(true)
         .open(place.join("end"))
         .map_err(internal("no file for its end"))?;
-    for (option, descriptor) in [
-        ("--control-fd", OwnedFd::from(listener)),
-        ("--end-fd", end.into()),
-    ] {
-        let number = program.pass(descriptor);
-        program.args([option, &number.to_string()]);
-    }
+    program.hand("--control-fd", listener);
+    program.hand("--end-fd", end);
     let serial = program.pass(theirs.into());
     program.args(["--serial", &format!("fd={serial}"), "--paused"]);
     let core = host.launcher.start(program).await;
@@ -189,29 +166,7 @@ async fn make(
     let console = host.folder.logs(name).join("console.log");
     let console = Console::new(ours, &console).map_err(internal("no console"))?;
 
-    let connected = tokio::select! {
-        connected = tokio::time::timeout(START_DEADLINE, connect(&control)) => connected,
-        ended = core.ended() => {
-            return Err(Error::MachineFailed(why_not(host, machine, made, &ended.to_string()).await));
-        }
-        () = job.cancelled() => {
-            return Err(Error::Cancelled(format!("the start of {name} was cancelled")));
-        }
-    };
-    let proxy = match connected {
-        Ok(Ok(proxy)) => proxy,
-        Ok(Err(error)) => {
-            return Err(Error::MachineFailed(
-                why_not(host, machine, made, &error.to_string()).await,
-            ));
-        }
-        Err(_) => {
-            let seconds = START_DEADLINE.as_secs();
-            return Err(Error::TimedOut(format!(
-                "the core of {name} did not answer within {seconds} s"
-            )));
-        }
-    };
+    let proxy = reach(host, machine, job, made, &core).await?;
     let started = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
     let started = u64::try_from(started.as_micros()).unwrap_or(u64::MAX);
     let (commands, inbox) = mpsc::channel(16);
@@ -242,21 +197,35 @@ async fn make(
     Ok(supervisor)
 }
 
-/// Connects to a core.
-pub(super) async fn connect(control: &Path) -> zbus::Result<CoreProxy<'static>> {
-    let stream = tokio::net::UnixStream::connect(control).await?;
-    let connection = Builder::unix_stream(stream.into_std()?)
-        .p2p()
-        .method_timeout(CALL_DEADLINE)
-        .build()
-        .await?;
-    let proxy = CoreProxy::builder(&connection)
-        .cache_properties(zbus::proxy::CacheProperties::No)
-        .build()
-        .await?;
-    // It answers as soon as the machine is made.
-    proxy.state().await?;
-    Ok(proxy)
+/// Waits for the core's first answer, as long as it lives and the job is wanted.
+async fn reach(
+    host: &Host,
+    machine: &Machine,
+    job: &Job,
+    made: &Made,
+    core: &Process,
+) -> Result<CoreProxy<'static>, Error> {
+    let name = &machine.name;
+    let control = host.folder.machine(name).join("control");
+    let otherwise = tokio::select! {
+        connected = tokio::time::timeout(START_DEADLINE, core::connect(&control)) => match connected {
+            Ok(Ok(proxy)) => return Ok(proxy),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => {
+                let seconds = START_DEADLINE.as_secs();
+                return Err(Error::TimedOut(format!(
+                    "the core of {name} did not answer within {seconds} s"
+                )));
+            }
+        },
+        ended = core.ended() => ended.to_string(),
+        () = job.cancelled() => {
+            return Err(Error::Cancelled(format!("the start of {name} was cancelled")));
+        }
+    };
+    Err(Error::MachineFailed(
+        why_not(host, machine, made, &otherwise).await,
+    ))
 }
 
 /// Why a core did not start, as far as anybody said.
@@ -281,51 +250,5 @@ async fn why_not(host: &Host, machine: &Machine, made: &Made, otherwise: &str) -
             Some(line) => format!("{name} did not start: {otherwise}; its last words: {line}"),
             None => format!("{name} did not start: {otherwise}"),
         },
-    }
-}
-
-fn core_arguments(
-    program: &mut Program,
-    definition: &Definition,
-    kvm: OwnedFd,
-    kernel: OwnedFd,
-    initrd: Option<OwnedFd>,
-) {
-    let name = program.machine.clone();
-    program.args(["--name", &name, "--kernel", &definition.kernel]);
-    program.args(["--cmdline", &definition.cmdline]);
-    program.args(["--cpus", &definition.vcpus.to_string()]);
-    program.args(["--memory", &definition.memory.to_string()]);
-    if let Some(size) = &definition.hugepages {
-        program.args(["--hugepages", size]);
-    }
-    if definition.prefault {
-        program.args(["--prefault"]);
-    }
-    for (option, descriptor) in [("--kvm-fd", kvm), ("--kernel-fd", kernel)] {
-        let number = descriptor.as_raw_fd().to_string();
-        program.pass(descriptor);
-        program.args([option, &number]);
-    }
-    if let (Some(path), Some(file)) = (&definition.initrd, initrd) {
-        let number = program.pass(file);
-        program.args(["--initrd", path, "--initrd-fd", &number.to_string()]);
-    }
-}
-
-fn device_option(kind: &DeviceKind, id: &str, endpoint: &str) -> String {
-    match kind {
-        DeviceKind::Disk(_) => format!("blk,{endpoint},id={id}"),
-        DeviceKind::Net(net) => format!("net,{endpoint},id={id},mac={}", net.mac),
-        DeviceKind::VhostUser(other) => {
-            let mut option = format!("{},{endpoint},id={id}", other.kind);
-            if let Some(queues) = other.queues {
-                option.push_str(&format!(",queues={queues}"));
-            }
-            if let Some(tag) = &other.tag {
-                option.push_str(&format!(",tag={tag}"));
-            }
-            option
-        }
     }
 }

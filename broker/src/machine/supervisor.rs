@@ -293,10 +293,15 @@ impl Supervisor {
     async fn start_device(&mut self, at: usize) -> Result<(), Error> {
         let core = self.machine.core("given a new device process")?;
         let name = self.machine.name.clone();
-        let socket = self.devices[at].start(&self.host, &name).await?;
+        let ends = self.devices[at].start(&self.host, &self.machine).await?;
         let device = &self.devices[at];
         let id = device.device.id.clone();
-        core.attach_backend(id.as_str(), socket.into()).await?;
+        core.attach_backend(id.as_str(), ends.backend.into())
+            .await?;
+        if let Err(error) = core.attach_link(id.as_str(), ends.link.into()).await {
+            // The device works without.
+            tracing::warn!(machine = %name, device = %id, %error, "its core cannot ask it anything");
+        }
         let process = device.process.as_ref().map(|process| process.id().clone());
         let device = &mut self.devices[at];
         device.reconnects += 1;

@@ -1,5 +1,6 @@
 //! `org.godwit.Vmm1.Device`.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use api::device::{Facts, OneDevice, State};
@@ -56,6 +57,10 @@ impl OneDevice for DeviceObject {
             .permit(&caller, Action::RestartDevice, name, "restart-device")
             .await?;
         self.broker.restart_device(&self.machine, self.at).await
+    }
+
+    async fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
+        self.machine.device_statistics(self.at).await
     }
 
     fn facts(&self) -> Facts {

@@ -1,5 +1,6 @@
 //! `org.godwit.Vmm1.Machine`.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -132,6 +133,10 @@ impl OneMachine for MachineObject {
             ))
         })?;
         Ok(std::os::fd::OwnedFd::from(log).into())
+    }
+
+    async fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
+        Ok(self.machine.statistics().await)
     }
 
     fn facts(&self) -> Facts {

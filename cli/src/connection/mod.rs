@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use api::device::DeviceProxy;
 use api::manager::ManagerProxy;
 use api::{Dictionary, SERVICE};
 use zbus::connection::Builder;
@@ -29,6 +30,9 @@ use crate::view;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the broker may take to answer a call. Long work is a job, and no call.
 const CALL_DEADLINE: Duration = Duration::from_secs(90);
+
+/// Counters by name.
+pub type Counters = BTreeMap<String, u64>;
 
 /// What to do when nobody answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,39 +126,26 @@ impl Broker {
         Ok(machines)
     }
 
-    /// The counters of a machine's core.
-    pub async fn machine_statistics(&self, name: &str) -> Result<BTreeMap<String, u64>> {
-        let path = api::path::machine(name);
-        self.statistics(name, path, "org.godwit.Vmm1.Machine").await
+    /// The counters of a machine's core; none of one that is gone.
+    pub async fn machine_statistics(&self, name: &str) -> Result<Counters> {
+        let machine = Machine::at(self, name, api::path::machine(name)).await?;
+        unless_gone(machine.proxy.statistics().await).what(name)
     }
 
-    /// The counters of a device's process.
-    pub async fn device_statistics(
-        &self,
-        machine: &str,
-        id: &str,
-    ) -> Result<BTreeMap<String, u64>> {
-        let path = api::path::device(machine, id);
-        self.statistics(&format!("{machine}/{id}"), path, "org.godwit.Vmm1.Device")
+    /// A device.
+    pub async fn device(&self, machine: &str, id: &str) -> Result<DeviceProxy<'static>> {
+        DeviceProxy::builder(&self.connection)
+            .path(api::path::device(machine, id))
+            .cache_properties(CacheProperties::No)
+            .build()
             .await
+            .what(format!("{machine}/{id}"))
     }
 
-    /// Counters; none of what is just not there.
-    async fn statistics(
-        &self,
-        what: &str,
-        path: OwnedObjectPath,
-        interface: &'static str,
-    ) -> Result<BTreeMap<String, u64>> {
-        let call = self
-            .connection
-            .call_method(Some(SERVICE), &path, Some(interface), "Statistics", &())
-            .await;
-        match call.map_err(api::Error::from) {
-            Ok(reply) => reply.body().deserialize().what(what),
-            Err(error) if is_gone(&error) => Ok(BTreeMap::new()),
-            Err(error) => Err(error).what(what),
-        }
+    /// The counters of a device's process; none of one that is gone.
+    pub async fn device_statistics(&self, machine: &str, id: &str) -> Result<Counters> {
+        let device = self.device(machine, id).await?;
+        unless_gone(device.statistics().await).what(format!("{machine}/{id}"))
     }
 
     /// All properties of one interface of an object.
@@ -181,6 +172,15 @@ impl Broker {
             .build()
             .await
             .what(what)
+    }
+}
+
+fn unless_gone(
+    counters: std::result::Result<Counters, api::Error>,
+) -> std::result::Result<Counters, api::Error> {
+    match counters {
+        Err(error) if is_gone(&error) => Ok(Counters::new()),
+        other => other,
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 
 use super::{Column, table};
+use crate::connection::Counters;
 use crate::value::Size;
 use crate::view::{Device, Job, Machine};
 
@@ -67,7 +68,7 @@ pub fn machine(machine: &Machine, definition: &Value) -> String {
     line("Life", kept.into());
     if !machine.devices.is_empty() {
         text.push('\n');
-        let table = devices(machine.devices.iter().map(|device| (None, device)), true);
+        let table = devices(machine.devices.iter().map(DeviceLine::plain), true);
         for line in table.lines().take(machine.devices.len() + 1) {
             text.push_str(&format!("  {line}\n"));
         }
@@ -82,13 +83,30 @@ pub fn machine(machine: &Machine, definition: &Value) -> String {
     text
 }
 
-/// A list of devices, with their machines where they are given.
-pub fn devices<'a>(
-    devices: impl IntoIterator<Item = (Option<&'a str>, &'a Device)>,
-    legend: bool,
-) -> String {
+/// A device in a list.
+pub struct DeviceLine<'a> {
+    /// Its machine, where that is not known anyway.
+    pub machine: Option<&'a str>,
+    pub device: &'a Device,
+    /// Requests that its process has answered, where somebody asked.
+    pub requests: Option<u64>,
+}
+
+impl<'a> DeviceLine<'a> {
+    fn plain(device: &'a Device) -> Self {
+        Self {
+            machine: None,
+            device,
+            requests: None,
+        }
+    }
+}
+
+/// A list of devices, with their machines and requests where they are given.
+pub fn devices<'a>(devices: impl IntoIterator<Item = DeviceLine<'a>>, legend: bool) -> String {
     let devices: Vec<_> = devices.into_iter().collect();
-    let with_machine = devices.iter().any(|(machine, _)| machine.is_some());
+    let with_machine = devices.iter().any(|line| line.machine.is_some());
+    let with_requests = devices.iter().any(|line| line.requests.is_some());
     let mut columns = vec![
         Column::Left("DEVICE"),
         Column::Left("KIND"),
@@ -97,10 +115,14 @@ pub fn devices<'a>(
         Column::Right("RECONNECTS"),
         Column::Left("SOURCE"),
     ];
+    if with_requests {
+        columns.insert(5, Column::Right("REQUESTS"));
+    }
     if with_machine {
         columns.insert(0, Column::Left("MACHINE"));
     }
-    let row = |(machine, device): (Option<&str>, &Device)| {
+    let row = |line: DeviceLine<'_>| {
+        let device = line.device;
         let mut row = vec![
             device.id.clone(),
             device.kind.clone(),
@@ -109,16 +131,19 @@ pub fn devices<'a>(
             device.reconnects.to_string(),
             device.source.clone(),
         ];
+        if with_requests {
+            row.insert(5, line.requests.map(|n| n.to_string()).unwrap_or_default());
+        }
         if with_machine {
-            row.insert(0, machine.unwrap_or_default().into());
+            row.insert(0, line.machine.unwrap_or_default().into());
         }
         row
     };
     table(legend, &columns, devices.into_iter().map(row), "device")
 }
 
-/// One device.
-pub fn device(machine: &str, device: &Device) -> String {
+/// One device, and what its process counts.
+pub fn device(machine: &str, device: &Device, counters: &Counters) -> String {
     let mut text = format!("{machine}/{}\n", device.id);
     let lines = [
         ("Kind", device.kind.clone()),
@@ -133,6 +158,11 @@ pub fn device(machine: &str, device: &Device) -> String {
         if !value.is_empty() {
             text.push_str(&format!("  {label:>LABEL$}: {value}\n"));
         }
+    }
+    let width = counters.keys().map(String::len).max().unwrap_or_default();
+    for (at, (name, count)) in counters.iter().enumerate() {
+        let gap = if at == 0 { "\n" } else { "" };
+        text.push_str(&format!("{gap}  {name:>width$}: {count}\n"));
     }
     text
 }
@@ -255,9 +285,19 @@ mod tests {
     #[test]
     fn devices_name_their_machine_when_there_are_several() {
         let shown = a_device();
-        let text = devices([(Some("vm1"), &shown)], true);
+        let text = devices(
+            [DeviceLine {
+                machine: Some("vm1"),
+                requests: Some(77),
+                ..DeviceLine::plain(&shown)
+            }],
+            true,
+        );
         assert!(text.starts_with("MACHINE  DEVICE"), "{text}");
-        let text = devices([(None, &shown)], true);
+        let words: Vec<_> = text.split_whitespace().collect();
+        assert_eq!(words[6..8], ["REQUESTS", "SOURCE"], "{text}");
+        assert_eq!(words[14], "77", "{text}");
+        let text = devices([DeviceLine::plain(&shown)], true);
         assert!(text.starts_with("DEVICE"), "{text}");
     }
 

@@ -1,11 +1,9 @@
 //! `godwit device`: the devices of machines.
 
-use api::device::DeviceProxy;
 use serde::Serialize;
-use zbus::proxy::CacheProperties;
 
 use super::start::{print, wait_for};
-use crate::connection::Broker;
+use crate::connection::{Broker, Counters};
 use crate::error::{Failure, Result, What as _};
 use crate::job::Job;
 use crate::options::{Device as Verb, Wait};
@@ -18,6 +16,26 @@ struct Shown {
     machine: String,
     #[serde(flatten)]
     device: view::Device,
+    /// Its counters; empty when it does not run.
+    statistics: Counters,
+}
+
+impl Shown {
+    async fn of(broker: &Broker, machine: &str, device: view::Device) -> Result<Self> {
+        Ok(Self {
+            machine: machine.into(),
+            statistics: broker.device_statistics(machine, &device.id).await?,
+            device,
+        })
+    }
+
+    fn line(&self) -> text::DeviceLine<'_> {
+        text::DeviceLine {
+            machine: Some(&self.machine),
+            device: &self.device,
+            requests: self.statistics.get("requests").copied(),
+        }
+    }
 }
 
 pub async fn run(broker: &Broker, output: Output, verb: Verb) -> Result<()> {
@@ -41,30 +59,24 @@ async fn list(broker: &Broker, output: Output, names: Vec<String>) -> Result<()>
         }
         machines
     };
-    let of_one = |machine: view::Machine| {
-        let name = machine.name;
-        machine.devices.into_iter().map(move |device| Shown {
-            machine: name.clone(),
-            device,
-        })
-    };
-    let shown: Vec<_> = machines.into_iter().flat_map(of_one).collect();
+    let mut shown = Vec::new();
+    for machine in machines {
+        for device in machine.devices {
+            shown.push(Shown::of(broker, &machine.name, device).await?);
+        }
+    }
     output.print(shown.as_slice(), |shown| {
-        let pairs = shown
-            .iter()
-            .map(|shown| (Some(shown.machine.as_str()), &shown.device));
-        text::devices(pairs, output.legend)
+        text::devices(shown.iter().map(Shown::line), output.legend)
     })
 }
 
 async fn show(broker: &Broker, output: Output, name: String, id: &str) -> Result<()> {
     let (machine, _) = broker.machine(&name).await?.look().await?;
     let device = find(machine.devices, &name, id)?;
-    let shown = Shown {
-        machine: name,
-        device,
-    };
-    output.print(&shown, |shown| text::device(&shown.machine, &shown.device))
+    let shown = Shown::of(broker, &name, device).await?;
+    output.print(&shown, |shown| {
+        text::device(&shown.machine, &shown.device, &shown.statistics)
+    })
 }
 
 fn find(devices: Vec<view::Device>, machine: &str, id: &str) -> Result<view::Device> {
@@ -86,13 +98,12 @@ pub async fn restart(broker: &Broker, name: &str, id: &str, wait: Wait) -> Resul
     let (machine, _) = broker.machine(name).await?.look().await?;
     find(machine.devices, name, id)?;
     let what = format!("{name}/{id}");
-    let device = DeviceProxy::builder(broker.connection())
-        .path(api::path::device(name, id))
-        .cache_properties(CacheProperties::No)
-        .build()
+    let path = broker
+        .device(name, id)
+        .await?
+        .restart(0)
         .await
         .what(&what)?;
-    let path = device.restart(0).await.what(&what)?;
     let job = Job::at(broker, &format!("restart of {what}"), path).await?;
     wait_for(&job, wait).await
 }

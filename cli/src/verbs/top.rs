@@ -10,17 +10,22 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tokio::sync::oneshot;
 
-use crate::connection::Broker;
+use crate::connection::{Broker, Counters};
 use crate::error::Result;
 use crate::job::Interrupts;
 use crate::options::Top;
 use crate::render::{self, Column, Output, table};
 use crate::terminal::Keys;
-use crate::usage::{self, CPU, RESIDENT};
 use crate::view;
 
-/// Counters by name.
-type Counters = BTreeMap<String, u64>;
+/// Counter of CPU time, in microseconds.
+const CPU: &str = "cpu_usec";
+/// Bytes that are present, with the guest's.
+const RESIDENT: &str = "resident_bytes";
+/// Bytes that are present, without the guest's.
+const OWN: &str = "own_bytes";
+/// What goes up and down.
+const LEVELS: [&str; 4] = [RESIDENT, OWN, "mapped_bytes", "prefaulted_bytes"];
 
 /// One process and what it uses, as JSON too.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -35,6 +40,8 @@ struct Row {
     cpu_percent: Option<f64>,
     /// Bytes of its own and of guest memory that are present.
     resident_bytes: Option<u64>,
+    /// Bytes of its own.
+    own_bytes: Option<u64>,
     reconnects: u32,
     /// All its counters.
     counters: Counters,
@@ -96,12 +103,10 @@ async fn look(broker: &Broker, names: &[String]) -> Result<Look> {
         }
         let mut counters = BTreeMap::new();
         if machine.process.is_some() {
-            let mut of_core = broker.machine_statistics(&machine.name).await?;
-            usage::complete(&mut of_core, machine.process);
+            let of_core = broker.machine_statistics(&machine.name).await?;
             counters.insert(None, of_core);
             for device in &machine.devices {
-                let mut of_device = broker.device_statistics(&machine.name, &device.id).await?;
-                usage::complete(&mut of_device, device.process);
+                let of_device = broker.device_statistics(&machine.name, &device.id).await?;
                 counters.insert(Some(device.id.clone()), of_device);
             }
         }
@@ -137,6 +142,7 @@ fn rows(before: &Look, now: &Look) -> Vec<Row> {
                 // Microseconds a second are millionths.
                 cpu_percent: rates.get(CPU).map(|rate| rate / 10_000.0),
                 resident_bytes: counters.get(RESIDENT).copied(),
+                own_bytes: counters.get(OWN).copied(),
                 reconnects: device.map_or(0, |device| device.reconnects),
                 device: id,
                 counters,
@@ -158,7 +164,9 @@ fn rates(before: Option<&Counters>, now: &Counters, seconds: f64) -> BTreeMap<St
         let grown = now.checked_sub(*before.get(name)?)?;
         Some((name.clone(), grown as f64 / seconds))
     };
-    let moving = now.iter().filter(|(name, _)| *name != RESIDENT);
+    let moving = now
+        .iter()
+        .filter(|(name, _)| !LEVELS.contains(&name.as_str()));
     moving.filter_map(rate).collect()
 }
 
@@ -170,7 +178,8 @@ fn text(rows: &[Row], legend: bool) -> String {
         Column::Left("STATE"),
         Column::Right("PID"),
         Column::Right("CPU%"),
-        Column::Right("MEMORY"),
+        Column::Right("OWN"),
+        Column::Right("WITH GUEST"),
         Column::Right("REQUESTS/s"),
         Column::Right("TO GUEST/s"),
         Column::Right("FROM GUEST/s"),
@@ -189,6 +198,9 @@ fn text(rows: &[Row], legend: bool) -> String {
                 .unwrap_or_default(),
             row.cpu_percent
                 .map(|cpu| format!("{cpu:.1}"))
+                .unwrap_or_default(),
+            row.own_bytes
+                .map(|bytes| short(bytes as f64, 1024.0))
                 .unwrap_or_default(),
             row.resident_bytes
                 .map(|bytes| short(bytes as f64, 1024.0))

@@ -77,6 +77,7 @@ fn json_of_a_machine_has_all_in_one_object() {
     assert_eq!(list[0]["process"], 42);
     assert_eq!(list[0]["devices"][0]["id"], "disk0");
     let devices = at(&fake, "device list vm1 --json").json();
+    assert_eq!(devices[0]["statistics"]["requests"], 4321);
     assert_eq!(devices[0]["machine"], "vm1");
     assert_eq!(devices[0]["reconnects"], 0);
     let jobs = at(&fake, "job list --json").json();

@@ -1,5 +1,6 @@
 //! `org.godwit.Vmm1.Device` at `/org/godwit/Vmm1/machine/NAME/device/ID`: one device.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 
 use serde::{Deserialize, Serialize};
@@ -66,6 +67,8 @@ pub trait OneDevice: Send + Sync + 'static {
         caller: Caller,
         flags: u64,
     ) -> impl Future<Output = Result<OwnedObjectPath, Error>> + Send;
+    /// See [`DeviceProxy::statistics`].
+    fn statistics(&self) -> impl Future<Output = Result<BTreeMap<String, u64>, Error>> + Send;
     /// What the properties are now. Must not block.
     fn facts(&self) -> Facts;
 }
@@ -82,13 +85,24 @@ pub struct Device<D>(pub D);
 impl<D: OneDevice> Device<D> {
     /// Replaces its process by a new one under the running machine. Requests in flight are
     /// kept.
-    #[zbus(out_args("job"))]
+    #[zbus(out_args("job"), proxy(allow_interactive_auth))]
     async fn restart(
         &self,
         #[zbus(header)] header: Header<'_>,
         flags: u64,
     ) -> Result<OwnedObjectPath, Error> {
         self.0.restart(Caller::from(&header), flags).await
+    }
+
+    /// Its counters by name, and what its process uses: `cpu_usec`, `resident_bytes` (with the
+    /// guest's memory that it maps), `own_bytes` (without). A process of ours counts what
+    /// `org.godwit.Device1.Statistics` has, `requests`, `bytes_to_guest` and `bytes_from_guest`
+    /// first, and `mapped_bytes` and `prefaulted_bytes` of guest memory; `reconnects` is the
+    /// property. What is not known is not there; counters begin anew with a new process. Takes a
+    /// few seconds at most.
+    #[zbus(out_args("statistics"))]
+    async fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
+        self.0.statistics().await
     }
 
     /// Its name in the machine.

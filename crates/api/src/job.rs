@@ -87,6 +87,7 @@ pub struct Job<J>(pub J);
 )]
 impl<J: OneJob> Job<J> {
     /// Ends it as soon as it can be ended; it is then `cancelled`.
+    #[zbus(proxy(allow_interactive_auth))]
     async fn cancel(&self, #[zbus(header)] header: Header<'_>) -> Result<(), Error> {
         self.0.cancel(Caller::from(&header)).await
     }

@@ -10,6 +10,7 @@
 //! | [`core`] | `org.godwit.Core1` | a machine's core and who started it |
 //! | [`migration`] | `org.godwit.Core1.Migration` | the same two, moving the machine |
 //! | [`device1`] | `org.godwit.Device1` | a device process and its machine's core |
+//! | [`balloon1`] | `org.godwit.Balloon1` | a balloon process and its machine's core |
 //!
 //! An interface is a generic struct, [`manager::Manager`] for one, on a trait that a
 //! server implements; the proxy, [`manager::ManagerProxy`] for one, comes from the same
@@ -20,11 +21,13 @@
 //! never travels in messages, only descriptors do; every failure has a name of [`Error`].
 //! Flags that a server does not know are refused.
 
+pub mod balloon1;
 pub mod core;
 pub mod definition;
 pub mod device;
 pub mod device1;
 mod error;
+mod guarded;
 pub mod job;
 pub mod machine;
 pub mod manager;

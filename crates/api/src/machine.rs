@@ -10,6 +10,7 @@
 //! ```
 //! From `failed` a machine can be started or removed as from `off`.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 
 use serde::{Deserialize, Serialize};
@@ -137,6 +138,8 @@ pub trait OneMachine: Send + Sync + 'static {
         source: &str,
         flags: u64,
     ) -> impl Future<Output = Result<OwnedFd, Error>> + Send;
+    /// See [`MachineProxy::statistics`].
+    fn statistics(&self) -> impl Future<Output = Result<BTreeMap<String, u64>, Error>> + Send;
     /// What the properties are now. Must not block.
     fn facts(&self) -> Facts;
 }
@@ -152,7 +155,7 @@ pub struct Machine<M>(pub M);
 )]
 impl<M: OneMachine> Machine<M> {
     /// Starts it. Flag 1 leaves it paused. The job ends when the guest runs.
-    #[zbus(out_args("job"))]
+    #[zbus(out_args("job"), proxy(allow_interactive_auth))]
     async fn start(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -163,7 +166,7 @@ impl<M: OneMachine> Machine<M> {
 
     /// Presses its power button. The job ends when the guest is off; to cancel it is to wait
     /// no longer.
-    #[zbus(out_args("job"))]
+    #[zbus(out_args("job"), proxy(allow_interactive_auth))]
     async fn power_off(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -173,7 +176,7 @@ impl<M: OneMachine> Machine<M> {
     }
 
     /// Ends it at once, without asking the guest. The job ends when no process is left.
-    #[zbus(out_args("job"))]
+    #[zbus(out_args("job"), proxy(allow_interactive_auth))]
     async fn terminate(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -183,21 +186,25 @@ impl<M: OneMachine> Machine<M> {
     }
 
     /// Boots it again at once, without asking the guest.
+    #[zbus(proxy(allow_interactive_auth))]
     async fn reset(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
         self.0.reset(Caller::from(&header), flags).await
     }
 
     /// Stops all vCPUs, then all devices.
+    #[zbus(proxy(allow_interactive_auth))]
     async fn pause(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
         self.0.pause(Caller::from(&header), flags).await
     }
 
     /// Lets it run on.
+    #[zbus(proxy(allow_interactive_auth))]
     async fn resume(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
         self.0.resume(Caller::from(&header), flags).await
     }
 
     /// Forgets it. It must be off; files and disks stay.
+    #[zbus(proxy(allow_interactive_auth))]
     async fn remove(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
         self.0.remove(Caller::from(&header), flags).await
     }
@@ -205,7 +212,7 @@ impl<M: OneMachine> Machine<M> {
     /// Opens its console, `serial0` or empty: a socket, both ways. One client may write at a
     /// time, any number may read. Flags: 1 only reads, 2 takes the console from who writes
     /// now, 4 begins with what was printed lately.
-    #[zbus(out_args("console"))]
+    #[zbus(out_args("console"), proxy(allow_interactive_auth))]
     async fn open_console(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -218,7 +225,7 @@ impl<M: OneMachine> Machine<M> {
 
     /// Opens the log of one of its processes, for reading: of `core`, of a device by its
     /// name, or `console` for what the guest printed.
-    #[zbus(out_args("log"))]
+    #[zbus(out_args("log"), proxy(allow_interactive_auth))]
     async fn open_log(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -227,6 +234,15 @@ impl<M: OneMachine> Machine<M> {
     ) -> Result<OwnedFd, Error> {
         let caller = Caller::from(&header);
         self.0.open_log(caller, source, flags).await
+    }
+
+    /// What its core uses, `cpu_usec`, `resident_bytes` (with the guest's memory), `own_bytes`
+    /// (without); `uptime_usec`; and the sums over its devices of `requests`, `failed_requests`,
+    /// `bytes_to_guest`, `bytes_from_guest` and `reconnects`. Empty when it does not run. Takes a
+    /// few seconds at most.
+    #[zbus(out_args("statistics"))]
+    async fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
+        self.0.statistics().await
     }
 
     /// Its name.

@@ -89,7 +89,7 @@ pub struct Manager<M>(pub M);
 impl<M: Machines> Manager<M> {
     /// Makes a machine of its definition, whose keys `api::definition` lists, and returns
     /// its path. Flags: 1 starts it as well, 2 forgets it when it has ended.
-    #[zbus(out_args("machine"))]
+    #[zbus(out_args("machine"), proxy(allow_interactive_auth))]
     async fn create_machine(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -127,6 +127,7 @@ impl<M: Machines> Manager<M> {
 
     /// Reads the definitions in the configuration folder again. Machines that run keep the
     /// definition with which they were started.
+    #[zbus(proxy(allow_interactive_auth))]
     async fn reload(&self, #[zbus(header)] header: Header<'_>) -> Result<(), Error> {
         self.0.reload(Caller::from(&header)).await
     }

@@ -21,7 +21,9 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 
+use api::balloon1::BalloonProcess;
 use migration::schema::Schema;
 use migration::state::DeviceState;
 use prometheus_client::registry::Registry;
@@ -101,6 +103,9 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// Counters of its own by name, beside those that the kit has for every device. They only
     /// grow. Called by the link thread; must not block.
     fn statistics(&self) -> Vec<(&'static str, u64)>;
+
+    /// The balloon that it is, if it is one: what its link serves as `org.godwit.Balloon1`.
+    fn balloon(&self) -> Option<Arc<dyn BalloonProcess>>;
 }
 
 /// Most queues of a device.

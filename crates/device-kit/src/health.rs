@@ -68,7 +68,7 @@ impl Health {
     }
 
     /// Something else that is told has changed.
-    pub(crate) fn touch(&self) {
+    pub fn touch(&self) {
         self.0.changed.notify_one();
     }
 

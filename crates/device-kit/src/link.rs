@@ -1,4 +1,5 @@
-//! The control link: `org.godwit.Device1`, peer to peer on the socket of `--control-fd`.
+//! The control link: `org.godwit.Device1`, and a balloon's `org.godwit.Balloon1`, peer to peer on
+//! the socket of `--control-fd`.
 //!
 //! ```text
 //! Link::new ── sandbox ──► Link::start ─► waiting for the peer ─► served ─► over
@@ -13,6 +14,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use api::balloon1::{self, Balloon1, BalloonProcess};
 use api::device1::{self, Device1, DeviceProcess, Identity, PATH, Status};
 use migration::schema::Schema;
 use tokio::runtime::Runtime;
@@ -82,11 +84,28 @@ impl Link {
 }
 
 async fn serve<D: Device>(connection: Builder<'static>, view: View<D>) -> zbus::Result<()> {
-    let mut told = view.status();
-    let connection = connection
-        .serve_at(PATH, Device1(view.clone()))
-        .build()
-        .await?;
+    let balloon = view.0.device.balloon();
+    let served = tell(connection, &view, balloon.as_ref()).await;
+    if let Some(balloon) = balloon {
+        // Nobody is left who wants them.
+        balloon.end_hints();
+    }
+    served
+}
+
+/// Serves, and tells what changes, until the link is over.
+async fn tell<D: Device>(
+    mut connection: Builder<'static>,
+    view: &View<D>,
+    balloon: Option<&Arc<dyn BalloonProcess>>,
+) -> zbus::Result<()> {
+    let size = || balloon.map(|balloon| balloon.status()).unwrap_or_default();
+    let mut told = (view.status(), size());
+    connection = connection.serve_at(PATH, Device1(view.clone()));
+    if let Some(balloon) = balloon {
+        connection = connection.serve_at(PATH, Balloon1(Arc::clone(balloon)));
+    }
+    let connection = connection.build().await?;
     let interface = connection
         .object_server()
         .interface::<_, Device1<View<D>>>(PATH)
@@ -96,8 +115,9 @@ async fn serve<D: Device>(connection: Builder<'static>, view: View<D>) -> zbus::
             () = connection.closed() => return Ok(()),
             () = view.0.health.changed() => {}
         }
-        let now = view.status();
-        device1::tell_changes(interface.signal_emitter(), &told, &now).await?;
+        let now = (view.status(), size());
+        device1::tell_changes(interface.signal_emitter(), &told.0, &now.0).await?;
+        balloon1::tell_changes(interface.signal_emitter(), told.1, now.1).await?;
         told = now;
         tokio::time::sleep(SIGNAL_INTERVAL).await;
     }

@@ -6,13 +6,16 @@
 //! - [`frame`]: how saved state travels and how it is known to be whole;
 //! - [`channel`]: the pipe or socket that it travels on, with a deadline;
 //! - [`link`]: messages between two cores; [`wire`]: what they say; [`ram`]: how memory travels;
+//! - [`free_pages`]: which pages a balloon says need not travel;
 //! - [`commit`]: who may run the machine, whatever happens;
-//! - [`report`]: what a migration took.
+//! - [`report`]: what a migration took; [`picture`]: drawn.
 
 pub mod channel;
 pub mod commit;
 pub mod frame;
+pub mod free_pages;
 pub mod link;
+pub mod picture;
 pub mod ram;
 pub mod report;
 pub mod schema;

@@ -166,12 +166,20 @@ fn boot_godwit(devices: &[Device]) -> Result<Times> {
 }
 
 fn boot_qemu(devices: &[Device]) -> Result<Times> {
-    let (mut process, mut console, started) = qemu::microvm(&workload(), devices)?;
-    let times =
-        times(&mut console, started).with_context(|| format!("qemu said: {}", process.stderr()))?;
+    let mut qemu = qemu::Machine {
+        workload: workload(),
+        cpus: 1,
+        memory_mib: 64,
+        devices: devices.to_vec(),
+        disks: qemu::Disks::Own,
+    }
+    .start()?;
+    let started = qemu.started;
+    let times = times(&mut qemu.console, started)
+        .with_context(|| format!("qemu said: {}", qemu.process.stderr()))?;
     // The guest asks for power off in our machine's way; QEMU is just ended.
-    process.signal(nix::sys::signal::Signal::SIGKILL)?;
-    process.wait(DEADLINE)?;
+    qemu.process.signal(nix::sys::signal::Signal::SIGKILL)?;
+    qemu.process.wait(DEADLINE)?;
     Ok(times)
 }
 

@@ -7,7 +7,9 @@ mod machine;
 mod peer;
 mod report;
 mod statistics;
+mod switchover;
 
 pub use boot::{Boot, BootPreset};
 pub use report::{Goal, Report};
 pub use statistics::Summary;
+pub use switchover::{Switchover, SwitchoverPreset};

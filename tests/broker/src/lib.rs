@@ -1,12 +1,16 @@
 //! Helpers for tests of the broker: one in a folder of its own, and clients of it.
 
+mod manner;
+
 use std::collections::HashMap;
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+pub use self::manner::Manner;
 use anyhow::{Context as _, Result, bail, ensure};
 use api::Dictionary;
 use api::device::DeviceProxy;
@@ -32,28 +36,40 @@ const LOOK: Duration = Duration::from_millis(10);
 pub struct Broker {
     process: Option<Process>,
     folder: TempDir,
+    manner: Manner,
 }
 
 impl Broker {
-    /// Starts one that launches directly.
+    /// Starts one, as [`Manner::of_tests`] says.
     pub fn start() -> Result<Self> {
         let mut broker = Self {
             process: None,
             folder: TempDir::new().context("no folder for a broker")?,
+            manner: Manner::of_tests()?,
         };
+        let left = broker.manner.leftovers()?;
+        ensure!(left.is_empty(), "an earlier test left {left:?}");
         fs::create_dir(broker.folder.path().join("config"))?;
         broker.start_again()?;
         Ok(broker)
     }
 
+    /// How it starts processes, and where it is called.
+    pub fn manner(&self) -> Manner {
+        self.manner
+    }
+
     /// Starts another one in the place of one that has ended.
     pub fn start_again(&mut self) -> Result<()> {
-        let mut process = Launch::new(&program("godwit-broker")?)
-            .option("--runtime-dir", self.folder.path().join("run"))
-            .option("--config-dir", self.config())
-            .start()?;
+        let mut launch = Launch::new(&program("godwit-broker")?)
+            .option("--runtime-dir", self.run())
+            .option("--config-dir", self.config());
+        for option in self.manner.options() {
+            launch = launch.arg(option);
+        }
+        let mut process = launch.start()?;
         let end = Instant::now() + DEADLINE;
-        while StdUnixStream::connect(self.bus()).is_err() {
+        while !process.stderr().contains(" ready") {
             ensure!(
                 process.is_running(),
                 "the broker ended: {}",
@@ -100,9 +116,21 @@ impl Broker {
         self.folder.path().join("config")
     }
 
+    /// Its runtime folder.
+    pub fn run(&self) -> PathBuf {
+        match self.manner {
+            Manner::Direct => self.folder.path().join("run"),
+            // Where units of declared machines find it.
+            Manner::Units | Manner::SystemBus => "/run/godwit".into(),
+        }
+    }
+
     /// The socket of its bus.
     pub fn bus(&self) -> PathBuf {
-        self.folder.path().join("run/bus")
+        match self.manner {
+            Manner::Direct | Manner::Units => self.run().join("bus"),
+            Manner::SystemBus => "/run/dbus/system_bus_socket".into(),
+        }
     }
 
     /// The same as a D-Bus address.
@@ -128,7 +156,7 @@ impl Broker {
     /// Everything in its runtime folder, for comparison.
     pub fn files(&self) -> Vec<PathBuf> {
         let mut files = Vec::new();
-        let mut folders = vec![self.folder.path().join("run")];
+        let mut folders = vec![self.run()];
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
                 if entry.path().is_dir() {
@@ -141,9 +169,9 @@ impl Broker {
         files
     }
 
-    /// Processes of its machines that run.
-    pub fn programs(&self) -> Vec<String> {
-        let mut found = Vec::new();
+    /// Processes of its machines that run, and units that systemd knows.
+    pub fn programs(&self) -> Result<Vec<String>> {
+        let mut found = self.manner.leftovers()?;
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let Ok(pid) = name.parse::<u32>() else {
@@ -151,13 +179,15 @@ impl Broker {
             };
             let open = fs::read_dir(entry.path().join("fd")).into_iter().flatten();
             let ours = open.flatten().any(|fd| {
-                fs::read_link(fd.path()).is_ok_and(|link| link.starts_with(self.folder.path()))
+                fs::read_link(fd.path()).is_ok_and(|link| {
+                    link.starts_with(self.folder.path()) || link.starts_with(self.run())
+                })
             });
             if ours && pid != self.id() && lives(pid) {
                 found.push(fs::read_to_string(entry.path().join("comm")).unwrap_or_default());
             }
         }
-        found
+        Ok(found)
     }
 
     /// A disk of `mib` MiB of zeroes.
@@ -165,6 +195,15 @@ impl Broker {
         let path = self.folder.path().join(name);
         make_image(&path, mib)?;
         Ok(path)
+    }
+
+    /// What its metrics socket says.
+    pub fn metrics(&self) -> Result<String> {
+        let mut stream = StdUnixStream::connect(self.folder.path().join("run/metrics"))?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
     }
 
     /// Runs busctl on its bus.
@@ -179,7 +218,7 @@ impl Broker {
 impl Drop for Broker {
     fn drop(&mut self) {
         self.process = None;
-        for place in fs::read_dir(self.folder.path().join("run/machines"))
+        for place in fs::read_dir(self.run().join("machines"))
             .into_iter()
             .flatten()
         {
@@ -195,6 +234,9 @@ impl Drop for Broker {
                 }
             }
         }
+        self.manner.forget_killed();
+        // Only a folder in the temporary one goes by itself.
+        let _ = fs::remove_dir_all(self.run());
     }
 }
 
@@ -345,4 +387,12 @@ pub fn lives(pid: u32) -> bool {
 pub fn kill_process(pid: u32) -> Result<()> {
     let pid = i32::try_from(pid).context("a process id is too large")?;
     kill(Pid::from_raw(pid), Signal::SIGKILL).context("no such process")
+}
+
+/// Memory of a process's own, in KiB: a core's does not count its guest's.
+pub fn own_memory(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    let number = line.and_then(|line| line.split_whitespace().nth(1));
+    number.and_then(|n| n.parse().ok()).context("no RssAnon")
 }

@@ -212,7 +212,7 @@ async fn a_core_is_a_bus_too() -> Result<()> {
     let broker = Broker::start()?;
     let bus = broker.connect().await?;
     running(&bus, "vm", definition(&test_guest::Workload::default())).await?;
-    let control = broker.folder().join("run/machines/vm/control");
+    let control = broker.run().join("machines/vm/control");
     let address = format!("--address=unix:path={}", control.display());
     let words = [
         "get-property",

@@ -86,6 +86,8 @@ async fn a_machine_lives_and_the_bus_shows_it() -> Result<()> {
     assert_eq!(vm.state().await?, State::Running);
     assert!(lives(vm.process().await?));
     assert!(vm.started_usec().await? > 0);
+    let has_unit = !vm.unit().await?.is_empty();
+    assert_eq!(has_unit, broker.manner().has_units());
     vm.pause(0).await?;
     assert_eq!(vm.state().await?, State::Paused);
     vm.resume(0).await?;
@@ -343,7 +345,7 @@ async fn a_start_that_was_cut_short_is_cleaned_up() -> Result<()> {
             }
             state => assert!(matches!(state, State::Off | State::Failed), "{state:?}"),
         }
-        let programs = broker.programs();
+        let programs = broker.programs()?;
         ensure!(programs.is_empty(), "round {round}: {programs:?} are left");
     }
     Ok(())
@@ -409,7 +411,73 @@ async fn declared_machines_are_found_and_started() -> Result<()> {
     manager.reload().await?;
     assert_eq!(quiet.vcpus().await?, 2);
     assert_eq!(quiet.uuid().await?, uuid);
-    let console = std::fs::metadata(broker.folder().join("run/log/eager/console.log"));
+    let console = std::fs::metadata(broker.run().join("log/eager/console.log"));
     console.context("the console is logged")?;
+    Ok(())
+}
+
+/// The counters that are asked for, of a device under I/O.
+async fn counts(disk: &api::device::DeviceProxy<'_>, name: &str) -> Result<u64> {
+    let counters = disk.statistics().await?;
+    Ok(counters.get(name).copied().unwrap_or_default())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn devices_count_also_after_a_restart_and_under_another_broker() -> Result<()> {
+    let mut broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let images = [broker.image("a", 32)?];
+    let vm = running(&bus, "vm", with_disks(definition(&busy()), &images, 2)).await?;
+    active(&mut console(&vm).await?)?;
+    let disk = device(&bus, "vm", "disk0").await?;
+    let works = async |disk: &api::device::DeviceProxy<'_>| {
+        let before = counts(disk, "requests").await?;
+        until("more requests", async || {
+            Ok(counts(disk, "requests").await? > before)
+        })
+        .await
+    };
+    works(&disk).await?;
+    for name in ["bytes_to_guest", "cpu_usec", "own_bytes", "mapped_bytes"] {
+        assert!(counts(&disk, name).await? > 0, "{name}");
+    }
+    assert!(counts(&disk, "own_bytes").await? < counts(&disk, "resident_bytes").await?);
+    let of_machine = vm.statistics().await?;
+    for name in ["requests", "bytes_from_guest", "own_bytes", "uptime_usec"] {
+        assert!(of_machine[name] > 0, "{name}: {of_machine:?}");
+    }
+    // A new process has a link of its own, whichever broker started it.
+    for broker_dies in [false, true] {
+        if broker_dies {
+            broker.kill()?;
+            broker.start_again()?;
+        }
+        let bus = broker.connect().await?;
+        let disk = device(&bus, "vm", "disk0").await?;
+        let old = disk.process().await?;
+        kill_process(old)?;
+        until("another process", async || {
+            Ok(![0, old].contains(&disk.process().await?))
+        })
+        .await?;
+        works(&disk).await?;
+    }
+    let bus = broker.connect().await?;
+    let vm = machine(&bus, api::path::machine("vm")).await?;
+    let metrics = broker.metrics()?;
+    for line in [
+        "godwit_broker_machines{state=\"running\"} 1",
+        "godwit_broker_device_takeovers_total{machine=\"vm\",process=\"disk0\",kind=\"blk\"} 2",
+        "godwit_broker_device_requests_total{machine=\"vm\",process=\"disk0\",kind=\"blk\"} ",
+        "godwit_broker_process_own_bytes{machine=\"vm\",process=\"core\",kind=\"core\"} ",
+        "# EOF",
+    ] {
+        assert!(metrics.contains(line), "no {line} in {metrics}");
+    }
+    let job = vm.terminate(0).await?;
+    done(&bus, job).await?;
+    assert!(vm.statistics().await?.is_empty());
+    let disk = device(&bus, "vm", "disk0").await?;
+    assert_eq!(counts(&disk, "requests").await?, 0);
     Ok(())
 }

@@ -25,7 +25,7 @@ async fn hostile_requests_are_refused_with_a_name() -> Result<()> {
         "a b",
         "a\nb",
         &"x".repeat(65),
-        &"x".repeat(1 << 20),
+        &"x".repeat(200_000),
     ] {
         let error = manager
             .create_machine(name, good(), START)
@@ -35,12 +35,9 @@ async fn hostile_requests_are_refused_with_a_name() -> Result<()> {
             matches!(error, Error::InvalidArgs(_)),
             "{name:?}: {error:?}"
         );
-        assert!(
-            error.to_string().len() < 500,
-            "an error does not repeat a megabyte"
-        );
+        assert!(error.to_string().len() < 500, "an error does not repeat it");
     }
-    let huge = format!("/{}", "x".repeat(8 << 20));
+    let huge = format!("/{}", "x".repeat(200_000));
     let nested = (0..20).fold(Variant::from(1u32), |inner, _| {
         Variant::Variant(Box::new(inner))
     });
@@ -70,10 +67,7 @@ async fn hostile_requests_are_refused_with_a_name() -> Result<()> {
             "{key}: {error:?}"
         );
         assert!(error.to_string().starts_with(key), "{error}");
-        assert!(
-            error.to_string().len() < 500,
-            "an error does not repeat a megabyte"
-        );
+        assert!(error.to_string().len() < 500, "an error does not repeat it");
     }
     let error = manager
         .create_machine("vm", good(), 1 << 40)
@@ -122,7 +116,7 @@ fn another_user_is_refused() -> Result<()> {
     // Even if the administrator lets everybody reach the socket.
     for (path, mode) in [
         (broker.folder().to_owned(), 0o755),
-        (broker.folder().join("run"), 0o755),
+        (broker.run(), 0o755),
         (broker.bus(), 0o666),
     ] {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;

@@ -5,6 +5,7 @@
 
 #![cfg(test)]
 
+mod balloon;
 mod blk;
 mod cases;
 mod fault;
@@ -95,6 +96,7 @@ macro_rules! conformance {
 }
 
 conformance! {
+    balloon_conformance: crate::balloon::Balloon,
     blk_conformance: crate::blk::Blk,
     fault_conformance: crate::fault::Counter,
     net_conformance: crate::net::Net,

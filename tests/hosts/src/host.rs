@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -182,7 +183,8 @@ impl Host {
         self.machine.files().share()
     }
 
-    /// Copies programs of this machine to the host's `/usr/local/bin`.
+    /// Copies programs of this machine to the host's `/usr/local/bin`, without what is for
+    /// debuggers.
     ///
     /// # Errors
     ///
@@ -191,7 +193,7 @@ impl Host {
         for program in programs {
             let name = program.file_name().unwrap_or_default();
             let staged = self.share().join(name);
-            fs::copy(program, &staged).map_err(Error::io("copying", program))?;
+            strip(program, &staged)?;
             let name = name.to_string_lossy();
             self.run(&format!(
                 "install -m 755 '/share/{name}' /usr/local/bin/ && rm '/share/{name}'"
@@ -249,6 +251,28 @@ impl Host {
         }
         Ok(())
     }
+}
+
+/// Copies a program without its debug information, which is most of it, and slow to move into a
+/// host.
+///
+/// # Errors
+///
+/// When `strip` of the C compiler's package binutils is missing or refuses the program.
+pub fn strip(program: &Path, to: &Path) -> Result<()> {
+    let output = Command::new("strip")
+        .arg("-o")
+        .args([to, program])
+        .output()
+        .map_err(Error::io("running strip for", program))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(Error::Program {
+        program: "strip",
+        status: output.status,
+        message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+    })
 }
 
 /// A name goes into shell commands and file names.

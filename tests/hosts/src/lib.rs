@@ -30,9 +30,10 @@ mod template;
 
 pub use assets::Assets;
 pub use error::Error;
-pub use host::{Host, HostOptions};
+pub use host::{Host, HostOptions, strip};
 pub use job::{Job, Output};
 pub use pair::Pair;
+pub use qmp::Qmp;
 
 /// What functions of this crate return.
 pub type Result<T> = std::result::Result<T, Error>;

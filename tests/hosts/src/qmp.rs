@@ -18,13 +18,16 @@ const ANSWER_MAX_BYTES: u64 = 1 << 20;
 
 /// A connection to QEMU. QEMU serves one at a time, so it is held no longer than needed.
 #[derive(Debug)]
-pub(crate) struct Qmp {
+pub struct Qmp {
     stream: BufReader<UnixStream>,
 }
 
 impl Qmp {
-    /// Connects and negotiates.
-    pub(crate) fn connect(socket: &Path) -> Result<Self> {
+    /// Connects to the socket at `socket` and negotiates.
+    ///
+    /// # Errors
+    /// Nobody listens there, or does not answer as QEMU does.
+    pub fn connect(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket).map_err(Error::io("connecting to", socket))?;
         stream
             .set_read_timeout(Some(ANSWER_DEADLINE))
@@ -42,7 +45,10 @@ impl Qmp {
     }
 
     /// Runs a command and gives what it returns.
-    pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+    ///
+    /// # Errors
+    /// QEMU refuses it, with its reason, or is gone.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let request = json!({ "execute": command, "arguments": arguments });
         self.stream
             .get_mut()

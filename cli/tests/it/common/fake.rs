@@ -419,6 +419,10 @@ impl OneMachine for OfMachine {
         Ok(std::os::fd::OwnedFd::from(log).into())
     }
 
+    async fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
+        Ok(BTreeMap::from([("cpu_usec".into(), 7_000_000)]))
+    }
+
     fn facts(&self) -> machine::Facts {
         let all = self.0.state();
         let one = &all.machines[&self.1];
@@ -451,6 +455,10 @@ impl OneDevice for OfDevice {
         let id = self.0.job("restart-device", &self.1, false).await;
         self.0.end_job(id, job::State::Done, None).await;
         Ok(api::path::job(id))
+    }
+
+    async fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
+        Ok(BTreeMap::from([("requests".into(), 4321)]))
     }
 
     fn facts(&self) -> device::Facts {

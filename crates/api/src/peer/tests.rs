@@ -1,8 +1,11 @@
 //! Two peers, and peers that misbehave.
 
+use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::os::fd::AsFd as _;
 
-use zbus::Connection;
+use tokio::time::timeout;
+use zbus::{Connection, Message};
 
 use super::*;
 
@@ -22,16 +25,22 @@ impl Echo {
     async fn echo(&self, text: &str) -> String {
         text.to_owned()
     }
+
+    /// How long a file is.
+    async fn measure(&self, file: zbus::Fd<'_>) -> u64 {
+        let file = File::from(file.as_fd().try_clone_to_owned().unwrap());
+        file.metadata().unwrap().len()
+    }
 }
 
-fn served(socket: StdUnixStream) -> tokio::task::JoinHandle<zbus::Result<Connection>> {
+fn served(socket: UnixStream) -> tokio::task::JoinHandle<zbus::Result<Connection>> {
     let builder = server(socket).unwrap().serve_at(PATH, Echo);
     tokio::spawn(builder.build())
 }
 
 /// The server's connection and a peer that shook hands with it and may now say anything.
-async fn shaken() -> (Connection, StdUnixStream) {
-    let (ours, theirs) = StdUnixStream::pair().unwrap();
+async fn shaken() -> (Connection, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
     let server = served(theirs);
     let peer = tokio::task::spawn_blocking(move || {
         let mut peer = ours;
@@ -63,7 +72,7 @@ fn call(serial: u32, fields: u32, body: u32) -> Vec<u8> {
 
 #[tokio::test]
 async fn peers_talk() {
-    let (ours, theirs) = StdUnixStream::pair().unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
     let server = served(theirs);
     let connection = client(ours).unwrap().build().await.unwrap();
     let _server = server.await.unwrap().unwrap();
@@ -97,7 +106,7 @@ async fn words_that_are_none_end_the_handshake() {
     let endless = "ERROR\r\n".repeat(1000);
     for words in [b"\n".as_slice(), b"\0\n", b"HELO\r\n", endless.as_bytes()] {
         for serves in [true, false] {
-            let (ours, mut theirs) = StdUnixStream::pair().unwrap();
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
             theirs.write_all(words).unwrap();
             let built = match serves {
                 true => server(ours).unwrap().build().await,
@@ -116,7 +125,9 @@ async fn a_flood_ends_the_connection() {
             .serial(std::num::NonZeroU32::MIN)
             .build(&())
             .unwrap();
-        let many = signal.data().repeat(usize::try_from(MAX_RATE).unwrap() * 2);
+        let many = signal
+            .data()
+            .repeat(usize::try_from(LIMITS.rate).unwrap() * 2);
         // The other side hangs up in the middle of it.
         let _ = peer.write_all(&many);
         peer
@@ -148,31 +159,16 @@ async fn a_peer_that_does_not_read_is_given_up() {
     calls.await.unwrap();
 }
 
-#[test]
-fn sizes_are_known_however_the_bytes_come() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    let _context = runtime.enter();
-    let (ours, _theirs) = StdUnixStream::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    let link = Link(Arc::new(UnixStream::from_std(ours).unwrap()));
-    // A message of 16 + 8 + 3 bytes, twice, then one that is too long.
-    let mut bytes = call(1, 5, 3);
-    bytes.extend([0; 11]);
-    bytes = bytes.repeat(2);
-    bytes.extend(call(3, 0, 64 << 10));
-    for step in 1..bytes.len() {
-        let mut messages = Messages::new(link.clone());
-        let parts: Vec<_> = bytes.chunks(step).collect();
-        let last = parts.len() - 1;
-        for (at, part) in parts.into_iter().enumerate() {
-            assert_eq!(
-                messages.pass(part).is_err(),
-                at == last,
-                "in steps of {step}"
-            );
-        }
+#[tokio::test]
+async fn a_descriptor_goes_with_a_message() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let server = served(theirs);
+    let connection = client(ours).unwrap().build().await.unwrap();
+    let _server = server.await.unwrap().unwrap();
+    let echo = EchoProxy::new(&connection).await.unwrap();
+    let file = File::open("Cargo.toml").unwrap();
+    let len = file.metadata().unwrap().len();
+    for _ in 0..3 {
+        assert_eq!(echo.measure(file.as_fd().into()).await.unwrap(), len);
     }
 }

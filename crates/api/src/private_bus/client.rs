@@ -2,16 +2,26 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::mpsc::{self, Receiver, Sender};
+use tokio::sync::watch;
+use tokio::time::Instant;
 use zbus::message::{Header, Type};
 use zbus::names::OwnedUniqueName;
 use zbus::{Connection, Message, MessageStream, OwnedMatchRule};
 
 use super::{DRIVER, Shared, driver};
 
-/// Most messages that wait for a client, or for the service, to read them.
-pub(super) const MAX_QUEUED: usize = 1024;
+/// Most messages that wait for a client to read them.
+const MAX_QUEUED: usize = 1024;
+/// Most bytes that wait for a client to read them.
+const MAX_QUEUED_BYTES: usize = 16 << 20;
+/// Most calls of a client that have no reply yet.
+const MAX_OWED: usize = 64;
+/// Most calls of a client, in [`UNANSWERED_TIME`], that want no reply.
+const MAX_UNANSWERED: u32 = 1000;
+const UNANSWERED_TIME: Duration = Duration::from_secs(60);
 /// Most match rules of a client.
 const MAX_RULES: usize = 512;
 
@@ -30,8 +40,12 @@ pub(super) struct Client {
     greeted: AtomicBool,
     monitor: AtomicBool,
     queue: Sender<Message>,
+    /// Bytes of all that is queued.
+    queued: AtomicUsize,
     /// Calls whose replies it has not been sent.
-    owed: AtomicUsize,
+    owed: watch::Sender<usize>,
+    /// Calls that wanted no reply since then.
+    unanswered: Mutex<(Instant, u32)>,
     /// It did not read, or must not go on.
     ended: tokio::sync::Notify,
 }
@@ -39,7 +53,9 @@ pub(super) struct Client {
 impl Client {
     /// Sends it a message, or ends it if it does not read.
     pub(super) fn send(&self, message: Message) {
-        if self.queue.try_send(message).is_err() {
+        let size = message.data().len();
+        let queued = self.queued.fetch_add(size, Ordering::SeqCst) + size;
+        if queued > MAX_QUEUED_BYTES || self.queue.try_send(message).is_err() {
             self.ended.notify_one();
         }
     }
@@ -57,7 +73,28 @@ impl Client {
 
     /// Whether it waits for a reply.
     pub(super) fn is_owed(&self) -> bool {
-        self.owed.load(Ordering::SeqCst) > 0
+        *self.owed.borrow() > 0
+    }
+
+    /// Waits until it has been sent enough replies to be owed another, and notes that one.
+    async fn owe(&self) {
+        // The sender is this client's own.
+        let mut owed = self.owed.subscribe();
+        let _ = owed.wait_for(|owed| *owed < MAX_OWED).await;
+        self.owed.send_modify(|owed| *owed += 1);
+    }
+
+    /// Notes a call that wants no reply; whether there may be one more.
+    fn need_not_answer(&self) -> bool {
+        let mut unanswered = self
+            .unanswered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if unanswered.0.elapsed() > UNANSWERED_TIME {
+            *unanswered = (Instant::now(), 0);
+        }
+        unanswered.1 += 1;
+        unanswered.1 <= MAX_UNANSWERED
     }
 
     pub(super) fn is_monitor(&self) -> bool {
@@ -122,7 +159,9 @@ pub(super) async fn serve(
         greeted: AtomicBool::new(false),
         monitor: AtomicBool::new(false),
         queue,
-        owed: AtomicUsize::new(0),
+        queued: AtomicUsize::new(0),
+        owed: watch::Sender::new(0),
+        unanswered: Mutex::new((Instant::now(), 0)),
         ended: tokio::sync::Notify::new(),
     });
     bus.clients().insert(name.clone(), Arc::clone(&client));
@@ -146,12 +185,14 @@ async fn write(
 ) -> zbus::Result<()> {
     while let Some(message) = waiting.recv().await {
         connection.send(&message).await?;
+        client
+            .queued
+            .fetch_sub(message.data().len(), Ordering::SeqCst);
         if matches!(message.message_type(), Type::MethodReturn | Type::Error) {
             // A monitor sees replies that are not its own.
-            let less = |owed: usize| owed.checked_sub(1);
-            let _ = client
+            client
                 .owed
-                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
+                .send_modify(|owed| *owed = owed.saturating_sub(1));
         }
     }
     Ok(())
@@ -178,7 +219,10 @@ async fn take(
         .flags()
         .contains(zbus::message::Flags::NO_REPLY_EXPECTED);
     if wants_reply {
-        client.owed.fetch_add(1, Ordering::SeqCst);
+        client.owe().await;
+    } else if !client.need_not_answer() {
+        client.ended.notify_one();
+        return Ok(());
     }
     let reply = if !bus.permits(client.credentials.user) {
         let (user, owner) = (client.credentials.user, bus.owner);

@@ -12,6 +12,8 @@ use super::client::{Client, Credentials, refuse};
 use super::{DRIVER, SERVICE_UNIQUE_NAME, Shared};
 
 const XML: &str = include_str!("driver.xml");
+/// Longest match rule, in bytes.
+const MAX_RULE: usize = 1024;
 /// «Already running», the answer to StartServiceByName.
 const ALREADY_RUNNING: u32 = 2;
 
@@ -19,6 +21,7 @@ const UNKNOWN_METHOD: &str = "org.freedesktop.DBus.Error.UnknownMethod";
 const INVALID_ARGS: &str = "org.freedesktop.DBus.Error.InvalidArgs";
 const NO_OWNER: &str = "org.freedesktop.DBus.Error.NameHasNoOwner";
 const DENIED: &str = "org.freedesktop.DBus.Error.AccessDenied";
+const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
 const FAILED: &str = "org.freedesktop.DBus.Error.Failed";
 
 /// Answers a call of the client `name`.
@@ -100,10 +103,17 @@ fn properties() -> HashMap<&'static str, Variant<'static>> {
 fn change_rule(client: &Client, call: &Message, member: &str) -> zbus::Result<Message> {
     let header = call.header();
     let body = call.body();
-    let rule = body
-        .deserialize::<&str>()
-        .and_then(OwnedMatchRule::try_from);
-    match rule {
+    let text = match body.deserialize::<&str>() {
+        Ok(text) if text.len() > MAX_RULE => {
+            return refuse(
+                &header,
+                LIMITS_EXCEEDED,
+                &format!("the match rule has more than {MAX_RULE} bytes"),
+            );
+        }
+        text => text,
+    };
+    match text.and_then(OwnedMatchRule::try_from) {
         Err(error) => refuse(
             &header,
             "org.freedesktop.DBus.Error.MatchRuleInvalid",
@@ -111,11 +121,7 @@ fn change_rule(client: &Client, call: &Message, member: &str) -> zbus::Result<Me
         ),
         Ok(rule) if member == "AddMatch" => match client.add_rule(rule) {
             true => reply(&header, &()),
-            false => refuse(
-                &header,
-                "org.freedesktop.DBus.Error.LimitsExceeded",
-                "there are too many match rules",
-            ),
+            false => refuse(&header, LIMITS_EXCEEDED, "there are too many match rules"),
         },
         Ok(rule) => match client.remove_rule(&rule) {
             true => reply(&header, &()),

@@ -11,11 +11,24 @@
 //! speak peer to peer, without Hello, are served as well and get every signal.
 //!
 //! Clients call the service and nobody else; what they send otherwise is refused. Only the
-//! user that the bus belongs to, and root, may call; others are told so. A client that does
-//! not read what it is sent is disconnected.
+//! user that the bus belongs to, and root, may call; others are told so. None of them is trusted
+//! with the bus itself:
+//!
+//! | what a client may do | what follows |
+//! |---|---|
+//! | take more than 10 s for its handshake | it is disconnected |
+//! | send a message of more than 256 KiB, or 16 descriptors with one | it is disconnected before memory is taken for it |
+//! | send what is no D-Bus | it is disconnected |
+//! | call again while 64 of its calls have no reply | no more is read of it until they have |
+//! | call more than 1000 times in a minute without wanting a reply | it is disconnected |
+//! | not read what it is sent: 1024 messages, 16 MiB, or for 30 s | it is disconnected |
+//! | add more than 512 match rules, or one of more than 1024 bytes | it is told an error |
+//! | connect when there are 256 clients | it is disconnected |
 
 mod client;
 mod driver;
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod tests;
 
@@ -26,13 +39,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc;
-use zbus::connection::Builder;
+use tokio::sync::{Semaphore, mpsc};
+use zbus::connection::{AuthMechanism, Builder};
 use zbus::message::Type;
 use zbus::names::{BusName, OwnedUniqueName, UniqueName};
 use zbus::{Guid, Message, OwnedGuid};
 
 use self::client::{Client, Credentials};
+use crate::guarded::{self, Limits};
 
 /// Unique name of the service.
 const SERVICE_UNIQUE_NAME: &str = ":1.0";
@@ -42,10 +56,37 @@ const DRIVER: &str = "org.freedesktop.DBus";
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// Most clients at a time.
 const MAX_CLIENTS: usize = 256;
+/// Calls of all clients that wait for the service to read them.
+const MAX_CALLS: usize = 64;
 /// How long to wait before looking again whether a reply is out.
 const DRAIN_PAUSE: Duration = Duration::from_millis(1);
 /// How long to wait before the next client when one could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Of a client of the bus. How fast it may call is bounded by its replies.
+const CLIENT_LIMITS: Limits = Limits {
+    mechanism: AuthMechanism::External,
+    message: 256 << 10,
+    rate: u32::MAX,
+    descriptors: 16,
+    patience: Duration::from_secs(30),
+};
+/// Of a service that is called from another process.
+const SERVICE_LIMITS: Limits = Limits {
+    message: 1 << 20,
+    rate: 10_000,
+    ..CLIENT_LIMITS
+};
+
+/// A connection to the service of such a bus, without Hello: it hears every signal. The service
+/// is not trusted more than its clients are. To be built in the Tokio runtime that is current
+/// now.
+///
+/// # Errors
+/// The socket cannot be watched.
+pub fn dial(socket: StdUnixStream) -> std::io::Result<Builder<'static>> {
+    guarded::builder(socket, SERVICE_LIMITS)
+}
 
 /// A bus with one service. Clones are the same bus; it ends with the last of them.
 #[derive(Clone, Debug)]
@@ -62,6 +103,8 @@ struct Shared {
     /// To the service.
     calls: mpsc::Sender<Message>,
     clients: Mutex<HashMap<OwnedUniqueName, Arc<Client>>>,
+    /// For one client each, also for one that has not said who it is.
+    seats: Semaphore,
     next: AtomicU64,
 }
 
@@ -75,13 +118,14 @@ impl PrivateBus {
         let (ours, theirs) = StdUnixStream::pair()?;
         ours.set_nonblocking(true)?;
         theirs.set_nonblocking(true)?;
-        let (calls, queue) = mpsc::channel(client::MAX_QUEUED);
+        let (calls, queue) = mpsc::channel(MAX_CALLS);
         let shared = Arc::new(Shared {
             service,
             owner,
             guid: Guid::generate().into(),
             calls,
             clients: Mutex::default(),
+            seats: Semaphore::new(MAX_CLIENTS),
             next: AtomicU64::new(1),
         });
         let bus = Arc::downgrade(&shared);
@@ -140,14 +184,12 @@ impl Shared {
             user: peer.uid(),
             process: peer.pid().and_then(|pid| u32::try_from(pid).ok()),
         };
-        if self.clients().len() >= MAX_CLIENTS {
-            tracing::warn!(MAX_CLIENTS, "a client was refused: there are too many");
+        let Ok(_seat) = self.seats.try_acquire() else {
+            tracing::debug!(MAX_CLIENTS, "a client was refused: there are too many");
             return Ok(());
-        }
-        let messages = Builder::unix_stream(stream.into_std()?)
+        };
+        let messages = guarded::builder(stream.into_std()?, CLIENT_LIMITS)?
             .server(self.guid.clone())
-            .p2p()
-            .validate_bodies()
             .build_message_stream();
         let Ok(messages) = tokio::time::timeout(HANDSHAKE_DEADLINE, messages).await else {
             return Ok(());

@@ -8,10 +8,10 @@ use zbus::object_server::SignalEmitter;
 
 use super::*;
 
-const SERVICE: &str = "org.example.Counter1";
-const PATH: &str = "/org/example/Counter1";
+pub(super) const SERVICE: &str = "org.example.Counter1";
+pub(super) const PATH: &str = "/org/example/Counter1";
 
-struct Counter(u32);
+pub(super) struct Counter(u32);
 
 #[zbus::interface(
     name = "org.example.Counter1",
@@ -41,18 +41,18 @@ impl Counter {
     async fn added(emitter: &SignalEmitter<'_>, by: u32) -> zbus::Result<()>;
 }
 
-fn user() -> u32 {
+pub(super) fn user() -> u32 {
     use std::os::unix::fs::MetadataExt as _;
     std::fs::metadata("/proc/self").unwrap().uid()
 }
 
-async fn bus(owner: u32) -> (PrivateBus, Connection) {
+pub(super) async fn bus(owner: u32) -> (PrivateBus, Connection) {
     let (bus, service) = PrivateBus::new(SERVICE, owner).unwrap();
     let service = service.serve_at(PATH, Counter(0)).unwrap_built().await;
     (bus, service)
 }
 
-trait Built {
+pub(super) trait Built {
     async fn unwrap_built(self) -> Connection;
 }
 
@@ -62,7 +62,7 @@ impl Built for Builder<'static> {
     }
 }
 
-fn dial(bus: &PrivateBus) -> UnixStream {
+pub(super) fn dial(bus: &PrivateBus) -> UnixStream {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
     let theirs = tokio::net::UnixStream::from_std(theirs).unwrap();
@@ -155,6 +155,7 @@ fn only_the_owner_and_root_may_call() {
         guid: Guid::generate().into(),
         calls,
         clients: Mutex::default(),
+        seats: Semaphore::new(1),
         next: AtomicU64::new(1),
     };
     assert!(shared.permits(1000) && shared.permits(0));

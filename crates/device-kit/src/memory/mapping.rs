@@ -11,7 +11,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 /// Part of a file, mapped shared; every access is atomic, since the peer uses it too.
 #[derive(Debug)]
-pub(crate) struct SharedMapping {
+pub struct SharedMapping {
     start: NonNull<AtomicU8>,
     len: NonZeroUsize,
 }
@@ -22,7 +22,7 @@ impl SharedMapping {
     /// # Errors
     /// When the range is empty, does not fit the file or the address space, or the offset is not
     /// a multiple of the page size.
-    pub(crate) fn new(file: &File, offset: u64, len: u64) -> io::Result<Self> {
+    pub fn new(file: &File, offset: u64, len: u64) -> io::Result<Self> {
         let invalid = |what: &str| {
             io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -49,14 +49,14 @@ impl SharedMapping {
     }
 
     /// All of it.
-    pub(crate) fn bytes(&self) -> &[AtomicU8] {
+    pub fn bytes(&self) -> &[AtomicU8] {
         // SAFETY: `start` and `len` are a live mapping of this value, AtomicU8 has no alignment
         // and no invalid bit pattern, and shared atomics may be written by anyone at any time.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len.get()) }
     }
 
     /// The aligned 16-bit word at byte `at`. Panics where there is none, as a slice would.
-    pub(crate) fn word16(&self, at: usize) -> &AtomicU16 {
+    pub fn word16(&self, at: usize) -> &AtomicU16 {
         let bytes = &self.bytes()[at..at + 2];
         assert!(at.is_multiple_of(2), "word at odd byte {at}");
         // SAFETY: the bounds are checked, the mapping is page-aligned so the word is aligned, and
@@ -65,7 +65,7 @@ impl SharedMapping {
     }
 
     /// The aligned 64-bit word at byte `at`. Panics where there is none, as a slice would.
-    pub(crate) fn word64(&self, at: usize) -> &AtomicU64 {
+    pub fn word64(&self, at: usize) -> &AtomicU64 {
         let bytes = &self.bytes()[at..at + 8];
         assert!(at.is_multiple_of(8), "word at unaligned byte {at}");
         // SAFETY: as in `word16`.

@@ -6,6 +6,7 @@
 //! unmapped when its last user is done, and never under one.
 
 mod dirty_log;
+mod discard;
 mod mapping;
 mod prefault;
 
@@ -21,7 +22,7 @@ use vm_memory::{
 };
 
 pub use self::dirty_log::{DirtyLog, LOG_PAGE, LogBitmap, LogSlice};
-pub(crate) use self::mapping::SharedMapping;
+pub use self::mapping::SharedMapping;
 pub use self::prefault::PrefaultMode;
 pub(crate) use self::prefault::Prefaulter;
 

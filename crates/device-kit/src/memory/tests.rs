@@ -176,3 +176,46 @@ fn wait_until(done: impl Fn() -> bool) {
         std::thread::sleep(Duration::from_millis(1));
     }
 }
+
+#[test]
+fn whole_pages_are_given_back_and_read_as_zero() {
+    use std::os::unix::fs::MetadataExt;
+    let file = memfd(0x10_0000);
+    let view = file.try_clone().unwrap();
+    let blocks = || view.metadata().unwrap().blocks() * 512;
+    let memory = Memory::empty(Arc::default())
+        .with(region(0x10_0000, 0x8_0000, 0x7000_0000), file)
+        .unwrap();
+    memory
+        .guest()
+        .write_slice(&[0xa5; 0x8_0000], GuestAddress(0x10_0000))
+        .unwrap();
+    assert_eq!(blocks(), 0x8_0000);
+    // Half a page at each end stays.
+    let discarded = memory.discard(GuestAddress(0x10_0800), 0x3000).unwrap();
+    assert_eq!((discarded, blocks()), (0x2000, 0x7_e000));
+    let mut found = [0; 0x4000];
+    memory
+        .guest()
+        .read_slice(&mut found, GuestAddress(0x10_0000))
+        .unwrap();
+    let expected = |at: usize| {
+        if (0x1000..0x3000).contains(&at) {
+            0
+        } else {
+            0xa5
+        }
+    };
+    assert!(
+        found
+            .iter()
+            .enumerate()
+            .all(|(at, byte)| *byte == expected(at))
+    );
+    // What is no memory is passed over, and no address is too wild.
+    assert_eq!(memory.discard(GuestAddress(0), u64::MAX).unwrap(), 0x8_0000);
+    assert_eq!(memory.discard(GuestAddress(u64::MAX), 0x1000).unwrap(), 0);
+    let around = |at| memory.page_around(GuestAddress(at));
+    assert_eq!(around(0x10_1fff), Some((GuestAddress(0x10_1000), 0x1000)));
+    assert_eq!(around(0x18_0000), None);
+}

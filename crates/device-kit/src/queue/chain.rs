@@ -73,6 +73,12 @@ impl Chain {
         self.copy_from(Side::Writable, offset, data)
     }
 
+    /// The guest memory that the device may write, as it lies: guest addresses and lengths.
+    pub fn writable_ranges(&self) -> impl Iterator<Item = (GuestAddress, usize)> + '_ {
+        let pieces = self.pieces.get(self.writable_from..).unwrap_or_default();
+        pieces.iter().map(|piece| (piece.guest, piece.len))
+    }
+
     fn copy_from(&self, side: Side, offset: usize, data: &mut [u8]) -> Result<(), QueueFault> {
         let mut done = 0;
         for piece in self.range(side, offset, data.len())? {

@@ -149,6 +149,11 @@ impl Queue {
         self.layout.size
     }
 
+    /// Guest memory, as its ring sees it now.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
     /// Its counters; the device adds bytes and failed requests.
     pub fn metrics(&self) -> &QueueMetrics {
         &self.metrics

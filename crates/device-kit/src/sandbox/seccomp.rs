@@ -27,6 +27,7 @@ const ANY: &[i64] = &[
     libc::SYS_close,
     libc::SYS_fstat,
     libc::SYS_newfstatat,
+    libc::SYS_fstatfs,
     libc::SYS_statx,
     libc::SYS_fdatasync,
     libc::SYS_fsync,

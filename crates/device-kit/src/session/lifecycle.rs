@@ -94,7 +94,10 @@ mod tests {
         let mut life = Lifecycle::new(Health::default());
         let refuse = |_, _| Err(StateError("its lock is held elsewhere".into()));
         let error = life.go(DeviceState::Running, refuse).unwrap_err();
-        assert_eq!(error.to_string(), "the device did not go from Stop to Running");
+        assert_eq!(
+            error.to_string(),
+            "the device did not go from Stop to Running"
+        );
         assert_eq!(life.state(), DeviceState::Stop);
     }
 

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use api::device1::{Device1Proxy, INTERFACE, PATH, Prefault};
 use futures_core::Stream as _;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use test_framework::frontend::{Machine, PATIENCE, wait_for};
+use test_framework::frontend::{Machine, MachineOptions, PATIENCE, wait_for};
 use tokio::runtime::Runtime;
 use zbus::proxy::CacheProperties;
 use zbus::{Connection, OwnedVariant, Variant};
@@ -21,13 +21,13 @@ use super::program::refused;
 use crate::subject::{Subject, options};
 
 /// The core's end of a link, and what it is driven by.
-struct Core {
-    runtime: Runtime,
-    connection: Connection,
+pub(crate) struct Core {
+    pub(crate) runtime: Runtime,
+    pub(crate) connection: Connection,
 }
 
 impl Core {
-    fn new(socket: UnixStream) -> Result<Self> {
+    pub(crate) fn new(socket: UnixStream) -> Result<Self> {
         let runtime = Runtime::new()?;
         let connection = runtime.block_on(async {
             let connection = api::peer::client(socket)?.build();
@@ -54,7 +54,7 @@ impl Core {
             .block_on(async { tokio::time::timeout(PATIENCE, asked).await })?
     }
 
-    fn statistics(&self) -> Result<BTreeMap<String, u64>> {
+    pub(crate) fn statistics(&self) -> Result<BTreeMap<String, u64>> {
         self.ask(async |device| Ok(device.statistics().await?))
     }
 
@@ -72,13 +72,19 @@ fn hand_over(fd: &OwnedFd) -> Result<i32> {
 /// A machine whose device has a link, and the other end of the link.
 fn linked<S: Subject>() -> Result<(S, Machine, UnixStream)> {
     let subject = S::new()?;
+    let options = options(&subject);
+    let (machine, ours) = linked_with(options)?;
+    Ok((subject, machine, ours))
+}
+
+/// As [`linked`], for a machine of `options`.
+pub(crate) fn linked_with(mut options: MachineOptions) -> Result<(Machine, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     let theirs = OwnedFd::from(theirs);
-    let mut options = options(&subject);
     let argument = format!("--control-fd={}", hand_over(&theirs)?);
     options.device.arguments.push(argument);
     let machine = Machine::start(options)?;
-    Ok((subject, machine, ours))
+    Ok((machine, ours))
 }
 
 fn with_core<S: Subject>() -> Result<(S, Machine, Core)> {

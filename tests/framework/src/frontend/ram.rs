@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
@@ -63,6 +64,13 @@ impl GuestRam {
         let mut data = vec![0; len];
         self.memory.read_slice(&mut data, at)?;
         Ok(data)
+    }
+
+    /// Bytes of it that the host has spent memory on.
+    pub fn allocated(&self) -> Result<u64> {
+        let region = self.memory.iter().next().context("memory has a region")?;
+        let file = region.file_offset().context("it is in a file")?.file();
+        Ok(file.metadata()?.blocks() * 512)
     }
 
     /// What the front-end says of the region.

@@ -48,6 +48,8 @@ impl DirtyTracker {
     ) -> Result<Self, HypervisorError> {
         let mut pending = PageSet::new(&memory.regions());
         let mut uncleared = pending.clone();
+        // Whatever was written so far is sent anyway.
+        core.take();
         pending.fill();
         slots.start_log()?;
         // Where all is dirty at first, the first round has all of it to clear.

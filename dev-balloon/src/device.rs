@@ -1,0 +1,138 @@
+//! The balloon as the kit drives it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use device_kit::{
+    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, HostError, Kit,
+    OptionError, QueueIndex, StateError,
+};
+
+use migration::state::DeviceState;
+
+use crate::config::{ACTUAL_AT, Options, POISON_AT, QUEUE_SIZE, QUEUES, SPACE_LEN, feature};
+use crate::metrics::Metrics;
+use crate::saved_state::SavedState;
+use crate::shared::Shared;
+use crate::worker::BalloonWorker;
+
+/// Pages of a MiB.
+const MIB_PAGES: u32 = 256;
+
+/// A virtio memory balloon.
+#[derive(Debug)]
+pub(crate) struct BalloonDevice {
+    shared: Arc<Shared>,
+    interval: Duration,
+}
+
+impl Device for BalloonDevice {
+    type Options = Options;
+    type Worker = BalloonWorker;
+    type SavedState = SavedState;
+
+    const CAPABILITIES: Capabilities = Capabilities {
+        device_type: "balloon",
+        features: &[],
+        program: "godwit-balloon",
+        about: "A virtio memory balloon, as a vhost-user back-end",
+    };
+    const IOCTLS: &'static [u32] = &[];
+
+    fn open(options: Options, kit: &mut Kit<'_>) -> Result<Self, OptionError> {
+        let metrics = Metrics::register(kit.registry);
+        let target = options.target * MIB_PAGES;
+        let (health, change) = (kit.health.clone(), kit.config_change.clone());
+        Ok(BalloonDevice {
+            shared: Arc::new(Shared::new(target, metrics, health, change)),
+            interval: Duration::from_secs(options.statistics_interval.into()),
+        })
+    }
+
+    fn workers(&self) -> Result<Vec<Assignment<BalloonWorker>>, HostError> {
+        Ok(vec![Assignment {
+            worker: BalloonWorker::new(Arc::clone(&self.shared), self.interval)?,
+            queues: (0..QUEUES).map(QueueIndex::new).collect(),
+        }])
+    }
+
+    fn queue_count(&self) -> u16 {
+        QUEUES
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        feature::ALL
+    }
+
+    fn accept_features(&self, features: u64) {
+        self.shared.accept(features);
+    }
+
+    fn read_config(&self, offset: u32, data: &mut [u8]) {
+        let space = self.shared.space().bytes();
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (at, byte) in data.iter_mut().enumerate() {
+            let place = offset.saturating_add(at);
+            *byte = space.get(place).copied().unwrap_or(0);
+        }
+    }
+
+    fn write_config(
+        &self,
+        offset: u32,
+        data: &[u8],
+        writer: ConfigWriter,
+    ) -> Result<(), ConfigError> {
+        let refuse = |reason| ConfigError {
+            offset,
+            len: data.len(),
+            reason,
+        };
+        match (writer, usize::try_from(offset), <[u8; 4]>::try_from(data)) {
+            // What it could say is in the saved state.
+            (ConfigWriter::Migration, Ok(start), _) if start + data.len() <= SPACE_LEN => {}
+            (ConfigWriter::Migration, ..) => return Err(refuse("it is outside")),
+            (ConfigWriter::Driver, Ok(ACTUAL_AT), Ok(word)) => {
+                self.shared.set_actual(u32::from_le_bytes(word));
+            }
+            (ConfigWriter::Driver, Ok(POISON_AT), Ok(word)) => {
+                self.shared.set_poison(u32::from_le_bytes(word));
+            }
+            (ConfigWriter::Driver, ..) => {
+                return Err(refuse(
+                    "a driver may only write the size of the balloon and its poison, each whole",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is in the balloon is known at any time.
+    fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
+        Ok(())
+    }
+
+    fn save(&self) -> Result<SavedState, StateError> {
+        Ok(self.shared.save())
+    }
+
+    fn load(&self, state: SavedState) -> Result<(), StateError> {
+        self.shared.load(state).map_err(StateError)
+    }
+
+    fn reset(&self) {
+        self.shared.reset();
+    }
+
+    fn statistics(&self) -> Vec<(&'static str, u64)> {
+        self.shared.metrics.totals()
+    }
+
+    fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {
+        Some(Arc::clone(&self.shared) as _)
+    }
+}

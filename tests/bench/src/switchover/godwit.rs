@@ -1,0 +1,38 @@
+//! One move of one of our machines.
+
+use anyhow::{Context as _, Result, ensure};
+use migration::report::Report;
+use test_migration::{Side, Spec};
+
+use super::{Move, gap};
+
+/// Boots the machine, moves it once and ends it.
+pub(crate) fn moved(spec: &Spec) -> Result<Move> {
+    let mut side = Side::boot(spec)?;
+    gap::warm_up(&mut side.console, u64::from(spec.workload.span) << 8)?;
+    let mut destination = side.begin_move(spec, None)?;
+    let outcome = side.outcome()?;
+    ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
+    let gap = gap::after(&mut destination.console)?;
+    let report: Report =
+        serde_json::from_value(outcome["report"].clone()).context("this is no report")?;
+    Ok(Move {
+        gap_ms: gap.as_secs_f64() * 1e3,
+        said_ms: ms(report.blackout_us),
+        total_ms: ms(total(&report)),
+        bytes: report.memory_bytes,
+        report: Some(report),
+    })
+}
+
+/// Without the start of the destination's processes, which the source waits for first.
+fn total(report: &Report) -> u64 {
+    let end = report.source.spans.iter().map(|span| span.end_us).max();
+    let begin = report.source.span("core", "negotiate").map(|s| s.end_us);
+    end.unwrap_or(0) - begin.unwrap_or(0)
+}
+
+/// Microseconds in milliseconds.
+pub(crate) fn ms(us: u64) -> f64 {
+    us as f64 / 1e3
+}

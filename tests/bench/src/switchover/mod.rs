@@ -1,0 +1,116 @@
+//! `bench switchover`: how long a guest stands still while its machine moves.
+//!
+//! The gap is the largest that the guest sees in its own clock around the move: last instruction at
+//! the source to first at the destination. What is compared runs in turn, in the same run: a machine
+//! of many devices and one of few, ours and QEMU with the same guest.
+
+pub(crate) mod gap;
+mod godwit;
+mod phases;
+mod presets;
+
+use anyhow::Result;
+use clap::ValueEnum;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::peer::qemu;
+use crate::report::Report;
+use presets::{Plan, Who};
+
+/// Milliseconds of a stop that are wanted, of ours and of QEMU alike.
+pub(crate) const MAX_DOWNTIME_MS: u64 = 300;
+
+/// Which machines move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SwitchoverPreset {
+    /// One network device and one disk, idle, beside a machine of vCPUs alone.
+    OneEach,
+    /// 8 network devices of 16 queue pairs and 16 disks of 4 queues, beside one of each.
+    #[value(name = "seeds-24")]
+    Seeds24,
+    /// 16 network devices and 16 disks of 4 queues, beside QEMU.
+    Many,
+    /// Guests that dirty memory, beside QEMU.
+    Dirty,
+    /// Within this computer, memory kept: 2 and 32 devices.
+    Local,
+}
+
+/// The benchmark.
+#[derive(Clone, Debug)]
+pub struct Switchover {
+    /// Which machines.
+    pub preset: SwitchoverPreset,
+    /// Moves of each.
+    pub runs: usize,
+}
+
+/// One move of one machine.
+pub(crate) struct Move {
+    /// What the guest saw, in milliseconds.
+    pub gap_ms: f64,
+    /// What the program says of its own downtime, in milliseconds.
+    pub said_ms: f64,
+    /// From the first word between the two sides to the last, in milliseconds.
+    pub total_ms: f64,
+    /// Bytes of memory sent.
+    pub bytes: u64,
+    /// Ours: the report.
+    pub report: Option<migration::report::Report>,
+}
+
+impl Switchover {
+    /// Runs it. The calling thread must be in a network of its own.
+    pub fn run(&self) -> Result<Report> {
+        let folder = TempDir::new()?;
+        let Plan { subjects, judge } = presets::plan(self.preset, folder.path())?;
+        let name = self.preset.to_possible_value();
+        let name = name.map_or_else(String::new, |name| name.get_name().to_owned());
+        let mut report = Report::new("switchover", name);
+        let installed = qemu::is_installed();
+        if !installed && subjects.iter().any(|s| matches!(s.who, Who::Qemu(..))) {
+            let note = "qemu-system-x86_64 is absent: nothing to compare with";
+            report.notes.push(note.into());
+        }
+        let mut moves: Vec<Vec<Move>> = subjects.iter().map(|_| Vec::new()).collect();
+        // The first move of each warms up the page cache and is not counted.
+        for run in 0..=self.runs {
+            for (subject, moves) in subjects.iter().zip(&mut moves) {
+                let moved = match &subject.who {
+                    Who::Godwit(spec) => godwit::moved(spec)?,
+                    Who::Qemu(..) if !installed => continue,
+                    Who::Qemu(machine, channels) => machine.moved(*channels)?,
+                };
+                if run == 0 {
+                    continue;
+                }
+                report.runs.push(json!({
+                    "machine": subject.name,
+                    "gap_ms": moved.gap_ms,
+                    "said_ms": moved.said_ms,
+                    "total_ms": moved.total_ms,
+                    "bytes": moved.bytes,
+                    "report": moved.report,
+                }));
+                moves.push(moved);
+            }
+        }
+        for (subject, moves) in subjects.iter().zip(&moves) {
+            summarise(&mut report, subject.name, moves);
+        }
+        judge(&mut report);
+        Ok(report)
+    }
+}
+
+fn summarise(report: &mut Report, name: &str, moves: &[Move]) {
+    let all = |value: fn(&Move) -> f64| moves.iter().map(value).collect::<Vec<_>>();
+    report.summarise(format!("{name}: gap"), &all(|m| m.gap_ms), "ms");
+    report.summarise(format!("{name}: said"), &all(|m| m.said_ms), "ms");
+    report.summarise(format!("{name}: total"), &all(|m| m.total_ms), "ms");
+    let mib = |m: &Move| (m.bytes >> 10) as f64 / 1024.0;
+    report.summarise(format!("{name}: sent"), &all(mib), "MiB");
+    let reports: Vec<_> = moves.iter().filter_map(|m| m.report.as_ref()).collect();
+    phases::summarise(report, name, &reports);
+}

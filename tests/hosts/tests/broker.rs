@@ -1,0 +1,144 @@
+//! The broker with systemd, on the private and the system bus, in an emulated host on which
+//! everything is installed as packages install it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use packaging::{Install, PROGRAMS};
+use serde_json::Value;
+use test_hosts::{Host, HostOptions, strip};
+
+/// Minutes on two idle cores; this is for busy ones.
+const DEADLINE: Duration = Duration::from_secs(560);
+
+fn source() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// A host with everything in place, and the bundled guest where it is here.
+fn installed(name: &str) -> Result<Host> {
+    let test = std::env::current_exe()?;
+    let built = test
+        .ancestors()
+        .nth(2)
+        .context("the test lies in no folder")?;
+    let mut host = Host::start(&HostOptions::named(name))?;
+    let staged = tempfile::tempdir()?;
+    for program in PROGRAMS {
+        strip(&built.join(program), &staged.path().join(program))?;
+    }
+    let install = Install {
+        source: &source(),
+        programs: staged.path(),
+        destdir: &host.share().join("root"),
+        prefix: Path::new("/usr"),
+    };
+    install.run()?;
+    let guest = test_guest::program();
+    fs::copy(guest, host.share().join("guest"))?;
+    host.run(&format!(
+        "cp -a --no-preserve=ownership /share/root/. / && install -Dm644 /share/guest '{}' &&
+         systemd-sysusers && systemd-tmpfiles --create &&
+         systemctl daemon-reload && systemctl reload dbus",
+        guest.display()
+    ))?;
+    Ok(host)
+}
+
+/// The programs of the broker's own tests, built as this one is.
+fn suite() -> Result<Vec<(String, PathBuf)>> {
+    let output = Command::new(env!("CARGO"))
+        .args([
+            "test",
+            "--no-run",
+            "--quiet",
+            "--message-format=json",
+            "-p",
+            "test-broker",
+        ])
+        .current_dir(source())
+        .output()
+        .context("cargo cannot be run")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "the broker's tests do not build: {said}"
+    );
+    let mut programs = Vec::new();
+    for line in String::from_utf8(output.stdout)?.lines() {
+        let message: Value = serde_json::from_str(line)?;
+        if let (Some(name), Some(program)) = (
+            message["target"]["name"].as_str(),
+            message["executable"].as_str(),
+        ) {
+            programs.push((name.to_owned(), program.into()));
+        }
+    }
+    Ok(programs)
+}
+
+/// Runs those tests of the broker that can be told how it is started, but for `skipped` ones.
+fn passes(manner: &str, names: &[&str], skipped: &[&str]) -> Result<()> {
+    let mut host = installed(manner)?;
+    let suite = suite()?;
+    // The tests start brokers of their own.
+    host.run("systemctl mask --runtime --now godwit-broker")?;
+    let skipped: String = skipped
+        .iter()
+        .map(|test| format!(" --skip {test}"))
+        .collect();
+    for name in names {
+        let (_, program) = suite
+            .iter()
+            .find(|(test, _)| test == name)
+            .with_context(|| format!("the broker has no tests {name}"))?;
+        strip(program, &host.share().join(name))?;
+        let output = host.run_for(
+            &format!(
+                "install -m755 /share/{name} /usr/bin/broker-test &&
+                 GODWIT_TEST_BROKER={manner} /usr/bin/broker-test --test-threads=1{skipped}"
+            ),
+            DEADLINE,
+        )?;
+        let (out, err) = (output.stdout, output.stderr);
+        ensure!(output.status == 0, "{manner} {name}:\n{out}{err}");
+        ensure!(!out.contains(" 0 passed"), "{manner} {name}:\n{out}");
+    }
+    Ok(())
+}
+
+/// Debian's Python is not in a host, and what is shipped is compared where it lies.
+const ELSEWHERE: [&str; 1] = ["python_drives_a_machine_and_its_console"];
+
+#[test]
+fn machines_live_in_units() -> Result<()> {
+    passes("units", &["life"], &[])
+}
+
+#[test]
+fn machines_live_on_the_system_bus() -> Result<()> {
+    passes("system-bus", &["life"], &[])
+}
+
+#[test]
+fn clients_networks_and_refusals_with_units() -> Result<()> {
+    passes(
+        "units",
+        &["clients", "cycles", "network", "refused"],
+        &ELSEWHERE,
+    )
+}
+
+#[test]
+fn clients_networks_and_refusals_on_the_system_bus() -> Result<()> {
+    // Who may call there is polkit's to say: see below.
+    let skipped = [ELSEWHERE[0], "another_user_is_refused"];
+    passes(
+        "system-bus",
+        &["clients", "cycles", "network", "refused"],
+        &skipped,
+    )
+}
