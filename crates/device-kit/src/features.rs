@@ -30,3 +30,5 @@ pub(crate) const PROTOCOL: Protocol = Protocol::MQ
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::DEVICE_STATE);
+/// Offered besides by a network card.
+pub(crate) const RARP: Protocol = Protocol::RARP;

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use device_kit::{
-    Assignment, BalloonProcess, Capabilities, Chain, ConfigError, ConfigWriter, Device, HostError,
-    Interest, Kit, OptionError, Progress, Queue, QueueError, QueueFault, QueueIndex, Queues,
-    Source, StateError, Worker, WorkerError,
+    Announcer, Assignment, BalloonProcess, Capabilities, Chain, ConfigError, ConfigWriter, Device,
+    HostError, Interest, Kit, OptionError, Progress, Queue, QueueError, QueueFault, QueueIndex,
+    Queues, Source, StateError, Worker, WorkerError,
 };
 use migration::state::DeviceState;
 
@@ -141,6 +141,10 @@ impl Device for Counter {
 
     fn statistics(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
+    }
+
+    fn announcer(&self) -> Option<&dyn Announcer> {
+        None
     }
 
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {

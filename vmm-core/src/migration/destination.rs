@@ -220,6 +220,14 @@ impl Incoming {
         let begin = Instant::now();
         host.run(self.running);
         self.recorder.note("core", "run", begin, 0);
+        // Nobody waits for that, and a network that is not told learns from the guest's packets.
+        self.crew.send(|_| {
+            Box::new(|unit| {
+                if let Err(error) = unit.remote.announce() {
+                    tracing::warn!(%error, "a network is not told where the guest is");
+                }
+            })
+        });
         let timeline = self.recorder.side().clone();
         // The machine runs, whether the source hears it or not; it stays paused if it does not.
         if let Err(error) = self.say(&ToSource::Running { timeline }) {

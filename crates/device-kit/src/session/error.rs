@@ -70,8 +70,12 @@ pub(crate) enum SessionError {
     NotOffered(&'static str),
     #[error("message cut off after {got} of 12 bytes of its header")]
     HalfMessage { got: usize },
+    #[error("message {request} is malformed")]
+    Malformed { request: u32 },
     #[error("back-end channel: {0}")]
     Channel(&'static str),
+    #[error("SEND_RARP: {0}")]
+    Rarp(&'static str),
     #[error("the connection failed")]
     Connection(#[source] io::Error),
     #[error("event descriptor of queue {queue} is unusable")]

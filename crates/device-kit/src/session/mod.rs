@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use migration::schema::UnitId;
 use migration::state::DeviceState;
+use vhost::vhost_user::VhostUserProtocolFeatures;
 
 pub use self::config_change::ConfigChange;
 pub(crate) use self::connection::{Connection, serve};
@@ -36,7 +37,7 @@ use self::transfer::{Direction, Transfer, TransferError};
 use self::vring::Vring;
 use crate::device::Device;
 use crate::ending::chain;
-use crate::features::{EVENT_IDX, INDIRECT_DESC, LOG_ALL};
+use crate::features::{EVENT_IDX, INDIRECT_DESC, LOG_ALL, PROTOCOL, RARP};
 use crate::health::Health;
 use crate::memory::{DirtyLog, Memory, Prefaulter};
 use crate::metrics::Metrics;
@@ -100,6 +101,12 @@ impl<D: Device> Session<D> {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Protocol features that this device has.
+    fn protocol_offered(&self) -> VhostUserProtocolFeatures {
+        let announcer = self.services.device.announcer();
+        PROTOCOL | announcer.map_or(VhostUserProtocolFeatures::empty(), |_| RARP)
     }
 
     /// Protocol features in force.

@@ -179,6 +179,25 @@ impl VhostUserDevice {
         result
     }
 
+    /// Tells the network where the guest is now, if this is a network card whose back-end can.
+    pub fn announce(&self) -> Result<(), VhostUserError> {
+        if self.shared.config.kind != DeviceKind::NET || !self.shared.has(Protocol::RARP) {
+            return Ok(());
+        }
+        let state = &mut *self.shared.state();
+        // The driver may have changed the address.
+        let config = self.shared.fetch_config(state)?;
+        let Some(&mac) = config.as_deref().and_then(<[u8]>::first_chunk) else {
+            return Ok(());
+        };
+        let Phase::Connected(session) = &mut state.phase else {
+            return Ok(());
+        };
+        let result = session.connection.send_rarp(mac);
+        self.shared.note(state, &result);
+        result
+    }
+
     /// Ends every wait for an answer, of this device and of all others of its machine: who has not
     /// answered by now is taken for gone.
     pub fn give_up(&self) {

@@ -37,7 +37,8 @@ const SPOKEN: Protocol = Protocol::MQ
     .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
-    .union(Protocol::DEVICE_STATE);
+    .union(Protocol::DEVICE_STATE)
+    .union(Protocol::RARP);
 
 /// Regions in a SET_MEM_TABLE (VU, «Memory region description»).
 pub(super) const TABLE_REGIONS: usize = 8;
