@@ -5,6 +5,6 @@ mod devices;
 mod side;
 mod wires;
 
-pub use devices::Counter;
+pub use devices::{Counter, Foreign};
 pub use side::{Done, Moved, Outcome, Side, Spec, beat_on, finish, warm_up};
 pub use wires::{Fault, Kind, Wires};

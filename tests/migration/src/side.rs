@@ -22,7 +22,7 @@ use test_guest::{Report, Workload};
 use tokio::runtime::Runtime;
 use zbus::{Connection, OwnedVariant, connection};
 
-use super::devices::{Counter, Recipe, script_path};
+use super::devices::{Counter, Foreign, Recipe, script_path};
 use super::wires::Ends;
 use super::{Fault, Kind, Wires};
 
@@ -41,6 +41,8 @@ pub struct Spec {
     pub nics: Vec<(String, u16)>,
     /// Counting devices.
     pub counters: Vec<Counter>,
+    /// Back-ends of others.
+    pub foreign: Vec<Foreign>,
     /// Memory channels.
     pub channels: usize,
     /// What carries a migration.
@@ -61,6 +63,7 @@ impl Spec {
             disks: Vec::new(),
             nics: Vec::new(),
             counters: Vec::new(),
+            foreign: Vec::new(),
             channels: 2,
             kind: Kind::Unix,
             options: Vec::new(),
@@ -74,6 +77,7 @@ impl Spec {
         disks
             .chain((0..self.nics.len()).map(|n| format!("net{n}")))
             .chain((0..self.counters.len()).map(|n| format!("count{n}")))
+            .chain((0..self.foreign.len()).map(|n| format!("foreign{n}")))
             .collect()
     }
 }
