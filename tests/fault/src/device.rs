@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use device_kit::{
     Announcer, Assignment, BalloonProcess, Capabilities, Chain, ConfigError, ConfigWriter, Device,
-    HostError, Interest, Kit, OptionError, Progress, Queue, QueueError, QueueFault, QueueIndex,
-    Queues, Source, StateError, Worker, WorkerError,
+    Forecast, HostError, Interest, Kit, OptionError, Progress, Queue, QueueError, QueueFault,
+    QueueIndex, Queues, Source, StateError, Worker, WorkerError,
 };
 use migration::state::DeviceState;
 
@@ -36,6 +37,16 @@ pub(crate) struct Counter {
 }
 
 impl Counter {
+    /// There is nothing that only one process may have but what the script says.
+    fn exclusive(&self, point: Point) -> Result<(), OptionError> {
+        let script = &self.shared.script;
+        script.at(point).map_err(|StateError(problem)| OptionError {
+            option: "--script",
+            value: format!("{point:?}"),
+            problem,
+        })
+    }
+
     fn set(&self, next: impl IntoIterator<Item = u64>) {
         for (counter, next) in self.shared.next.iter().zip(next) {
             counter.store(next, Ordering::Release);
@@ -107,6 +118,14 @@ impl Device for Counter {
         })
     }
 
+    fn acquire(&self, _patience: Duration) -> Result<(), OptionError> {
+        self.exclusive(Point::Acquire)
+    }
+
+    fn release(&self) -> Result<(), OptionError> {
+        self.exclusive(Point::Release)
+    }
+
     fn transition(&self, from: DeviceState, to: DeviceState) -> Result<(), StateError> {
         let script = &self.shared.script;
         if !from.runs() && to.runs() {
@@ -119,6 +138,15 @@ impl Device for Counter {
             script.at(Point::Stop)?;
         }
         Ok(())
+    }
+
+    fn forecast(&self) -> Forecast {
+        let script = &self.shared.script;
+        Forecast {
+            bytes: self.state_bytes as u64,
+            stop: script.time(Point::Stop) + script.time(Point::Save),
+            start: script.time(Point::Load) + script.time(Point::Start),
+        }
     }
 
     fn save(&self) -> Result<SavedState, StateError> {

@@ -70,11 +70,9 @@ impl Recipe {
             anyhow::Ok(())
         };
         for (image, queues) in &spec.disks {
-            // Both sides have it open for a while.
             let options = vec![
                 ("--blk-file", image.display().to_string()),
                 ("--num-queues", queues.to_string()),
-                ("--lock", "off".to_owned()),
             ];
             ours("godwit-blk", "blk", options, next_socket())?;
         }
@@ -138,8 +136,8 @@ impl Recipe {
         })
     }
 
-    /// Starts it, or its successor.
-    pub(super) fn start(&self) -> Result<Process> {
+    /// Starts it, or its successor; for a machine that arrives, or that is here.
+    pub(super) fn start(&self, arrives: bool) -> Result<Process> {
         // There is none at the first time.
         let _ = std::fs::remove_file(&self.socket);
         let mut launch = Launch::new(&self.program);
@@ -147,6 +145,9 @@ impl Recipe {
             let listener = UnixListener::bind(&self.socket).context("no socket for a device")?;
             let number = launch.inherit(listener.into());
             launch = launch.option("--fd", number.to_string());
+            if arrives {
+                launch = launch.arg("--incoming");
+            }
         }
         for argument in &self.arguments {
             launch = launch.arg(argument);

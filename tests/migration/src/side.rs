@@ -172,7 +172,8 @@ impl Side {
             .option("--cpus", spec.cpus.to_string())
             .option("--memory", format!("{}M", spec.memory_mib));
         let recipes = Recipe::all(spec, folder.path())?;
-        let devices = recipes.iter().map(Recipe::start);
+        let arrives = matches!(from, Origin::Other(..));
+        let devices = recipes.iter().map(|recipe| recipe.start(arrives));
         let devices = devices.collect::<Result<_>>()?;
         for (id, recipe) in spec.ids().iter().zip(&recipes) {
             core = core.option("--vhost-user", recipe.for_core(id));
@@ -230,7 +231,7 @@ impl Side {
             self.devices[number].signal(Signal::SIGKILL)?;
             self.devices[number].wait(DEADLINE)?;
         }
-        self.devices[number] = self.recipes[number].start()?;
+        self.devices[number] = self.recipes[number].start(false)?;
         Ok(())
     }
 

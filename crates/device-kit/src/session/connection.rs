@@ -1,12 +1,14 @@
 //! The socket of a session: messages are taken from it until it ends.
 //!
-//! Every message goes to the protocol library but two: SET_BACKEND_REQ_FD, whose channel the
-//! library would wrap into a type that cannot send CONFIG_CHANGE_MSG, and SEND_RARP, which it does
-//! not know. They are recognised by a look ahead. The look ahead also bounds the time that a message may take to arrive: the library
+//! Every message goes to the protocol library but those that it does not know ([`wired`],
+//! SEND_RARP), and SET_BACKEND_REQ_FD, whose channel the library would wrap into a type that cannot
+//! send CONFIG_CHANGE_MSG. They are recognised by a look ahead. The look ahead also bounds the time
+//! that a message may take to arrive: the library
 //! retries for ever when a header comes in halves.
 
 use std::io::{IoSliceMut, Read};
 use std::net::Shutdown;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,19 +22,19 @@ use vhost::vhost_user::{
 };
 
 use super::error::SessionError;
-use super::{Services, Session};
+use super::{Services, Session, wired};
 use crate::device::Device;
 use crate::ending::chain;
 
 /// A message that has begun arrives within this time.
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(5);
-const HEADER: usize = 12;
+pub(super) const HEADER: usize = 12;
 
 const SEND_RARP: u32 = 19;
 const SET_BACKEND_REQ_FD: u32 = 21;
-const FLAG_REPLY: u32 = 4;
+pub(super) const FLAG_REPLY: u32 = 4;
 const FLAG_NEED_REPLY: u32 = 8;
-const VERSION_1: u32 = 1;
+pub(super) const VERSION_1: u32 = 1;
 
 /// The connection that is being served, for whoever must end it.
 #[derive(Clone, Debug, Default)]
@@ -99,6 +101,7 @@ fn messages<D: Device>(
         match request {
             SET_BACKEND_REQ_FD => session.backend_channel(&peek)?,
             SEND_RARP => session.send_rarp(&peek)?,
+            request if wired::is_one(request) => session.wired_rings(&peek)?,
             _ => library.handle_request()?,
         }
     }
@@ -141,7 +144,7 @@ impl<D: Device> Session<D> {
     /// Takes SEND_RARP from the socket and answers it. A network that is down is no failure of the
     /// session.
     fn send_rarp(&self, stream: &UnixStream) -> Result<(), SessionError> {
-        let message = take_message(stream, 8)?;
+        let message = take_message(stream, 8..=8)?;
         if !message.fds.is_empty() {
             return Err(SessionError::Rarp("it has a descriptor"));
         }
@@ -161,7 +164,7 @@ impl<D: Device> Session<D> {
 
     /// Takes SET_BACKEND_REQ_FD from the socket and answers it.
     fn backend_channel(&self, stream: &UnixStream) -> Result<(), SessionError> {
-        let Message { flags, mut fds, .. } = take_message(stream, 0)?;
+        let Message { flags, mut fds, .. } = take_message(stream, 0..=0)?;
         if !self.has(Protocol::BACKEND_REQ) {
             return Err(SessionError::Channel("it was not negotiated"));
         }
@@ -205,15 +208,19 @@ fn answer_success(stream: &UnixStream, request: u32) -> Result<(), SessionError>
 }
 
 /// A message that was taken from the socket.
-struct Message {
+pub(super) struct Message {
+    pub(super) request: u32,
     flags: u32,
-    body: Vec<u8>,
-    fds: Vec<OwnedFd>,
+    pub(super) body: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
 }
 
-/// Takes a message whose header is known to be there, and whose body must have `size` bytes.
-fn take_message(stream: &UnixStream, size: usize) -> Result<Message, SessionError> {
-    let (mut header, mut body) = ([0; HEADER], vec![0; size]);
+/// Takes a message whose header is known to be there, with a body of one of these `sizes`.
+pub(super) fn take_message(
+    stream: &UnixStream,
+    sizes: RangeInclusive<usize>,
+) -> Result<Message, SessionError> {
+    let mut header = [0; HEADER];
     let mut space = nix::cmsg_space!([RawFd; 32]);
     let failed = |error: Errno| SessionError::Connection(error.into());
     let mut parts = [IoSliceMut::new(&mut header)];
@@ -227,16 +234,22 @@ fn take_message(stream: &UnixStream, size: usize) -> Result<Message, SessionErro
         }
     }
     let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| header[at + i]));
-    let (request, flags, said) = (word(0), word(4), word(8));
-    if flags & 3 != VERSION_1 || flags & FLAG_REPLY != 0 || said as usize != size {
+    let (request, flags, size) = (word(0), word(4), word(8) as usize);
+    if flags & 3 != VERSION_1 || flags & FLAG_REPLY != 0 || !sizes.contains(&size) {
         return Err(SessionError::Malformed { request });
     }
+    let mut body = vec![0; size];
     // Within the socket's own deadline.
     let mut stream = stream;
     stream
         .read_exact(&mut body)
         .map_err(SessionError::Connection)?;
-    Ok(Message { flags, body, fds })
+    Ok(Message {
+        request,
+        flags,
+        body,
+        fds,
+    })
 }
 
 #[expect(unsafe_code, reason = "descriptors arrive as numbers")]
