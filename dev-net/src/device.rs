@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use device_kit::{
-    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast,
-    HostError, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
+    Announcer, Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device,
+    Forecast, HostError, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -142,6 +142,10 @@ impl Device for NetDevice {
     fn statistics(&self) -> Vec<(&'static str, u64)> {
         let pairs = self.shared.tap().pairs();
         self.shared.metrics().totals(pairs)
+    }
+
+    fn announcer(&self) -> Option<&dyn Announcer> {
+        Some(&*self.shared)
     }
 
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {

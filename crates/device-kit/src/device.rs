@@ -127,6 +127,19 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// The balloon that it is, if it is one: what its link serves as `org.godwit.Balloon1`.
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>>;
+
+    /// What tells a network where its guest is, if it is a network card (SEND_RARP).
+    fn announcer(&self) -> Option<&dyn Announcer>;
+}
+
+/// A card that can speak for its guest.
+pub trait Announcer {
+    /// Sends a packet of the guest's `mac` into the network, whose switches learn from it where the
+    /// guest is now. Called by the control thread; must not block.
+    ///
+    /// # Errors
+    /// The network does not take it.
+    fn announce(&self, mac: [u8; 6]) -> io::Result<()>;
 }
 
 /// Most queues of a device.

@@ -1,5 +1,6 @@
 //! Machines that move and lose nothing.
 
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -7,6 +8,7 @@ use api::core::State;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use test_framework::machine::{DEADLINE, make_image};
+use test_framework::network::Frames;
 use test_guest::{BlkMode, Idle, NetMode, Workload};
 use test_machine::{network, work};
 use test_migration::{Fault, Kind, Moved, Outcome, Side, Spec, beat_on, finish, warm_up};
@@ -115,6 +117,31 @@ fn packets_are_counted_across_moves() -> Result<()> {
         received > 0 && sent - received <= 3 * 32,
         "{sent} sent, {received} answered"
     );
+    Ok(())
+}
+
+#[test]
+fn a_network_is_told_where_the_guest_is() -> Result<()> {
+    network("told0", 4)?;
+    let mut spec = Spec::of(Workload {
+        net: NetMode::Loop,
+        ..busy()
+    });
+    spec.nics = vec![("told0".into(), 1)];
+    let mut side = Side::boot(&spec)?;
+    warm_up(&mut side)?;
+    let frames = Frames::listen()?;
+    let is_rarp = |frame: &[u8]| frame.get(12..14) == Some(&[0x80, 0x35]);
+    // Before the guest's own packets fill what the listener has room for.
+    let heard = thread::spawn(move || frames.wait(is_rarp, DEADLINE));
+    let mut side = side.move_on(&spec)?.side;
+    let Ok(frame) = heard.join() else {
+        anyhow::bail!("the listener panicked");
+    };
+    let frame = frame?;
+    assert_eq!(frame[6..12], [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+    beat_on(&mut side)?;
+    finish(side)?;
     Ok(())
 }
 
@@ -318,6 +345,26 @@ fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
         assert_eq!(side.core().wait(DEADLINE)?.code(), Some(1), "{name} cut");
         std::fs::write(&path, &whole)?;
     }
+    Ok(())
+}
+
+#[test]
+#[ignore = "writes into tests/compat, see its README"]
+fn write_golden_snapshot() -> Result<()> {
+    let compat = concat!(env!("CARGO_MANIFEST_DIR"), "/../compat");
+    let path = std::path::Path::new(compat).join("snapshot-1.state");
+    ensure!(!path.exists(), "{} must not change", path.display());
+    let folder = TempDir::new()?;
+    let mut spec = Spec::of(Workload {
+        blk: BlkMode::Loop,
+        ..busy()
+    });
+    spec.cpus = 2;
+    spec.disks = vec![disk(&folder, "a", 2)?];
+    let mut side = Side::boot(&spec)?;
+    warm_up(&mut side)?;
+    side.snapshot(&spec, folder.path())?;
+    std::fs::copy(folder.path().join("core"), path)?;
     Ok(())
 }
 

@@ -183,7 +183,23 @@ impl Incoming {
             said: "its state",
             expected: "that it stops",
         })?;
-        self.meet(Barrier::E, "load", &loading)?;
+        // A source that gives up meanwhile says so, or is gone.
+        let listen = |_| match self.link.has_message() {
+            false => Ok(()),
+            true => Err(match self.link.receive(ANSWER_DEADLINE)? {
+                ToDestination::Abort { reason } => MigrationError::GivenUp { reason },
+                other => unexpected(&other, "nothing"),
+            }),
+        };
+        barrier::wait_while(
+            listen,
+            Barrier::E,
+            "load",
+            self.crew.names(),
+            &loading,
+            BLACKOUT_DEADLINE,
+            &mut self.recorder,
+        )?;
         if let Some(memory) = self.memory.take() {
             let begin = Instant::now();
             let bytes = memory.wait(BLACKOUT_DEADLINE)?;
@@ -214,6 +230,14 @@ impl Incoming {
             }
         }
         self.recorder.set_costs(costs::now().since(&self.before));
+        // Nobody waits for that, and a network that is not told learns from the guest's packets.
+        self.crew.send(|_| {
+            Box::new(|unit| {
+                if let Err(error) = unit.remote.announce() {
+                    tracing::warn!(%error, "a network is not told where the guest is");
+                }
+            })
+        });
         let timeline = self.recorder.side().clone();
         // The machine is here, whether the source hears it or not; it stays paused if it does not.
         if let Err(error) = self.say(&ToSource::Running { timeline, problem }) {
@@ -234,6 +258,9 @@ impl Incoming {
         let (next, word) = self.state.on(input);
         self.state = next;
         self.states.cut();
+        if let Some(unit) = self.units.first() {
+            unit.remote.give_up();
+        }
         if word.is_some() {
             if let Ok(cancel) = Cancel::new() {
                 self.link.set_cancel(cancel);

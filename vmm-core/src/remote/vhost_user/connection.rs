@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use migration::rings::MAX_REASON;
 use vhost::VhostBackend;
+use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as ProtocolError, Frontend};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -112,6 +113,21 @@ impl Connection {
         let result = self.call(message, call);
         self.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
         result
+    }
+
+    /// SEND_RARP, which is not answered: the back-end tells its network where the guest is.
+    pub(super) fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), VhostUserError> {
+        let message = "SEND_RARP";
+        let [a, b, c, d, e, f] = mac;
+        let body = [a, b, c, d, e, f, 0, 0];
+        let guard = self.watchdog.guard(&self.socket, self.deadline);
+        let result = send(&self.socket, FrontendReq::SEND_RARP as u32, &body, None);
+        let late = guard.has_fired();
+        drop(guard);
+        result.map_err(|error| {
+            let error = ProtocolError::SocketError(error);
+            self.explain(message, self.deadline, late, error.into())
+        })
     }
 
     /// Waits until everything sent before was taken: messages are handled in order.
