@@ -176,7 +176,11 @@ pub fn restore(
     let mut core: CoreState = from_blob(&state.core)?;
     let devices = std::mem::take(&mut core.devices);
     host.load_core(core)?;
-    super::destination::restore_devices(&subject.units, devices)
+    super::destination::restore_devices(&subject.units, &devices)?;
+    subject
+        .units
+        .iter()
+        .try_for_each(|unit| unit.take_up(false))
 }
 
 fn core_unit() -> Result<UnitId, MigrationError> {
