@@ -24,7 +24,7 @@ const DEADLINE: Duration = Duration::from_secs(240);
 
 /// Milliseconds that the guest's clock may be away from the host's, more than at first: what asking
 /// takes on a busy machine. It loses more when it stands still in a blackout, or in each of some.
-const CLOCK_MS: i64 = 500;
+const CLOCK_MS: i64 = 250;
 
 /// Puts the programs, which lie beside the folder of the tests' own, into a host.
 fn install(host: &mut Host) -> Result<()> {
