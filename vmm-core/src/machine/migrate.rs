@@ -370,6 +370,7 @@ impl Host for Machine {
     fn save_core(&mut self, devices: Vec<DeviceWiring>) -> Result<CoreState, MigrationError> {
         Ok(CoreState {
             running: self.is(State::Running),
+            clock_age_us: 0,
             vcpus: self.vcpus.each(VCPU_DEADLINE, |vcpu| vcpu.save())?,
             vm: self.vm.save()?,
             serial: self.platform.serial.save(),

@@ -103,7 +103,8 @@ struct Incoming {
     units: Vec<Arc<Unit>>,
     crew: Crew,
     states: StateSockets,
-    loading: Option<Receiver<Arrival<()>>>,
+    /// Since when devices load.
+    loading: Option<(Instant, Receiver<Arrival<()>>)>,
     memory: Option<RamReceiver>,
     /// Whether the machine ran at the source.
     running: bool,
@@ -149,7 +150,7 @@ impl Incoming {
                     self.before = costs::now();
                     let states = self.states.clone();
                     let load = move |number, unit: &Unit| states.load(number, unit);
-                    self.loading = Some(self.crew.each(load));
+                    self.loading = Some((Instant::now(), self.crew.each(load)));
                 }
                 (Destination::Receiving, ToDestination::Core(blob)) => self.load(&blob, host)?,
                 (Destination::Loaded, ToDestination::Commit) => return self.start(host),
@@ -175,7 +176,12 @@ impl Incoming {
     /// Loads everything that is left, up to barrier E.
     fn load(&mut self, blob: &Blob, host: &mut impl NewHost) -> Result<(), MigrationError> {
         let begin = Instant::now();
+        let (stopping, loading) = self.loading.take().ok_or(MigrationError::Unexpected {
+            said: "its state",
+            expected: "that it stops",
+        })?;
         let mut core: CoreState = from_blob(blob)?;
+        core.catch_up(stopping.elapsed());
         self.running = core.running;
         let devices = std::mem::take(&mut core.devices);
         host.load_core(core)?;
@@ -186,10 +192,6 @@ impl Incoming {
             .each(move |number, unit| Ok(unit.pci.restore(&devices[number].state)?));
         self.recorder
             .note("core", "load", begin, blob.payload.len() as u64);
-        let loading = self.loading.take().ok_or(MigrationError::Unexpected {
-            said: "its state",
-            expected: "that it stops",
-        })?;
         // A source that gives up meanwhile says so, or is gone.
         let listen = |_| match self.link.has_message() {
             false => Ok(()),

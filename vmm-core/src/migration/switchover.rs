@@ -134,9 +134,9 @@ impl Switchover {
 
     fn blackout(&mut self, host: &mut impl Host, state: &mut Source) -> Result<(), MigrationError> {
         self.say(&ToDestination::Stopping)?;
-        let begin = Instant::now();
+        let stopping = Instant::now();
         host.stop_vcpus()?;
-        self.recorder.note("core", Barrier::B.name(), begin, 0);
+        self.recorder.note("core", Barrier::B.name(), stopping, 0);
         if let Some(what) = host.pending_request() {
             return Err(MigrationError::Guest(what));
         }
@@ -152,7 +152,9 @@ impl Switchover {
         )?;
         self.send_dirty(|memory| Ok(memory.tracker.collect()?))?;
         let begin = Instant::now();
-        let core = to_blob(&host.save_core(devices)?)?;
+        let mut core = host.save_core(devices)?;
+        core.clock_age_us = micros(stopping.elapsed());
+        let core = to_blob(&core)?;
         let bytes = core.payload.len() as u64;
         self.say(&ToDestination::Core(core))?;
         self.recorder.note("core", "save", begin, bytes);

@@ -6,7 +6,7 @@ use kvm_bindings::{Msrs, Xsave, kvm_msr_entry, kvm_xsave};
 use migration::wire::same_frequency;
 
 use super::Vcpu;
-use crate::hypervisor::saved_state::VcpuSavedState;
+use crate::hypervisor::saved_state::{NestedState, VcpuSavedState};
 use crate::hypervisor::{HypervisorError, refused};
 
 /// More registers than any KVM lists: a longer saved list is refused.
@@ -72,7 +72,7 @@ impl Vcpu {
             .map_err(refused("set a vCPU's control registers"))?;
         if let Some(nested) = &state.nested {
             self.fd
-                .set_nested_state(nested)
+                .set_nested_state(&nested.0)
                 .map_err(refused("set the state of a guest's guest"))?;
         }
         self.fd
@@ -116,10 +116,11 @@ impl Vcpu {
         }
     }
 
-    fn save_nested(&self) -> Option<Box<KvmNestedStateBuffer>> {
+    fn save_nested(&self) -> Option<NestedState> {
         let mut nested = Box::new(KvmNestedStateBuffer::empty());
         // A KVM that runs no guests in guests has no such state.
-        self.fd.nested_state(&mut nested).ok().map(|_| nested)
+        let told = self.fd.nested_state(&mut nested);
+        told.ok().map(|_| NestedState(nested))
     }
 
     fn save_msrs(&self) -> Result<Vec<(u32, u64)>, HypervisorError> {
