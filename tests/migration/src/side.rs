@@ -46,6 +46,8 @@ pub struct Spec {
     pub options: Vec<(&'static str, u64)>,
     /// Flags of a migration.
     pub flags: Vec<&'static str>,
+    /// Mechanisms that both cores leave out.
+    pub without: Vec<String>,
 }
 
 impl Spec {
@@ -61,6 +63,7 @@ impl Spec {
             kind: Kind::Unix,
             options: Vec::new(),
             flags: Vec::new(),
+            without: Vec::new(),
         }
     }
 
@@ -161,6 +164,9 @@ impl Side {
             .option("--cmdline", spec.workload.to_string())
             .option("--cpus", spec.cpus.to_string())
             .option("--memory", format!("{}M", spec.memory_mib));
+        if !spec.without.is_empty() {
+            core = core.option("--without", spec.without.join(","));
+        }
         let mut devices = Vec::new();
         let disks = spec.disks.iter().map(|(image, queues)| {
             let queues = queues.to_string();

@@ -152,6 +152,7 @@ impl Machine {
             config.cpus,
             features,
             config.incoming,
+            config.without,
         );
         let mover = moving.watcher(ram.file());
         let devices_told = Devices::new(&backends, links);

@@ -30,6 +30,7 @@ use crate::migration::source::{self, Job, View};
 use crate::migration::status::{Outcome, Progress, Status, Verdict};
 use crate::migration::switchover::{Ended, Host, Switchover};
 use crate::migration::unit::Unit;
+use crate::migration::without::Without;
 
 /// How long a core whose machine has moved stays, so that its owner can hear it.
 const LINGER: Duration = Duration::from_secs(5);
@@ -97,6 +98,7 @@ pub(super) struct Moving {
     pub(super) core_writes: CoreWrites,
     pub(super) status: watch::Sender<Status>,
     pub(super) incoming: Option<Incoming>,
+    without: Without,
     active: bool,
 }
 
@@ -119,6 +121,7 @@ impl Moving {
         cpus: u32,
         cpu_features: Vec<CpuFeatures>,
         incoming: Option<Incoming>,
+        without: Without,
     ) -> Self {
         Self {
             place: Place::Here,
@@ -133,6 +136,7 @@ impl Moving {
                 ..Status::default()
             }),
             incoming,
+            without,
             active: false,
         }
     }
@@ -208,6 +212,7 @@ impl Machine {
             memory: Arc::clone(&self.memory),
             units: self.moving.units.clone(),
             definition: self.definition(),
+            without: self.moving.without.clone(),
             cancel,
         };
         let result = destination::receive(arriving, self);
@@ -268,6 +273,7 @@ impl Machine {
             },
             sockets: request.sockets,
             options: request.options,
+            without: self.moving.without.clone(),
             cancel: cancel.clone(),
             status: self.moving.status.clone(),
         };
