@@ -19,6 +19,7 @@ use vmm_core::machine::migrate::Incoming;
 use vmm_core::memory::HugePages;
 use vmm_core::migration::setup::Sockets;
 use vmm_core::migration::snapshot::Files;
+use vmm_core::migration::without::Mechanism;
 use vmm_core::remote::vhost_user::{Endpoint, VhostUserConfig};
 use vmm_core::transport::DeviceKind;
 
@@ -92,6 +93,9 @@ pub struct Options {
     /// control=N|snapshot=N[,ram=N]…[,state=ID:N]…[,memory=N], all inherited descriptors
     #[arg(long, value_name = "FROM", conflicts_with = "paused")]
     incoming: Option<String>,
+    /// Mechanisms that its migrations leave out, for benchmarks: early-map, parallel, channels
+    #[arg(long, hide = true, value_name = "LIST", value_delimiter = ',')]
+    without: Vec<Mechanism>,
     /// Does not start the guest before it is resumed
     #[arg(long)]
     pub paused: bool,
@@ -143,6 +147,7 @@ impl Options {
                 Some(text) => Some(incoming(text).with_context(|| format!("--incoming {text}"))?),
                 None => None,
             },
+            without: self.without.into_iter().collect(),
         };
         Ok((config, owner))
     }

@@ -41,6 +41,9 @@ pub enum Bench {
         /// Moves of each.
         #[arg(long, default_value_t = 10)]
         runs: usize,
+        /// Moves each machine also without each of these: early-map, parallel, channels.
+        #[arg(long, value_name = "LIST", value_delimiter = ',')]
+        without: Vec<String>,
         /// Writes the timeline of a typical move here, for Perfetto's viewer.
         #[arg(long, value_name = "FILE")]
         trace: Option<PathBuf>,
@@ -66,6 +69,7 @@ pub fn bench(bench: Bench) -> Result<()> {
         Bench::Switchover {
             preset,
             runs,
+            without,
             trace,
             svg,
             json,
@@ -74,6 +78,7 @@ pub fn bench(bench: Bench) -> Result<()> {
             let switchover = Switchover {
                 preset,
                 runs,
+                without,
                 trace,
                 svg,
             };

@@ -51,6 +51,8 @@ pub struct Spec {
     pub options: Vec<(&'static str, u64)>,
     /// Flags of a migration.
     pub flags: Vec<&'static str>,
+    /// Mechanisms that both cores leave out.
+    pub without: Vec<String>,
 }
 
 impl Spec {
@@ -68,6 +70,7 @@ impl Spec {
             kind: Kind::Unix,
             options: Vec::new(),
             flags: Vec::new(),
+            without: Vec::new(),
         }
     }
 
@@ -171,6 +174,9 @@ impl Side {
             .option("--cmdline", spec.workload.to_string())
             .option("--cpus", spec.cpus.to_string())
             .option("--memory", format!("{}M", spec.memory_mib));
+        if !spec.without.is_empty() {
+            core = core.option("--without", spec.without.join(","));
+        }
         let recipes = Recipe::all(spec, folder.path())?;
         let arrives = matches!(from, Origin::Other(..));
         let devices = recipes.iter().map(|recipe| recipe.start(arrives));

@@ -159,6 +159,7 @@ impl Machine {
             features,
             tsc,
             config.incoming,
+            config.without,
         );
         let mover = moving.watcher(ram.file());
         let devices_told = Devices::new(&backends, links);

@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use super::migrate::Incoming;
 use crate::memory::HugePages;
+use crate::migration::without::Without;
 use crate::remote::vhost_user::{Endpoint, VhostUserConfig};
 
 /// Most vCPUs of a machine.
@@ -43,6 +44,8 @@ pub struct MachineConfig {
     pub kvm: KvmSource,
     /// Where it comes from, if it is not booted.
     pub incoming: Option<Incoming>,
+    /// What its migrations leave out.
+    pub without: Without,
 }
 
 /// A file that is put into memory.

@@ -30,6 +30,7 @@ use crate::migration::source::{self, Job, View};
 use crate::migration::status::{Outcome, Progress, Status, Verdict};
 use crate::migration::switchover::{Ended, Host, Switchover};
 use crate::migration::unit::Unit;
+use crate::migration::without::Without;
 
 /// How long a core whose machine has moved stays, so that its owner can hear it.
 const LINGER: Duration = Duration::from_secs(5);
@@ -98,6 +99,7 @@ pub(super) struct Moving {
     pub(super) core_writes: CoreWrites,
     pub(super) status: watch::Sender<Status>,
     pub(super) incoming: Option<Incoming>,
+    without: Without,
     active: bool,
 }
 
@@ -121,6 +123,7 @@ impl Moving {
         cpu_features: Vec<CpuFeatures>,
         tsc: Option<Tsc>,
         incoming: Option<Incoming>,
+        without: Without,
     ) -> Self {
         Self {
             place: Place::Here,
@@ -136,6 +139,7 @@ impl Moving {
                 ..Status::default()
             }),
             incoming,
+            without,
             active: false,
         }
     }
@@ -211,6 +215,7 @@ impl Machine {
             memory: Arc::clone(&self.memory),
             units: self.moving.units.clone(),
             definition: self.definition(),
+            without: self.moving.without.clone(),
             cancel,
         };
         let result = destination::receive(arriving, self);
@@ -272,6 +277,7 @@ impl Machine {
             },
             sockets: request.sockets,
             options: request.options,
+            without: self.moving.without.clone(),
             cancel: cancel.clone(),
             status: self.moving.status.clone(),
         };

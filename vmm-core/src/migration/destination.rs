@@ -27,6 +27,7 @@ use super::saved_state::{CoreState, DeviceWiring, WiringState, from_blob};
 use super::setup::Sockets;
 use super::switchover::StateSockets;
 use super::unit::{Crew, Unit};
+use super::without::{Mechanism, Without};
 use super::{ANSWER_DEADLINE, BLACKOUT_DEADLINE, LAST_WORD_DEADLINE, MigrationError};
 use crate::costs;
 use crate::memory::Memory;
@@ -54,6 +55,8 @@ pub struct Arriving {
     pub units: Vec<Arc<Unit>>,
     /// What the machine is.
     pub definition: Definition,
+    /// What is left out.
+    pub without: Without,
     /// Ends it.
     pub cancel: Cancel,
 }
@@ -66,16 +69,19 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
         shared_memory,
         units,
         definition,
+        without,
         cancel,
     } = arriving;
     let states = sockets.take_states(&units, shared_memory)?;
-    let states = StateSockets::new(states).map_err(system("a copy of a device's socket"))?;
+    let states =
+        StateSockets::new(states, &without).map_err(system("a copy of a device's socket"))?;
     let mut incoming = Incoming {
         link: Link::new(sockets.control, cancel),
         state: Destination::Receiving,
         recorder: Recorder::start(),
-        crew: Crew::start(&units).map_err(system("a thread for a device"))?,
+        crew: Crew::start(&units, &without).map_err(system("a thread for a device"))?,
         units,
+        without,
         states,
         loading: None,
         memory: None,
@@ -101,6 +107,7 @@ struct Incoming {
     state: Destination,
     recorder: Recorder,
     units: Vec<Arc<Unit>>,
+    without: Without,
     crew: Crew,
     states: StateSockets,
     /// Since when devices load.
@@ -168,8 +175,10 @@ impl Incoming {
         let wiring: WiringState = from_blob(blob)?;
         restore_devices(&self.units, &wiring.devices)?;
         self.recorder.note("core", "wire", begin, 0);
-        let wired = self.crew.each(|_, unit| Ok(unit.pci.wire_ahead()?));
-        self.meet(Barrier::A, "wire", &wired)?;
+        if !self.without.has(Mechanism::EarlyMap) {
+            let wired = self.crew.each(|_, unit| Ok(unit.pci.wire_ahead()?));
+            self.meet(Barrier::A, "wire", &wired)?;
+        }
         self.say(&ToSource::Ready)
     }
 

@@ -14,6 +14,7 @@
 //! | [`destination`] | the other side |
 //! | [`snapshot`] | the same, to files and from them |
 //! | [`status`] | what the owner sees of it |
+//! | [`without`] | mechanisms left out, for benchmarks |
 //!
 //! ```text
 //! source thread     Hello ─ copy ─ copy ─ … ─ predicted blackout short, ▮A ─┐
@@ -43,6 +44,7 @@ pub mod source;
 pub mod status;
 pub mod switchover;
 pub mod unit;
+pub mod without;
 
 use std::time::Duration;
 

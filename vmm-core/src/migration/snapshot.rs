@@ -29,6 +29,7 @@ use super::saved_state::{CoreState, from_blob, to_blob};
 use super::setup::Sockets;
 use super::switchover::{Host, StateSockets};
 use super::unit::{Crew, Unit};
+use super::without::Without;
 use super::{BLACKOUT_DEADLINE, MigrationError};
 use crate::hypervisor::MemorySlots;
 use crate::memory::Memory;
@@ -88,7 +89,8 @@ impl From<FrameError> for MigrationError {
 
 /// Writes the machine, and lets it go on if it ran.
 pub fn take(files: Files, subject: &Subject, host: &mut impl Host) -> Result<(), MigrationError> {
-    let crew = Crew::start(&subject.units).map_err(system("a thread for a device"))?;
+    let crew = Crew::start(&subject.units, &Without::default())
+        .map_err(system("a thread for a device"))?;
     let result = write(files, subject, &crew, host);
     if host.ran() {
         let resumed = crew.each(|_, unit| Ok(unit.pci.resume()?));
@@ -159,7 +161,8 @@ pub fn restore(
     if !reasons.is_empty() {
         return Err(MigrationError::Refused { reasons });
     }
-    let crew = Crew::start(&subject.units).map_err(system("a thread for a device"))?;
+    let crew = Crew::start(&subject.units, &Without::default())
+        .map_err(system("a thread for a device"))?;
     let loaded = crew.each(move |number, unit| states.load(number, unit));
     let memory = RamReceiver::start(ram, &subject.memory.guest())?;
     let recorder = &mut Recorder::start();
@@ -198,7 +201,8 @@ fn split(
         states: files.states,
     };
     let states = sockets.take_states(&subject.units, false)?;
-    let states = StateSockets::new(states).map_err(system("a copy of a device's file"))?;
+    let states = StateSockets::new(states, &Without::default())
+        .map_err(system("a copy of a device's file"))?;
     Ok((sockets.control, sockets.ram, states))
 }
 

@@ -26,6 +26,7 @@ use super::setup::{MigrateOptions, Sockets};
 use super::status::{Progress, Status};
 use super::switchover::{StateSockets, Switchover};
 use super::unit::{Crew, Unit};
+use super::without::Without;
 use super::{
     ALIVE_EVERY, ANSWER_DEADLINE, LAST_WORD_DEADLINE, MigrationError, READY_DEADLINE, READY_STEP,
 };
@@ -61,6 +62,8 @@ pub struct Job {
     pub sockets: Sockets,
     /// How.
     pub options: MigrateOptions,
+    /// And how not.
+    pub without: Without,
     /// Ends it.
     pub cancel: Cancel,
     /// Where its progress is seen.
@@ -74,6 +77,7 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
         view,
         mut sockets,
         options,
+        without,
         cancel,
         status,
     } = job;
@@ -85,7 +89,8 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
             device: unit.id.clone(),
         });
     }
-    let states = StateSockets::new(states).map_err(system("a copy of a device's socket"))?;
+    let states =
+        StateSockets::new(states, &without).map_err(system("a copy of a device's socket"))?;
     let mut source = Source {
         link: Link::new(sockets.control, cancel.clone()),
         recorder: Recorder::start(),
@@ -94,6 +99,7 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
         around: Around::default(),
         view,
         options,
+        without,
         cancel,
         status,
         ready: false,
@@ -153,6 +159,7 @@ struct Source {
     view: View,
     link: Link,
     options: MigrateOptions,
+    without: Without,
     cancel: Cancel,
     status: watch::Sender<Status>,
     recorder: Recorder,
@@ -197,7 +204,8 @@ impl Source {
             other => return Err(unexpected(other, "a welcome")),
         }
         self.recorder.note("core", "negotiate", self.began, 0);
-        let crew = Crew::start(&self.view.units).map_err(system("a thread for a device"))?;
+        let crew = Crew::start(&self.view.units, &self.without)
+            .map_err(system("a thread for a device"))?;
         if !self.options.shared_memory {
             let units = self.view.units.iter();
             let logs = units.map(|unit| unit.remote.start_log());

@@ -10,6 +10,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,6 +29,7 @@ use super::saved_state::{CoreState, DeviceWiring, to_blob};
 use super::source::{MovingMemory, View, say_last, unexpected};
 use super::status::Status;
 use super::unit::{Crew, Unit, arrive};
+use super::without::{Mechanism, Turns, Without};
 use super::{BLACKOUT_DEADLINE, MigrationError};
 use crate::costs;
 use crate::remote::vhost_user::StateDirection;
@@ -328,7 +330,11 @@ impl Switchover {
 /// The sockets from device to device. A copy of each is kept here until its device has saved, so
 /// that a device that waits for a silent twin can be made to stop waiting.
 #[derive(Clone)]
-pub(super) struct StateSockets(Arc<Mutex<Vec<Option<Pair>>>>);
+pub(super) struct StateSockets {
+    pairs: Arc<Mutex<Vec<Option<Pair>>>>,
+    /// Without [`Mechanism::Channels`]: who may use the cores' only way.
+    turns: Option<Arc<Turns>>,
+}
 
 struct Pair {
     given: Option<OwnedFd>,
@@ -336,7 +342,7 @@ struct Pair {
 }
 
 impl StateSockets {
-    pub(super) fn new(sockets: Vec<Option<OwnedFd>>) -> io::Result<Self> {
+    pub(super) fn new(sockets: Vec<Option<OwnedFd>>, without: &Without) -> io::Result<Self> {
         let pair = |socket: OwnedFd| {
             Ok(Pair {
                 kept: socket.try_clone()?,
@@ -346,13 +352,16 @@ impl StateSockets {
         let pairs = sockets
             .into_iter()
             .map(|socket| socket.map(pair).transpose());
-        Ok(Self(Arc::new(Mutex::new(
-            pairs.collect::<io::Result<_>>()?,
-        ))))
+        let pairs = pairs.collect::<io::Result<_>>()?;
+        let turns = without.has(Mechanism::Channels);
+        Ok(Self {
+            pairs: Arc::new(Mutex::new(pairs)),
+            turns: turns.then(Arc::default),
+        })
     }
 
     fn pairs(&self) -> MutexGuard<'_, Vec<Option<Pair>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stops every device, and lets it save at once; each arrives twice.
@@ -390,6 +399,42 @@ impl StateSockets {
     }
 
     fn transfer(
+        &self,
+        number: usize,
+        unit: &Unit,
+        direction: StateDirection,
+    ) -> Result<(), MigrationError> {
+        match &self.turns {
+            None => self.straight(number, unit, direction),
+            Some(turns) => turns.take(number, BLACKOUT_DEADLINE, || {
+                self.through_cores(number, unit, direction)
+            }),
+        }
+    }
+
+    /// As without channels of its own: both cores pass the device's state on.
+    fn through_cores(
+        &self,
+        number: usize,
+        unit: &Unit,
+        direction: StateDirection,
+    ) -> Result<(), MigrationError> {
+        let given = self.pairs()[number].as_mut().and_then(|p| p.given.take());
+        if given.is_none() {
+            return Ok(());
+        }
+        let (ours, theirs) = UnixStream::pair().map_err(system("a device's socket"))?;
+        let mut file = match unit.remote.transfer_state(direction, theirs.into())? {
+            Some(file) => file,
+            None => OwnedFd::from(ours).into(),
+        };
+        self.relay(number, &mut file, direction)?;
+        // The device sees the end.
+        drop(file);
+        Ok(unit.remote.check_state(BLACKOUT_DEADLINE)?)
+    }
+
+    fn straight(
         &self,
         number: usize,
         unit: &Unit,

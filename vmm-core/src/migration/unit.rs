@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use super::MigrationError;
 use super::barrier::Arrival;
+use super::without::{Mechanism, Without};
 use crate::remote::vhost_user::VhostUserDevice;
 use crate::transport::VirtioPciDevice;
 
@@ -57,33 +58,42 @@ impl Unit {
 type Job = Box<dyn FnOnce(&Unit) + Send>;
 
 struct Worker {
-    jobs: Sender<Job>,
+    jobs: Sender<(Arc<Unit>, Job)>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// A thread for each device.
 pub struct Crew {
     names: Vec<String>,
+    units: Vec<Arc<Unit>>,
     workers: Vec<Worker>,
 }
 
 impl Crew {
-    /// Starts the threads.
-    pub fn start(units: &[Arc<Unit>]) -> io::Result<Self> {
+    /// Starts the threads; without [`Mechanism::Parallel`] one for all devices.
+    pub fn start(units: &[Arc<Unit>], without: &Without) -> io::Result<Self> {
         let start = |unit: &Arc<Unit>| {
-            let (jobs, inbox) = channel::<Job>();
-            let unit = Arc::clone(unit);
+            let (jobs, inbox) = channel::<(Arc<Unit>, Job)>();
             let thread = thread::Builder::new()
                 .name(format!("move-{}", unit.id))
-                .spawn(move || inbox.into_iter().for_each(|job| job(&unit)))?;
+                .spawn(move || inbox.into_iter().for_each(|(unit, job)| job(&unit)))?;
             Ok(Worker {
                 jobs,
                 thread: Some(thread),
             })
         };
+        let threads = if without.has(Mechanism::Parallel) {
+            units.len().min(1)
+        } else {
+            units.len()
+        };
         Ok(Self {
             names: units.iter().map(|unit| unit.id.clone()).collect(),
-            workers: units.iter().map(start).collect::<io::Result<_>>()?,
+            units: units.to_vec(),
+            workers: units[..threads]
+                .iter()
+                .map(start)
+                .collect::<io::Result<_>>()?,
         })
     }
 
@@ -94,9 +104,10 @@ impl Crew {
 
     /// Lets the thread of each device do what `job` makes for its number, all at once.
     pub fn send(&self, mut job: impl FnMut(usize) -> Job) {
-        for (number, worker) in self.workers.iter().enumerate() {
+        let workers = self.workers.iter().cycle();
+        for ((number, unit), worker) in self.units.iter().enumerate().zip(workers) {
             // A thread that is gone shows as a device that does not arrive.
-            let _ = worker.jobs.send(job(number));
+            let _ = worker.jobs.send((Arc::clone(unit), job(number)));
         }
     }
 

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 
 use crate::peer::qemu;
 use crate::report::Report;
-use presets::{Plan, Who};
+use presets::{Plan, Subject, Who};
 
 /// Milliseconds of a stop that are wanted, of ours and of QEMU alike.
 pub(crate) const MAX_DOWNTIME_MS: u64 = 300;
@@ -48,6 +48,8 @@ pub struct Switchover {
     pub preset: SwitchoverPreset,
     /// Moves of each.
     pub runs: usize,
+    /// Mechanisms: ours move without each of them, too.
+    pub without: Vec<String>,
     /// Where the timeline of a move goes, for Perfetto's viewer.
     pub trace: Option<PathBuf>,
     /// Where a picture of it goes.
@@ -73,6 +75,7 @@ impl Switchover {
     pub fn run(&self) -> Result<Report> {
         let folder = TempDir::new()?;
         let Plan { subjects, judge } = presets::plan(self.preset, folder.path())?;
+        let subjects = presets::leave_out(subjects, &self.without);
         let name = self.preset.to_possible_value();
         let name = name.map_or_else(String::new, |name| name.get_name().to_owned());
         let mut report = Report::new("switchover", name);
@@ -105,14 +108,21 @@ impl Switchover {
             }
         }
         for (subject, moves) in subjects.iter().zip(&moves) {
-            summarise(&mut report, subject.name, moves);
+            summarise(&mut report, &subject.name, moves);
         }
         judge(&mut report);
-        // The last of ours has the most devices.
-        let ours = moves
-            .iter()
-            .rfind(|moves| moves.iter().any(|m| m.report.is_some()));
-        if let Some(typical) = ours.and_then(|moves| typical(moves)) {
+        for Subject { name, .. } in &subjects {
+            for mechanism in &self.without {
+                let without = format!("{name} without {mechanism}: gap");
+                let ratio = format!("{name} without {mechanism} to with it, gap");
+                report.compare(ratio, &without, &format!("{name}: gap"));
+            }
+        }
+        // The last of ours, with all mechanisms, has the most devices.
+        let ours = subjects.iter().zip(&moves).rfind(
+            |(subject, _)| matches!(&subject.who, Who::Godwit(spec) if spec.without.is_empty()),
+        );
+        if let Some(typical) = ours.and_then(|(_, moves)| typical(moves)) {
             self.draw(typical)?;
         }
         Ok(report)

@@ -24,7 +24,7 @@ pub(super) struct Plan {
 }
 
 pub(super) struct Subject {
-    pub name: &'static str,
+    pub name: String,
     pub who: Who,
 }
 
@@ -143,13 +143,35 @@ const DIRTY: [(&str, &str, u64, u32, u32); 4] = [
     ),
 ];
 
-fn godwit(name: &'static str, spec: Spec) -> Subject {
-    let who = Who::Godwit(spec);
-    Subject { name, who }
+fn godwit(name: &str, spec: Spec) -> Subject {
+    Subject {
+        name: name.into(),
+        who: Who::Godwit(spec),
+    }
+}
+
+/// Each of ours once more, without each of `mechanisms`, beside the one with all.
+pub(super) fn leave_out(subjects: Vec<Subject>, mechanisms: &[String]) -> Vec<Subject> {
+    let mut all = Vec::new();
+    for subject in subjects {
+        let Who::Godwit(spec) = &subject.who else {
+            all.push(subject);
+            continue;
+        };
+        let without = mechanisms.iter().map(|mechanism| {
+            let mut spec = spec.clone();
+            spec.without = vec![mechanism.clone()];
+            godwit(&format!("{} without {mechanism}", subject.name), spec)
+        });
+        let without: Vec<_> = without.collect();
+        all.push(subject);
+        all.extend(without);
+    }
+    all
 }
 
 /// QEMU with the machine of `spec`.
-fn qemu(name: &'static str, spec: &Spec, disks: Disks, channels: usize) -> Subject {
+fn qemu(name: &str, spec: &Spec, disks: Disks, channels: usize) -> Subject {
     let blk = spec.disks.iter().cloned();
     let net = spec.nics.iter().cloned();
     let machine = Machine {
@@ -162,8 +184,10 @@ fn qemu(name: &'static str, spec: &Spec, disks: Disks, channels: usize) -> Subje
             .collect(),
         disks,
     };
-    let who = Who::Qemu(machine, channels);
-    Subject { name, who }
+    Subject {
+        name: name.into(),
+        who: Who::Qemu(machine, channels),
+    }
 }
 
 /// The ratio of two medians, which is to be at most `goal`.
