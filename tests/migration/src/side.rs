@@ -38,6 +38,8 @@ pub struct Spec {
     pub disks: Vec<(PathBuf, u16)>,
     /// Network cards: tap and queue pairs.
     pub nics: Vec<(String, u16)>,
+    /// Whether it has a balloon.
+    pub balloon: bool,
     /// Memory channels.
     pub channels: usize,
     /// What carries a migration.
@@ -57,6 +59,7 @@ impl Spec {
             memory_mib: 64,
             disks: Vec::new(),
             nics: Vec::new(),
+            balloon: false,
             channels: 2,
             kind: Kind::Unix,
             options: Vec::new(),
@@ -69,6 +72,7 @@ impl Spec {
         let disks = (0..self.disks.len()).map(|n| format!("disk{n}"));
         disks
             .chain((0..self.nics.len()).map(|n| format!("net{n}")))
+            .chain(self.balloon.then(|| "balloon".to_owned()))
             .collect()
     }
 }
@@ -181,7 +185,9 @@ impl Side {
             ];
             ("net", options)
         });
-        for (id, (kind, options)) in spec.ids().iter().zip(disks.chain(nics)) {
+        let balloon = spec.balloon.then(|| ("balloon", Vec::new()));
+        let devices_of_ours = disks.chain(nics).chain(balloon);
+        for (id, (kind, options)) in spec.ids().iter().zip(devices_of_ours) {
             let socket = folder.path().join(id);
             let listener = UnixListener::bind(&socket).context("no socket for a device")?;
             let mut launch = Launch::new(&program(&format!("godwit-{kind}"))?);
@@ -190,8 +196,14 @@ impl Side {
             for (option, value) in options {
                 launch = launch.option(option, value);
             }
+            let mut value = format!("{kind},socket={},id={id}", socket.display());
+            if kind == "balloon" {
+                let (ours, theirs) = UnixStream::pair().context("no link")?;
+                let number = launch.inherit(theirs.into());
+                launch = launch.option("--control-fd", number.to_string());
+                write!(value, ",control-fd={}", core.inherit(ours.into()))?;
+            }
             devices.push(launch.start()?);
-            let value = format!("{kind},socket={},id={id}", socket.display());
             core = core.option("--vhost-user", value);
         }
         let from = match from {
@@ -323,10 +335,27 @@ impl Side {
     }
 
     /// The file that is its memory.
-    fn memory(&self) -> Result<OwnedFd> {
+    pub fn memory(&self) -> Result<OwnedFd> {
         self.call(async |connection| {
             let mover = MigrationProxy::new(connection).await?;
             Ok(mover.memory().await?.into())
+        })
+    }
+
+    /// Asks for a balloon of so many bytes.
+    pub fn set_balloon_target(&self, bytes: u64) -> Result<()> {
+        self.call(async |connection| {
+            let core = CoreProxy::new(connection).await?;
+            Ok(core.set_balloon_target("balloon", bytes).await?)
+        })
+    }
+
+    /// How large its balloon is to be, and is.
+    pub fn balloon(&self) -> Result<(u64, u64)> {
+        self.call(async |connection| {
+            let core = CoreProxy::new(connection).await?;
+            let (target, actual, _) = core.balloon("balloon").await?;
+            Ok((target, actual))
         })
     }
 
@@ -429,6 +458,8 @@ pub struct Done {
     pub blocks: (u64, u64),
     /// Packets sent, and answers.
     pub packets: (u64, u64),
+    /// What was done with a balloon.
+    pub balloon: Option<Report>,
 }
 
 /// Waits for the end of the guest's work, which must have gone well.
@@ -457,6 +488,7 @@ pub fn finish(mut side: Side) -> Result<Done> {
                     done.packets.0 += sent;
                     done.packets.1 += received;
                 }
+                Report::Balloon { end: true, .. } => done.balloon = Some(*report),
                 Report::Verify { pages: checked, .. } => done.pages += checked,
                 Report::Done { ok, .. } => return Some(ok),
                 _ => {}

@@ -135,6 +135,7 @@ impl Machine {
 
         let console = Console::start(&config.serial, &platform.serial, &platform.output)?;
         let (links, changes) = DeviceLinks::new();
+        let links = Arc::new(links);
         for (device, socket) in config.links {
             links
                 .attach(&device, socket)
@@ -152,6 +153,7 @@ impl Machine {
             config.cpus,
             features,
             config.incoming,
+            &links,
         );
         let mover = moving.watcher(ram.file());
         let devices_told = Devices::new(&backends, links);

@@ -30,6 +30,7 @@ use crate::migration::source::{self, Job, View};
 use crate::migration::status::{Outcome, Progress, Status, Verdict};
 use crate::migration::switchover::{Ended, Host, Switchover};
 use crate::migration::unit::Unit;
+use crate::remote::device1::DeviceLinks;
 
 /// How long a core whose machine has moved stays, so that its owner can hear it.
 const LINGER: Duration = Duration::from_secs(5);
@@ -95,6 +96,7 @@ pub(super) struct Moving {
     pub(super) cpus: u32,
     pub(super) cpu_features: Vec<CpuFeatures>,
     pub(super) core_writes: CoreWrites,
+    links: Arc<DeviceLinks>,
     pub(super) status: watch::Sender<Status>,
     pub(super) incoming: Option<Incoming>,
     active: bool,
@@ -119,6 +121,7 @@ impl Moving {
         cpus: u32,
         cpu_features: Vec<CpuFeatures>,
         incoming: Option<Incoming>,
+        links: &Arc<DeviceLinks>,
     ) -> Self {
         Self {
             place: Place::Here,
@@ -128,6 +131,7 @@ impl Moving {
             cpus,
             cpu_features,
             core_writes: CoreWrites::default(),
+            links: Arc::clone(links),
             status: watch::channel(Status::default()).0,
             incoming,
             active: false,
@@ -251,6 +255,7 @@ impl Machine {
                 units: self.moving.units.clone(),
                 definition: self.definition(),
                 core_writes: self.moving.core_writes.clone(),
+                links: Arc::clone(&self.moving.links),
                 throttle: self.vcpus.throttle(),
             },
             sockets: request.sockets,

@@ -23,6 +23,7 @@ use tokio::sync::watch;
 
 use super::barrier::{self, Arrival, Barrier};
 use super::error::system;
+use super::free_pages::FreePages;
 use super::saved_state::{CoreState, DeviceWiring, to_blob};
 use super::source::{MovingMemory, View, say_last, unexpected};
 use super::status::Status;
@@ -53,6 +54,7 @@ pub struct Switchover {
     pub(super) states: StateSockets,
     pub(super) recorder: Recorder,
     pub(super) report: Report,
+    pub(super) free_pages: FreePages,
     pub(super) view: View,
     pub(super) cancel: Cancel,
     /// How long the blackout may last before it is given up.
@@ -106,6 +108,9 @@ impl Switchover {
                 );
                 self.go_back(host);
             }
+        }
+        if state == Source::Gone {
+            self.free_pages.moved();
         }
         self.report.source = self.recorder.side().clone();
         Ended {

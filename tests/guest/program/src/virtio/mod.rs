@@ -1,5 +1,6 @@
-//! Virtio 1.2 drivers: the PCI transport, split virtqueues, and the two device types.
+//! Virtio 1.2 drivers: the PCI transport, split virtqueues, and the three device types.
 
+pub mod balloon;
 pub mod blk;
 pub mod net;
 pub mod queue;

@@ -50,6 +50,7 @@ mod status {
 pub enum Kind {
     Net,
     Block,
+    Balloon,
 }
 
 /// The kind of a PCI function, if it is a virtio device that this program drives.
@@ -60,6 +61,7 @@ pub fn kind_of(function: &Function) -> Option<Kind> {
     match function.device {
         0x1000 | 0x1041 => Some(Kind::Net),
         0x1001 | 0x1042 => Some(Kind::Block),
+        0x1002 | 0x1045 => Some(Kind::Balloon),
         _ => None,
     }
 }
@@ -202,6 +204,11 @@ impl Transport {
             fail("virtio-no-config", offset, 0, Text::new(""));
         }
         mmio::read(self.config + offset)
+    }
+
+    /// Writes a field of the device's own configuration.
+    pub fn set_config<T: mmio::Word>(&self, offset: u64, value: T) {
+        mmio::write(self.config + offset, value);
     }
 
     /// Makes and enables one virtqueue, whose interrupts go to `vector` at `target`.
