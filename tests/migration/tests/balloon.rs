@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use test_framework::console::Line;
 use test_framework::machine::DEADLINE;
 use test_guest::{BalloonMode, Report, Workload};
 use test_machine::work;
@@ -50,8 +51,13 @@ fn a_hundred_times(cpus: u32) -> Result<()> {
     spec.options = vec![("max-downtime-ms", 100)];
     spec.flags = vec!["auto-converge"];
     let mut side = Side::boot(&spec)?;
-    for _ in 0..100 {
+    for number in 0..100 {
         beat_on(&mut side)?;
+        // Said here, or never: the next side has a console of its own.
+        let wrong = |line: &&Line| line.text.starts_with("@badpage");
+        if let Some(line) = side.console.history().iter().find(wrong) {
+            bail!("after {number} moves: {}", line.text);
+        }
         side = side.move_on(&spec)?.side;
     }
     let done = finish(side)?;
