@@ -3,6 +3,7 @@
 //! All times are of one run on one machine; only ratios of the same run prove anything.
 
 mod boot;
+mod free_pages;
 mod bulk;
 mod machine;
 mod peer;
@@ -12,6 +13,7 @@ mod switchover;
 
 pub use boot::{Boot, BootPreset};
 pub use bulk::Bulk;
+pub use free_pages::{FreePages, FreePagesPreset};
 pub use report::{Goal, Report};
 pub use statistics::Summary;
 pub use switchover::{Switchover, SwitchoverPreset};

@@ -40,6 +40,8 @@ pub struct Spec {
     pub nics: Vec<(String, u16)>,
     /// Whether it has a balloon.
     pub balloon: bool,
+    /// Whether the core may ask the balloon, for its size and for free pages.
+    pub hints: bool,
     /// Memory channels.
     pub channels: usize,
     /// What carries a migration.
@@ -60,6 +62,7 @@ impl Spec {
             disks: Vec::new(),
             nics: Vec::new(),
             balloon: false,
+            hints: true,
             channels: 2,
             kind: Kind::Unix,
             options: Vec::new(),
@@ -195,7 +198,7 @@ impl Side {
                 launch = launch.option(option, value);
             }
             let mut value = format!("{kind},socket={},id={id}", socket.display());
-            if kind == "balloon" {
+            if kind == "balloon" && spec.hints {
                 let (ours, theirs) = UnixStream::pair().context("no link")?;
                 let number = launch.inherit(theirs.into());
                 launch = launch.option("--control-fd", number.to_string());
