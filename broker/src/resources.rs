@@ -185,7 +185,7 @@ impl DeviceResources {
                 descriptors: tap::open(&net.tap, net.queue_pairs)?,
                 identity: None,
             }),
-            DeviceKind::VhostUser(_) => Ok(Self::default()),
+            DeviceKind::Balloon(_) | DeviceKind::VhostUser(_) => Ok(Self::default()),
         }
     }
 }

@@ -129,6 +129,10 @@ pub enum Verb {
     /// Lists, shows and restarts devices
     #[command(subcommand)]
     Device(Device),
+    /// Shows a machine's memory balloon, or changes its size
+    ///
+    /// The guest follows by and by, as far as it can spare memory.
+    Balloon(Balloon),
     /// Prints what a machine's processes said
     Logs(Logs),
     /// Shows what machines and devices use, again and again
@@ -167,6 +171,7 @@ A definition file has these keys; paths are absolute:
   kernel, initrd, cmdline, vcpus, memory = \"1G\", hugepages, prefault, uuid
   [[disk]]        path, read-only, queues, serial, id
   [[net]]         tap, mac, queue-pairs, mtu, id
+  [[balloon]]     target = \"256M\", id
   [[vhost-user]]  type, socket, queues, tag, id")]
 pub struct Run {
     /// A definition file (TOML), in the place of the options that define a machine
@@ -230,6 +235,9 @@ pub struct Define {
         help = "A network card: tap:NAME[,mac=MAC][,queue-pairs=N][,mtu=N][,id=NAME]"
     )]
     pub net: Vec<Net>,
+    /// Gives the machine a memory balloon, by which its guest gives memory back
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
+    pub balloon: Option<Size>,
     /// Devices that other processes serve.
     #[arg(
         long,
@@ -443,6 +451,15 @@ pub enum Device {
         #[command(flatten)]
         wait: Wait,
     },
+}
+
+/// Shows a machine's memory balloon, or changes its size.
+#[derive(Debug, Args)]
+pub struct Balloon {
+    /// The machine
+    pub name: String,
+    /// How much memory the guest shall give to the host, with K, M, G or T
+    pub size: Option<Size>,
 }
 
 /// Prints what a machine's processes said.

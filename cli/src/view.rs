@@ -9,6 +9,8 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
+use crate::connection::Counters;
+
 /// A machine.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Machine {
@@ -30,6 +32,19 @@ pub struct Machine {
     pub job: Option<u32>,
     /// Its devices by order of their names.
     pub devices: Vec<Device>,
+}
+
+/// A memory balloon.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Balloon {
+    pub machine: String,
+    pub device: String,
+    /// Bytes that the host wants.
+    pub target_bytes: u64,
+    /// Bytes that the guest has given.
+    pub actual_bytes: u64,
+    /// What the guest says of its memory.
+    pub guest: Counters,
 }
 
 /// A device.

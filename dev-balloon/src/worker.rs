@@ -138,6 +138,11 @@ impl BalloonWorker {
         let held = state.ballooned.count();
         drop(state);
         self.shared.metrics.set_held(held);
+        // They are zero here, and shall be so wherever the guest looks at them.
+        for (first, pages) in &runs {
+            let len = usize::try_from(pages * PAGE).unwrap_or(usize::MAX);
+            queue.memory().mark_dirty(GuestAddress(first * PAGE), len);
+        }
         let pages = runs.iter().map(|(_, pages)| pages).sum();
         self.shared.metrics.deflated.inc_by(pages);
         queue.metrics().bytes_to_guest.inc_by(pages * PAGE);
@@ -204,6 +209,7 @@ impl BalloonWorker {
             let ranges: Vec<_> = self.chain.writable_ranges().collect();
             for (start, len) in ranges {
                 self.give_back(queue.memory(), start.0, len as u64);
+                queue.memory().mark_dirty(start, len);
                 bytes += len as u64;
             }
         }

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Subcommand;
-use test_bench::{Boot, BootPreset, Bulk, Report, Switchover, SwitchoverPreset};
+use test_bench::{
+    Boot, BootPreset, Bulk, FreePages, FreePagesPreset, Report, Switchover, SwitchoverPreset,
+};
 use test_framework::{network, programs};
 
 use crate::cargo;
@@ -27,6 +29,18 @@ pub enum Bench {
     /// How fast memory is copied, and how much slower its guest is meanwhile.
     Bulk {
         /// Runs of each.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// What it saves not to send pages that the guest does not use.
+    FreePages {
+        /// How much memory the machine has.
+        #[arg(long, value_enum, default_value = "1g")]
+        preset: FreePagesPreset,
+        /// Moves of each.
         #[arg(long, default_value_t = 5)]
         runs: usize,
         /// Prints one JSON object instead of a table.
@@ -66,6 +80,7 @@ pub fn bench(bench: Bench) -> Result<()> {
             print(&Boot { preset, runs }.run()?, json)
         }
         Bench::Bulk { runs, json } => print(&Bulk { runs }.run()?, json),
+        Bench::FreePages { preset, runs, json } => print(&FreePages { preset, runs }.run()?, json),
         Bench::Switchover {
             preset,
             runs,

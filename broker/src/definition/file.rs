@@ -81,6 +81,10 @@ fn device(device: &Device) -> (&'static str, Table) {
             }
             keys::NET
         }
+        DeviceKind::Balloon(balloon) => {
+            put(keys::TARGET, (i64::from(balloon.target_mib) << 20).into());
+            keys::BALLOON
+        }
         DeviceKind::VhostUser(other) => {
             put(keys::TYPE, other.kind.clone().into());
             put(keys::SOCKET, other.socket.clone().into());

@@ -98,6 +98,8 @@ pub enum DeviceKind {
     Disk(Disk),
     /// A network device of ours.
     Net(Net),
+    /// A memory balloon of ours.
+    Balloon(Balloon),
     /// A device of somebody else's back-end.
     VhostUser(VhostUser),
 }
@@ -128,6 +130,13 @@ pub struct Net {
     pub mtu: Option<u32>,
 }
 
+/// A memory balloon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Balloon {
+    /// MiB that the guest shall give from the beginning.
+    pub target_mib: u32,
+}
+
 /// A device of somebody else's back-end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VhostUser {
@@ -147,6 +156,7 @@ impl Device {
         match &self.kind {
             DeviceKind::Disk(_) => "blk",
             DeviceKind::Net(_) => "net",
+            DeviceKind::Balloon(_) => "balloon",
             DeviceKind::VhostUser(other) => &other.kind,
         }
     }
@@ -156,6 +166,7 @@ impl Device {
         match &self.kind {
             DeviceKind::Disk(disk) => disk.path.clone(),
             DeviceKind::Net(net) => format!("tap:{}", net.tap),
+            DeviceKind::Balloon(_) => String::new(),
             DeviceKind::VhostUser(other) => other.socket.clone(),
         }
     }
@@ -275,6 +286,7 @@ fn read(
             disk as fn(&mut Fields) -> Result<DeviceKind, DefinitionError>,
         ),
         (keys::NET, net),
+        (keys::BALLOON, balloon),
         (keys::VHOST_USER, vhost_user),
     ] {
         for (number, mut device) in fields.tables(list)?.into_iter().enumerate() {
@@ -292,6 +304,10 @@ fn read(
             device.finish(known_keys(list))?;
             definition.devices.push(Device { id, kind });
         }
+    }
+    let is_balloon = |device: &&Device| matches!(device.kind, DeviceKind::Balloon(_));
+    if definition.devices.iter().filter(is_balloon).count() > 1 {
+        return Err(fields.wrong(keys::BALLOON, None, "a machine has one at most"));
     }
     if definition.devices.len() > MAX_DEVICES {
         let problem = format!(
@@ -315,6 +331,7 @@ fn known_keys(list: &str) -> &'static [&'static str] {
             keys::SERIAL,
         ],
         keys::NET => &[keys::ID, keys::TAP, keys::MAC, keys::QUEUE_PAIRS, keys::MTU],
+        keys::BALLOON => &[keys::ID, keys::TARGET],
         keys::VHOST_USER => &[keys::ID, keys::TYPE, keys::SOCKET, keys::QUEUES, keys::TAG],
         _ => &[
             keys::KERNEL,
@@ -328,6 +345,7 @@ fn known_keys(list: &str) -> &'static [&'static str] {
             keys::AUTOSTART,
             keys::DISK,
             keys::NET,
+            keys::BALLOON,
             keys::VHOST_USER,
         ],
     }
@@ -352,6 +370,16 @@ fn net(fields: &mut Fields) -> Result<DeviceKind, DefinitionError> {
         mac: fields.text(keys::MAC, values::mac)?.unwrap_or_default(),
         queue_pairs: fields.integer(keys::QUEUE_PAIRS, 1, 32)?.unwrap_or(1),
         mtu: fields.integer(keys::MTU, 68, 65535)?,
+    }))
+}
+
+fn balloon(fields: &mut Fields) -> Result<DeviceKind, DefinitionError> {
+    let target = fields.size(keys::TARGET, values::size)?.unwrap_or(0);
+    let whole = target.is_multiple_of(1 << 20) && target <= *MEMORY.end();
+    let target_mib = u32::try_from(target >> 20).ok().filter(|_| whole);
+    let problem = || format!("{target} bytes: give whole MiB, 1T at most");
+    Ok(DeviceKind::Balloon(Balloon {
+        target_mib: target_mib.ok_or_else(|| fields.wrong(keys::TARGET, None, problem()))?,
     }))
 }
 

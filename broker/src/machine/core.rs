@@ -98,6 +98,7 @@ pub(super) fn add_device(program: &mut Program, device: &Device, endpoint: &str)
     let option = match &device.kind {
         DeviceKind::Disk(_) => format!("blk,{endpoint},id={id}"),
         DeviceKind::Net(net) => format!("net,{endpoint},id={id},mac={}", net.mac),
+        DeviceKind::Balloon(_) => format!("balloon,{endpoint},id={id}"),
         DeviceKind::VhostUser(other) => {
             let mut option = format!("{},{endpoint},id={id}", other.kind);
             if let Some(queues) = other.queues {

@@ -143,6 +143,7 @@ impl RunningDevice {
         let name = match &self.device.kind {
             DeviceKind::Disk(_) => "godwit-blk",
             DeviceKind::Net(_) => "godwit-net",
+            DeviceKind::Balloon(_) => "godwit-balloon",
             DeviceKind::VhostUser(_) => return Err(failed("its process is not ours".into())),
         };
         let mut program = Program {
@@ -189,6 +190,9 @@ impl RunningDevice {
                 if let Some(mtu) = net.mtu {
                     program.args(["--mtu", &mtu.to_string()]);
                 }
+            }
+            DeviceKind::Balloon(balloon) => {
+                program.args(["--target", &balloon.target_mib.to_string()]);
             }
             DeviceKind::VhostUser(_) => {}
         }

@@ -14,9 +14,11 @@
 //! | `device` | one device's process, and when it is tried again |
 //! | `state` | what a later broker needs to adopt it |
 //! | `statistics` | what its processes count and use |
+//! | `balloon` | memory that its guest gives |
 //! | `adopt` | taking over what a killed broker left |
 
 pub(crate) mod adopt;
+mod balloon;
 mod core;
 mod device;
 mod instance;

@@ -207,11 +207,12 @@ fn rename(definition: &mut Definition, paths: &HashMap<String, String>) {
     change(&mut definition.kernel);
     definition.initrd.iter_mut().for_each(change);
     for device in &mut definition.devices {
-        change(match &mut device.kind {
-            DeviceKind::Disk(disk) => &mut disk.path,
-            DeviceKind::Net(net) => &mut net.tap,
-            DeviceKind::VhostUser(other) => &mut other.socket,
-        });
+        match &mut device.kind {
+            DeviceKind::Disk(disk) => change(&mut disk.path),
+            DeviceKind::Net(net) => change(&mut net.tap),
+            DeviceKind::Balloon(_) => {}
+            DeviceKind::VhostUser(other) => change(&mut other.socket),
+        }
     }
 }
 

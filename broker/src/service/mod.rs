@@ -1,5 +1,6 @@
 //! The D-Bus objects, on what the broker knows.
 
+mod balloon;
 mod device;
 mod job;
 mod machine;
@@ -14,11 +15,13 @@ use zbus::connection::Builder;
 use zbus::fdo::ObjectManager;
 use zbus::{Connection, OwnedObjectPath};
 
+use self::balloon::BalloonObject;
 use self::device::DeviceObject;
 use self::job::{JobObject, MigrationObject};
 use self::machine::MachineObject;
 pub use self::manager::ManagerObject;
 use crate::broker::Broker;
+use crate::definition::DeviceKind;
 use crate::jobs::Job;
 use crate::machine::Machine;
 use crate::name::{DeviceId, MachineName};
@@ -27,6 +30,7 @@ use crate::publish::Change;
 type ManagerInterface = api::manager::Manager<ManagerObject>;
 type MachineInterface = api::machine::Machine<MachineObject>;
 type DeviceInterface = api::device::Device<DeviceObject>;
+type BalloonInterface = api::balloon::Balloon<BalloonObject>;
 type JobInterface = api::job::Job<JobObject>;
 type MigrationInterface = api::job_migration::JobMigration<MigrationObject>;
 
@@ -152,6 +156,10 @@ impl Published {
             let object = DeviceObject::new(&self.broker, machine, at);
             let Some(facts) = object.current() else { break };
             let place = path::device(name.as_str(), device.id.as_str());
+            if let DeviceKind::Balloon(_) = device.kind {
+                let balloon = BalloonObject::new(&self.broker, machine, at);
+                server.at(&place, api::balloon::Balloon(balloon)).await?;
+            }
             server.at(place, api::device::Device(object)).await?;
             self.devices.insert((name.clone(), device.id), (at, facts));
         }
@@ -163,6 +171,8 @@ impl Published {
         let mine = self.devices.keys().filter(|(machine, _)| machine == name);
         for (_, id) in mine.cloned().collect::<Vec<_>>() {
             let place = path::device(name.as_str(), id.as_str());
+            // False where there is none.
+            server.remove::<BalloonInterface, _>(&place).await?;
             server.remove::<DeviceInterface, _>(place).await?;
             self.devices.remove(&(name.clone(), id));
         }

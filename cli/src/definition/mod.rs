@@ -33,6 +33,10 @@ pub fn of_options(define: &Define) -> Result<Dictionary> {
     definition.put(key::PREFAULT, define.prefault.then_some(true));
     definition.list(key::DISK, &define.disk, disk)?;
     definition.list(key::NET, &define.net, net)?;
+    let balloon: Vec<_> = define.balloon.iter().collect();
+    definition.list(key::BALLOON, &balloon, |target| {
+        Ok(Device::from([(key::TARGET, target.0.into())]))
+    })?;
     definition.list(key::VHOST_USER, &define.vhost_user, vhost_user)?;
     Ok(definition.0)
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{Column, table};
 use crate::connection::Counters;
 use crate::value::Size;
-use crate::view::{Device, Job, Machine};
+use crate::view::{Balloon, Device, Job, Machine};
 
 /// Width of the names before values.
 const LABEL: usize = 11;
@@ -162,6 +162,28 @@ pub fn device(machine: &str, device: &Device, counters: &Counters) -> String {
     }
     let width = counters.keys().map(String::len).max().unwrap_or_default();
     for (at, (name, count)) in counters.iter().enumerate() {
+        let gap = if at == 0 { "\n" } else { "" };
+        text.push_str(&format!("{gap}  {name:>width$}: {count}\n"));
+    }
+    text
+}
+
+/// A memory balloon.
+pub fn balloon(balloon: &Balloon) -> String {
+    let mut text = format!("{}/{}\n", balloon.machine, balloon.device);
+    for (label, bytes) in [
+        ("Target", balloon.target_bytes),
+        ("Actual", balloon.actual_bytes),
+    ] {
+        text.push_str(&format!("  {label:>LABEL$}: {}\n", Size(bytes)));
+    }
+    let width = balloon
+        .guest
+        .keys()
+        .map(String::len)
+        .max()
+        .unwrap_or_default();
+    for (at, (name, count)) in balloon.guest.iter().enumerate() {
         let gap = if at == 0 { "\n" } else { "" };
         text.push_str(&format!("{gap}  {name:>width$}: {count}\n"));
     }

@@ -1,5 +1,6 @@
 //! The verbs, a file each.
 
+mod balloon;
 mod completions;
 mod console;
 mod control;
@@ -51,6 +52,7 @@ pub async fn run(options: Options) -> Result<()> {
         Verb::Console(console) => console::run(&find(IfAbsent::Fail).await?, console).await,
         Verb::Job(job) => job::run(&find(IfAbsent::Fail).await?, output, job).await,
         Verb::Device(device) => device::run(&find(IfAbsent::Fail).await?, output, device).await,
+        Verb::Balloon(verb) => balloon::run(&find(IfAbsent::Fail).await?, output, verb).await,
         Verb::Logs(logs) => logs::run(&find(IfAbsent::Fail).await?, logs).await,
         Verb::Top(top) => top::run(&find(IfAbsent::Fail).await?, output, top).await,
         Verb::Reload => reload::run(&find(IfAbsent::Fail).await?).await,

@@ -107,6 +107,17 @@ pub trait Control: Send + Sync + 'static {
         &self,
         device: &str,
     ) -> impl Future<Output = Result<DeviceStatus, Error>> + Send;
+    /// See [`CoreProxy::balloon`].
+    fn balloon(
+        &self,
+        device: &str,
+    ) -> impl Future<Output = Result<(u64, u64, BTreeMap<String, u64>), Error>> + Send;
+    /// See [`CoreProxy::set_balloon_target`].
+    fn set_balloon_target(
+        &self,
+        device: &str,
+        bytes: u64,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
     /// See [`CoreProxy::devices`]. Must not block.
     fn devices(&self) -> Vec<String>;
     /// See [`CoreProxy::attach_console`].
@@ -169,6 +180,20 @@ impl<C: Control> Core<C> {
     #[zbus(out_args("status"))]
     async fn device_status(&self, device: &str) -> Result<DeviceStatus, Error> {
         self.0.device_status(device).await
+    }
+
+    /// How large a balloon is: bytes that the host wants, bytes that the guest says it has given,
+    /// and what the guest says of its memory
+    /// ([`crate::balloon1::Balloon1Proxy::guest_statistics`]). Takes at most a second.
+    #[zbus(out_args("target", "actual", "statistics"))]
+    async fn balloon(&self, device: &str) -> Result<(u64, u64, BTreeMap<String, u64>), Error> {
+        self.0.balloon(device).await
+    }
+
+    /// Asks the guest to give so many bytes to the host, by a balloon: a multiple of 4096. Takes
+    /// at most a second; the guest gives them by and by.
+    async fn set_balloon_target(&self, device: &str, bytes: u64) -> Result<(), Error> {
+        self.0.set_balloon_target(device, bytes).await
     }
 
     /// Something in [`CoreProxy::device_status`] is new, other than counters; at most four times

@@ -14,6 +14,7 @@
 //! | `autostart` | boolean | start it with the broker; in files only | false |
 //! | `disk` | list of dictionaries | block devices | none |
 //! | `net` | list of dictionaries | network devices | none |
+//! | `balloon` | list of dictionaries | a memory balloon, one at most | none |
 //! | `vhost-user` | list of dictionaries | devices served by somebody else's process | none |
 //!
 //! Paths are absolute. Every device has an `id` (string, unique in the machine; by default
@@ -29,6 +30,7 @@
 //! | | `mac` | string | address of the guest's card | made of the machine's UUID |
 //! | | `queue-pairs` | integer | queue pairs, 1 to 32 | 1 |
 //! | | `mtu` | integer | MTU that the guest is told, 68 to 65535 | none |
+//! | `balloon` | `target` | integer or string | bytes that the guest shall give from the beginning, whole MiB | 0 |
 //! | `vhost-user` | `type` | string | kind of the device, as `fs` | must be given |
 //! | | `socket` | string | where its back-end listens | must be given |
 //! | | `queues` | integer | virtqueues, 1 to 64 | the back-end's |
@@ -58,6 +60,8 @@ pub const AUTOSTART: &str = "autostart";
 pub const DISK: &str = "disk";
 /// Network devices.
 pub const NET: &str = "net";
+/// Memory balloon.
+pub const BALLOON: &str = "balloon";
 /// Devices of other back-ends.
 pub const VHOST_USER: &str = "vhost-user";
 
@@ -79,6 +83,8 @@ pub const MAC: &str = "mac";
 pub const QUEUE_PAIRS: &str = "queue-pairs";
 /// MTU.
 pub const MTU: &str = "mtu";
+/// Bytes that a balloon is to have.
+pub const TARGET: &str = "target";
 /// Kind of a vhost-user device.
 pub const TYPE: &str = "type";
 /// Socket of a vhost-user back-end.

@@ -6,6 +6,7 @@
 //! | [`manager`] | `org.godwit.Vmm1.Manager` | the broker and its clients |
 //! | [`machine`] | `org.godwit.Vmm1.Machine` | the broker and its clients |
 //! | [`device`] | `org.godwit.Vmm1.Device` | the broker and its clients |
+//! | [`balloon`] | `org.godwit.Vmm1.Balloon` | the broker and its clients |
 //! | [`job`] | `org.godwit.Vmm1.Job` | the broker and its clients |
 //! | [`job_migration`] | `org.godwit.Vmm1.Job.Migration` | the broker and its clients |
 //! | [`core`] | `org.godwit.Core1` | a machine's core and who started it |
@@ -22,6 +23,7 @@
 //! never travels in messages, only descriptors do; every failure has a name of [`Error`].
 //! Flags that a server does not know are refused.
 
+pub mod balloon;
 pub mod balloon1;
 pub mod core;
 pub mod definition;

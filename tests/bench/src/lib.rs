@@ -4,6 +4,7 @@
 
 mod boot;
 mod bulk;
+mod free_pages;
 mod machine;
 mod peer;
 mod report;
@@ -12,6 +13,7 @@ mod switchover;
 
 pub use boot::{Boot, BootPreset};
 pub use bulk::Bulk;
+pub use free_pages::{FreePages, FreePagesPreset};
 pub use report::{Goal, Report};
 pub use statistics::Summary;
 pub use switchover::{Switchover, SwitchoverPreset};

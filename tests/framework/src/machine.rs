@@ -31,6 +31,8 @@ pub enum Device {
         /// Queues.
         queues: u16,
     },
+    /// A memory balloon; without links nobody but its guest has to do with it.
+    Balloon,
     /// A back-end that listens already, of whoever's making.
     Foreign {
         /// Its device type, as the core names it.
@@ -118,7 +120,7 @@ impl Machine {
             let mut link = None;
             let (kind, socket) = match device {
                 Device::Foreign { kind, socket } => (*kind, socket.clone()),
-                Device::Blk { .. } | Device::Net { .. } => {
+                Device::Balloon | Device::Blk { .. } | Device::Net { .. } => {
                     let socket = folder.path().join(format!("device{number}"));
                     // The device takes over a socket that listens already, so nobody has to wait.
                     let listener = UnixListener::bind(&socket).context("no socket for a device")?;
@@ -276,6 +278,7 @@ impl Machine {
 impl Device {
     fn kind(&self) -> &'static str {
         match self {
+            Self::Balloon => "balloon",
             Self::Blk { .. } => "blk",
             Self::Net { .. } => "net",
             Self::Foreign { kind, .. } => kind,
@@ -296,6 +299,7 @@ fn start_device(
         launch = launch.option("--control-fd", link.to_string());
     }
     launch = match device {
+        Device::Balloon => launch.option("--statistics-interval", "1"),
         Device::Blk { image, queues } => launch
             .option("--blk-file", image)
             .option("--num-queues", queues.to_string()),

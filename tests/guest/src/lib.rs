@@ -7,7 +7,8 @@
 mod protocol;
 
 pub use protocol::{
-    Activate, BadOption, BadReport, BlkMode, Idle, Ipv4, NetMode, Report, Text, Value, Workload,
+    Activate, BadOption, BadReport, BalloonMode, BlkMode, Idle, Ipv4, NetMode, Report, Text, Value,
+    Workload,
 };
 
 use std::path::Path;

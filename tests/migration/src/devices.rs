@@ -1,6 +1,7 @@
 //! The device processes of one side: how they are started, and started again.
 
-use std::os::unix::net::UnixListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -48,6 +49,8 @@ pub(super) struct Recipe {
     arguments: Vec<String>,
     /// It is handed a listening socket, and does not make its own.
     takes_listener: bool,
+    /// It has a link to the core.
+    has_link: bool,
     /// Where its front-end finds it.
     socket: PathBuf,
 }
@@ -65,6 +68,7 @@ impl Recipe {
                 kind,
                 arguments: arguments.collect(),
                 takes_listener: true,
+                has_link: kind == BALLOON && spec.hints,
                 socket,
             });
             anyhow::Ok(())
@@ -83,6 +87,9 @@ impl Recipe {
                 ("--mac", "52:54:00:12:34:56".to_owned()),
             ];
             ours("godwit-net", "net", options, next_socket())?;
+        }
+        if spec.balloon {
+            ours("godwit-balloon", BALLOON, Vec::new(), next_socket())?;
         }
         for (number, counter) in spec.counters.iter().enumerate() {
             let script = script_path(folder, number);
@@ -132,12 +139,22 @@ impl Recipe {
             kind,
             arguments,
             takes_listener: false,
+            has_link: false,
             socket,
         })
     }
 
+    /// Both ends of its link, if it has one: the core's, and its own.
+    pub(super) fn link(&self) -> Result<Option<(OwnedFd, OwnedFd)>> {
+        if !self.has_link {
+            return Ok(None);
+        }
+        let (core, device) = UnixStream::pair().context("no link")?;
+        Ok(Some((core.into(), device.into())))
+    }
+
     /// Starts it, or its successor; for a machine that arrives, or that is here.
-    pub(super) fn start(&self, arrives: bool) -> Result<Process> {
+    pub(super) fn start(&self, arrives: bool, link: Option<OwnedFd>) -> Result<Process> {
         // There is none at the first time.
         let _ = std::fs::remove_file(&self.socket);
         let mut launch = Launch::new(&self.program);
@@ -148,6 +165,10 @@ impl Recipe {
             if arrives {
                 launch = launch.arg("--incoming");
             }
+        }
+        if let Some(link) = link {
+            let number = launch.inherit(link);
+            launch = launch.option("--control-fd", number.to_string());
         }
         for argument in &self.arguments {
             launch = launch.arg(argument);
@@ -162,12 +183,17 @@ impl Recipe {
         Ok(process)
     }
 
-    /// The core's option for it.
-    pub(super) fn for_core(&self, id: &str) -> String {
-        format!("{},socket={},id={id}", self.kind, self.socket.display())
+    /// The core's option for it, and for the number of its link's end there.
+    pub(super) fn for_core(&self, id: &str, link: Option<i32>) -> String {
+        let device = format!("{},socket={},id={id}", self.kind, self.socket.display());
+        match link {
+            Some(number) => format!("{device},control-fd={number}"),
+            None => device,
+        }
     }
 }
 
+const BALLOON: &str = "balloon";
 /// A type of no specification.
 const COUNTER_TYPE: &str = "63";
 

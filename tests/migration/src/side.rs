@@ -43,6 +43,10 @@ pub struct Spec {
     pub counters: Vec<Counter>,
     /// Back-ends of others.
     pub foreign: Vec<Foreign>,
+    /// Whether it has a balloon.
+    pub balloon: bool,
+    /// Whether the core may ask the balloon, for its size and for free pages.
+    pub hints: bool,
     /// Memory channels.
     pub channels: usize,
     /// What carries a migration.
@@ -66,6 +70,8 @@ impl Spec {
             nics: Vec::new(),
             counters: Vec::new(),
             foreign: Vec::new(),
+            balloon: false,
+            hints: true,
             channels: 2,
             kind: Kind::Unix,
             options: Vec::new(),
@@ -79,6 +85,7 @@ impl Spec {
         let disks = (0..self.disks.len()).map(|n| format!("disk{n}"));
         disks
             .chain((0..self.nics.len()).map(|n| format!("net{n}")))
+            .chain(self.balloon.then(|| "balloon".to_owned()))
             .chain((0..self.counters.len()).map(|n| format!("count{n}")))
             .chain((0..self.foreign.len()).map(|n| format!("foreign{n}")))
             .collect()
@@ -179,10 +186,12 @@ impl Side {
         }
         let recipes = Recipe::all(spec, folder.path())?;
         let arrives = matches!(from, Origin::Other(..));
-        let devices = recipes.iter().map(|recipe| recipe.start(arrives));
-        let devices = devices.collect::<Result<_>>()?;
+        let mut devices = Vec::new();
         for (id, recipe) in spec.ids().iter().zip(&recipes) {
-            core = core.option("--vhost-user", recipe.for_core(id));
+            let (ours, theirs) = recipe.link()?.unzip();
+            devices.push(recipe.start(arrives, theirs)?);
+            let link = ours.map(|end| core.inherit(end));
+            core = core.option("--vhost-user", recipe.for_core(id, link));
         }
         let from = match from {
             Origin::Boot => None,
@@ -237,7 +246,7 @@ impl Side {
             self.devices[number].signal(Signal::SIGKILL)?;
             self.devices[number].wait(DEADLINE)?;
         }
-        self.devices[number] = self.recipes[number].start(false)?;
+        self.devices[number] = self.recipes[number].start(false, None)?;
         Ok(())
     }
 
@@ -333,10 +342,27 @@ impl Side {
     }
 
     /// The file that is its memory.
-    fn memory(&self) -> Result<OwnedFd> {
+    pub fn memory(&self) -> Result<OwnedFd> {
         self.call(async |connection| {
             let mover = MigrationProxy::new(connection).await?;
             Ok(mover.memory().await?.into())
+        })
+    }
+
+    /// Asks for a balloon of so many bytes.
+    pub fn set_balloon_target(&self, bytes: u64) -> Result<()> {
+        self.call(async |connection| {
+            let core = CoreProxy::new(connection).await?;
+            Ok(core.set_balloon_target("balloon", bytes).await?)
+        })
+    }
+
+    /// How large its balloon is to be, and is.
+    pub fn balloon(&self) -> Result<(u64, u64)> {
+        self.call(async |connection| {
+            let core = CoreProxy::new(connection).await?;
+            let (target, actual, _) = core.balloon("balloon").await?;
+            Ok((target, actual))
         })
     }
 
@@ -441,6 +467,8 @@ pub struct Done {
     pub packets: (u64, u64),
     /// Answers of counting devices, and how often a queue began anew.
     pub counts: (u64, u64),
+    /// What was done with a balloon.
+    pub balloon: Option<Report>,
 }
 
 /// Waits for the end of the guest's work, which must have gone well.
@@ -478,6 +506,7 @@ pub fn finish(mut side: Side) -> Result<Done> {
                     done.counts.0 += answers;
                     done.counts.1 += restarts;
                 }
+                Report::Balloon { end: true, .. } => done.balloon = Some(*report),
                 Report::Verify { pages: checked, .. } => done.pages += checked,
                 Report::Done { ok, .. } => return Some(ok),
                 _ => {}

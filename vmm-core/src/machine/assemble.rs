@@ -141,6 +141,7 @@ impl Machine {
 
         let console = Console::start(&config.serial, &platform.serial, &platform.output)?;
         let (links, changes) = DeviceLinks::new();
+        let links = Arc::new(links);
         for (device, socket) in config.links {
             links
                 .attach(&device, socket)
@@ -160,6 +161,7 @@ impl Machine {
             tsc,
             config.incoming,
             config.without,
+            &links,
         );
         let mover = moving.watcher(ram.file());
         let devices_told = Devices::new(&backends, links);

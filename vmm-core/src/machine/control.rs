@@ -3,6 +3,7 @@
 //! Calls become [`Event`]s of the main thread, which answers each; a call that is not
 //! answered in time fails and the main thread is not held up by it.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -118,6 +119,13 @@ impl Control for Service {
     }
     async fn device_status(&self, device: &str) -> Result<DeviceStatus, Error> {
         self.devices.status(device).await
+    }
+    async fn balloon(&self, device: &str) -> Result<(u64, u64, BTreeMap<String, u64>), Error> {
+        let size = self.devices.balloon_size(device).await?;
+        Ok((size.target, size.actual, size.statistics))
+    }
+    async fn set_balloon_target(&self, device: &str, bytes: u64) -> Result<(), Error> {
+        self.devices.set_balloon_target(device, bytes).await
     }
     fn devices(&self) -> Vec<String> {
         self.devices.names()

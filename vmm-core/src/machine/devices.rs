@@ -8,15 +8,15 @@ use api::Error;
 use api::core::DeviceStatus;
 
 use super::chain;
-use crate::remote::device1::DeviceLinks;
+use crate::remote::device1::{Balloon, BalloonSize, DeviceLinks};
 use crate::remote::vhost_user::VhostUserDevice;
-use crate::transport::VirtioDevice as _;
+use crate::transport::{DeviceKind, VirtioDevice as _};
 
 /// All of them, in the order of the definition.
 #[derive(Debug)]
 pub struct Devices {
     devices: Vec<Device>,
-    links: DeviceLinks,
+    links: Arc<DeviceLinks>,
 }
 
 #[derive(Debug)]
@@ -29,7 +29,7 @@ struct Device {
 
 impl Devices {
     /// Those of a machine, with what links there are.
-    pub fn new(backends: &[Arc<VhostUserDevice>], links: DeviceLinks) -> Self {
+    pub fn new(backends: &[Arc<VhostUserDevice>], links: Arc<DeviceLinks>) -> Self {
         let device = |backend: &Arc<VhostUserDevice>| Device {
             id: backend.id().to_owned(),
             kind: backend.kind().to_string(),
@@ -74,6 +74,25 @@ impl Devices {
         self.find(id)?;
         self.links.attach(id, socket).map_err(|error| {
             Error::InvalidArgs(format!("the link to device {id} cannot be used: {error}"))
+        })
+    }
+
+    /// How large one of them is, which must be a balloon.
+    pub async fn balloon_size(&self, id: &str) -> Result<BalloonSize, Error> {
+        self.balloon(id)?.size().await
+    }
+
+    /// Asks for a size of one of them, which must be a balloon.
+    pub async fn set_balloon_target(&self, id: &str, bytes: u64) -> Result<(), Error> {
+        self.balloon(id)?.set_target(bytes).await
+    }
+
+    fn balloon(&self, id: &str) -> Result<Balloon, Error> {
+        if self.find(id)?.kind != DeviceKind::BALLOON.to_string() {
+            return Err(Error::InvalidArgs(format!("device {id} is no balloon")));
+        }
+        self.links.balloon(id).ok_or_else(|| {
+            Error::DeviceFailed(format!("the process of balloon {id} does not answer"))
         })
     }
 

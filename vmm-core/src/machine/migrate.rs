@@ -31,6 +31,7 @@ use crate::migration::status::{Outcome, Progress, Status, Verdict};
 use crate::migration::switchover::{Ended, Host, Switchover};
 use crate::migration::unit::Unit;
 use crate::migration::without::Without;
+use crate::remote::device1::DeviceLinks;
 
 /// How long a core whose machine has moved stays, so that its owner can hear it.
 const LINGER: Duration = Duration::from_secs(5);
@@ -97,6 +98,7 @@ pub(super) struct Moving {
     pub(super) cpu_features: Vec<CpuFeatures>,
     pub(super) tsc: Option<Tsc>,
     pub(super) core_writes: CoreWrites,
+    links: Arc<DeviceLinks>,
     pub(super) status: watch::Sender<Status>,
     pub(super) incoming: Option<Incoming>,
     without: Without,
@@ -124,6 +126,7 @@ impl Moving {
         tsc: Option<Tsc>,
         incoming: Option<Incoming>,
         without: Without,
+        links: &Arc<DeviceLinks>,
     ) -> Self {
         Self {
             place: Place::Here,
@@ -134,6 +137,7 @@ impl Moving {
             cpu_features,
             tsc,
             core_writes: CoreWrites::default(),
+            links: Arc::clone(links),
             status: watch::Sender::new(Status {
                 active: incoming.is_some(),
                 ..Status::default()
@@ -273,6 +277,7 @@ impl Machine {
                 units: self.moving.units.clone(),
                 definition: self.definition(),
                 core_writes: self.moving.core_writes.clone(),
+                links: Arc::clone(&self.moving.links),
                 throttle: self.vcpus.throttle(),
             },
             sockets: request.sockets,

@@ -7,6 +7,7 @@
 //! | [`barrier`] | the points where everybody waits for everybody, with a deadline |
 //! | [`definition`] | what the other side must have too |
 //! | [`ram`] | dirty pages, and their way |
+//! | [`free_pages`] | pages that need not be sent |
 //! | [`saved_state`] | what the core saves |
 //! | [`converge`] | when to stop: prediction and throttle |
 //! | [`source`] | everything before the stop, on a thread of its own |
@@ -36,6 +37,7 @@ pub mod converge;
 pub mod definition;
 pub mod destination;
 mod error;
+pub mod free_pages;
 pub mod ram;
 pub mod saved_state;
 pub mod setup;

@@ -124,9 +124,9 @@ fn write(
     let cancel = Cancel::new().map_err(system("an eventfd"))?;
     let mut tracker = DirtyTracker::everything(&subject.memory, &subject.slots);
     let mut sender = RamSender::start(ram, &subject.memory.guest(), &cancel)?;
-    while let Some((page, mut words)) = tracker.take_last_chunk() {
-        tracker.without_holes(page, &mut words)?;
-        sender.send(page, &words)?;
+    while let Some((page, words)) = tracker.take_last_chunk() {
+        let holes = tracker.holes(page, &words)?;
+        sender.send_with_holes(page, &words, &holes)?;
     }
     sender.end()?;
     barrier::wait(Barrier::E, "save", names, &saved, deadline, recorder)?;

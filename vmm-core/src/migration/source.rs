@@ -20,6 +20,7 @@ use super::barrier::{self, Barrier};
 use super::converge::{Around, Convergence, Decision, Measured};
 use super::definition::used;
 use super::error::system;
+use super::free_pages::FreePages;
 use super::ram::{CoreWrites, DirtyTracker, RamSender, WORD_PAGES};
 use super::saved_state::{DeviceWiring, WiringState, to_blob};
 use super::setup::{MigrateOptions, Sockets};
@@ -32,7 +33,11 @@ use super::{
 };
 use crate::hypervisor::{MemorySlots, Throttle};
 use crate::memory::Memory;
+use crate::remote::device1::DeviceLinks;
 use migration::wire::Definition;
+
+/// How often it is looked whether the guest has named its free pages.
+const HINT_STEP: Duration = Duration::from_millis(2);
 
 /// Words of pages that are given to the channels at once: 4 MiB of memory, so that the other side
 /// hears something in time on a slow link too.
@@ -50,6 +55,8 @@ pub struct View {
     pub definition: Definition,
     /// What the core writes to guest memory meanwhile.
     pub core_writes: CoreWrites,
+    /// Connections to the devices' processes.
+    pub links: Arc<DeviceLinks>,
     /// Slows the guest down.
     pub throttle: Throttle,
 }
@@ -91,7 +98,9 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
     }
     let states =
         StateSockets::new(states, &without).map_err(system("a copy of a device's socket"))?;
+    let regions = view.memory.regions();
     let mut source = Source {
+        free_pages: FreePages::new(&view.units, &view.links, &regions),
         link: Link::new(sockets.control, cancel.clone()),
         recorder: Recorder::start(),
         report: Report::default(),
@@ -123,6 +132,7 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
             states,
             recorder: source.recorder,
             report: source.report,
+            free_pages: source.free_pages,
             view: source.view,
             cancel: source.cancel,
             limit: options.blackout_limit(),
@@ -165,6 +175,7 @@ struct Source {
     recorder: Recorder,
     report: Report,
     convergence: Convergence,
+    free_pages: FreePages,
     around: Around,
     /// Barrier A was passed once.
     ready: bool,
@@ -259,16 +270,18 @@ impl Source {
     }
 
     fn round(&mut self, memory: &mut MovingMemory, first: bool) -> Result<(), MigrationError> {
+        self.find_free_pages(&mut memory.tracker, first)?;
         let begin = Instant::now();
         let pages = memory.tracker.pending_bytes() / super::ram::PAGE;
         let before = memory.sender.sent();
         while let Some((page, mut words)) = memory.tracker.take_chunk()? {
-            if first {
-                memory.tracker.without_holes(page, &mut words)?;
-            }
-            for (number, words) in words.chunks(PIECE_WORDS).enumerate() {
+            self.free_pages.leave_out(page, &mut words);
+            let holes = memory.tracker.holes(page, &words)?;
+            let pieces = words.chunks(PIECE_WORDS).zip(holes.chunks(PIECE_WORDS));
+            for (number, (words, holes)) in pieces.enumerate() {
                 let offset = (number * PIECE_WORDS) as u64 * WORD_PAGES;
-                memory.sender.send(page + offset, words)?;
+                let first = page + offset;
+                memory.sender.send_with_holes(first, words, holes)?;
                 self.listen()?;
             }
             let remaining = memory.tracker.pending_bytes();
@@ -280,6 +293,7 @@ impl Source {
         }
         memory.sender.flush()?;
         let time = begin.elapsed();
+        self.free_pages.stop();
         memory.tracker.collect()?;
         let bytes = memory.sender.sent() - before;
         self.convergence.measured(Measured {
@@ -293,7 +307,29 @@ impl Source {
             us: micros(time),
         });
         self.recorder.note("core", "round", begin, bytes);
+        let skipped = self.free_pages.skipped_bytes();
+        if skipped > 0 {
+            self.recorder.note("core", "left out", begin, skipped);
+        }
         self.tell_wiring()
+    }
+
+    /// Asks the guest for pages that need not be sent, and waits for the many of the first round.
+    fn find_free_pages(
+        &mut self,
+        tracker: &mut DirtyTracker,
+        first: bool,
+    ) -> Result<(), MigrationError> {
+        let begin = Instant::now();
+        self.free_pages.start(tracker)?;
+        if first && let Some(mut head) = self.free_pages.head_start() {
+            while self.free_pages.is_ahead(&mut head, self.convergence.rate()) {
+                self.link.await_message(HINT_STEP)?;
+                self.listen()?;
+            }
+            self.recorder.note("core", "free pages", begin, 0);
+        }
+        Ok(())
     }
 
     /// Finds out what a switchover would take besides memory. Once: a device that is busy must not

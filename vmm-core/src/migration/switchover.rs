@@ -25,6 +25,7 @@ use tokio::sync::watch;
 
 use super::barrier::{self, Arrival, Barrier};
 use super::error::system;
+use super::free_pages::FreePages;
 use super::saved_state::{CoreState, DeviceWiring, to_blob};
 use super::source::{MovingMemory, View, say_last, unexpected};
 use super::status::Status;
@@ -63,6 +64,7 @@ pub struct Switchover {
     pub(super) states: StateSockets,
     pub(super) recorder: Recorder,
     pub(super) report: Report,
+    pub(super) free_pages: FreePages,
     pub(super) view: View,
     pub(super) cancel: Cancel,
     /// How long the blackout may last before it is given up.
@@ -125,6 +127,9 @@ impl Switchover {
                     });
             }
             error = error.or(Some(why));
+        }
+        if state == Source::Gone {
+            self.free_pages.moved();
         }
         self.report.source = self.recorder.side().clone();
         Ended {

@@ -21,8 +21,8 @@ impl Memory {
     }
 
     /// Gives the pages that lie wholly within `len` bytes at `start` back to the host, and returns
-    /// how many bytes that were. What is no memory is passed over. Nothing is logged: whoever
-    /// gives up a page does not mind what it holds afterwards.
+    /// how many bytes that were. What is no memory is passed over. Nothing is logged: that
+    /// is for whoever minds what a page holds afterwards.
     ///
     /// # Errors
     /// The file behind the memory knows no holes, or the memory is locked.

@@ -26,7 +26,7 @@ pub(crate) fn moved(spec: &Spec) -> Result<Move> {
 }
 
 /// Without the start of the destination's processes, which the source waits for first.
-fn total(report: &Report) -> u64 {
+pub(crate) fn total(report: &Report) -> u64 {
     let end = report.source.spans.iter().map(|span| span.end_us).max();
     let begin = report.source.span("core", "negotiate").map(|s| s.end_us);
     end.unwrap_or(0) - begin.unwrap_or(0)

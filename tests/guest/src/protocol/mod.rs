@@ -11,4 +11,4 @@ mod value;
 pub use options::{BadOption, Workload};
 pub use report::{BadReport, Report};
 pub use text::Text;
-pub use value::{Activate, BlkMode, Idle, Ipv4, NetMode, Value};
+pub use value::{Activate, BalloonMode, BlkMode, Idle, Ipv4, NetMode, Value};

@@ -1,6 +1,6 @@
 //! The kernel command line: `key=value` words.
 
-use super::value::{Activate, BlkMode, Idle, Ipv4, NetMode, Value};
+use super::value::{Activate, BalloonMode, BlkMode, Idle, Ipv4, NetMode, Value};
 use super::{Report, Text};
 use core::fmt;
 
@@ -131,6 +131,10 @@ options! {
 
     /// Requests a second of each queue of counting devices; 0: none.
     count: u32 = 0,
+    /// What to do with a balloon.
+    balloon: BalloonMode = BalloonMode::Off,
+    /// MiB of memory for the balloon's work.
+    balloon_mib: u32 = 16,
 
     /// MiB a second to dirty, of all CPUs together; 0: as fast as it goes.
     dirty: u32 = 0,

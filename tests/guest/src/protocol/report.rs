@@ -222,6 +222,27 @@ reports! {
         /// Whether this is the last word.
         end: bool,
     }
+    /// What was done with a balloon, in pages.
+    Balloon = "balloon" {
+        /// Given.
+        inflated: u64,
+        /// Taken back.
+        deflated: u64,
+        /// Reported as free.
+        reported: u64,
+        /// Named as free.
+        hinted: u64,
+        /// Used again before the host can have seen that they were named.
+        reused: u64,
+        /// Rounds of hints.
+        rounds: u64,
+        /// Times that the host said that all named pages may be used again.
+        ended: u64,
+        /// Pages that did not hold what they should.
+        bad: u64,
+        /// Whether this is the last word.
+        end: bool,
+    }
     /// Memory dirtied so far.
     Dirty = "dirty" {
         /// Pages written.

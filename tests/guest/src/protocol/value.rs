@@ -107,6 +107,22 @@ words! {
 }
 
 words! {
+    /// What the guest does with a memory balloon.
+    BalloonMode {
+        /// Nothing; it is not set up.
+        #[default]
+        Off = "off",
+        /// Uses memory once; then gives as much of it as the host wants, and names the rest as free
+        /// when it is asked.
+        Follow = "follow",
+        /// As `Follow`, and reports the memory as free first.
+        Report = "report",
+        /// Everything that a driver may do, at random and as fast as it goes.
+        Random = "random",
+    }
+}
+
+words! {
     /// What the guest does with its network devices. It always answers ARP and pings.
     NetMode {
         /// Nothing; the devices are still set up as `activate` says.

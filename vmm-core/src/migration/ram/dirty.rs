@@ -79,6 +79,15 @@ impl DirtyTracker {
         }
     }
 
+    /// Clears in KVM's log whatever is dirty there: a page that is written from now on is in the
+    /// next log, whether it has been sent before or not.
+    pub fn arm(&mut self) -> Result<(), HypervisorError> {
+        while let Some((first, words)) = self.uncleared.take_chunk(CHUNK_WORDS) {
+            self.slots.clear_log(first, &words)?;
+        }
+        Ok(())
+    }
+
     /// Reads every log; what is dirty is pending.
     pub fn collect(&mut self) -> Result<(), HypervisorError> {
         let (pending, uncleared) = (&mut self.pending, &mut self.uncleared);
@@ -120,33 +129,30 @@ impl DirtyTracker {
         self.pending.take_chunk(CHUNK_WORDS)
     }
 
-    /// Leaves out of `words`, from page `first` on, the pages that were never in memory: holes of
-    /// the file behind it, which read as zero and would become real by being read. Right only for
-    /// pages that were cleared before, and at a destination whose memory is new.
-    pub fn without_holes(&self, first: u64, words: &mut [u64]) -> Result<(), MigrationError> {
+    /// Of the pages `words`, from page `first` on, those that are not in memory: holes of the file
+    /// behind it, which read as zero and would become real by being read. Right only for pages
+    /// that were cleared before.
+    pub fn holes(&self, first: u64, words: &[u64]) -> Result<Vec<u64>, MigrationError> {
+        let mut holes = words.to_vec();
         let regions = self.memory.regions();
         let gpa = first * PAGE;
         let Some(region) = regions
             .iter()
             .find(|r| (r.gpa()..r.gpa() + r.size()).contains(&gpa))
         else {
-            return Ok(());
+            return Ok(vec![0; words.len()]);
         };
         let start = region.offset() + (gpa - region.gpa());
         let end =
             (start + words.len() as u64 * WORD_PAGES * PAGE).min(region.offset() + region.size());
-        let mut kept = vec![0; words.len()];
         for (data, hole) in super::sender::data(region.file(), start, end)? {
             let pages = (data - start) / PAGE..(hole - start).div_ceil(PAGE);
             for page in pages {
                 if let Ok(word) = usize::try_from(page / WORD_PAGES) {
-                    kept[word] |= 1 << (page % WORD_PAGES);
+                    holes[word] &= !(1 << (page % WORD_PAGES));
                 }
             }
         }
-        for (word, kept) in words.iter_mut().zip(kept) {
-            *word &= kept;
-        }
-        Ok(())
+        Ok(holes)
     }
 }

@@ -23,11 +23,14 @@ use crate::migration::{MigrationError, STALL_DEADLINE};
 /// Chunks that may wait for a channel.
 const QUEUE: usize = 4;
 
+/// First page of a record, its pages, and those of them that are holes.
+type Batch = (u64, u64, u64);
+
 enum Work {
     /// This was all.
     End,
-    /// First pages and bits of records.
-    Pages(Vec<(u64, u64)>),
+    /// Of records.
+    Pages(Vec<Batch>),
     /// Answered when everything before was sent.
     Flush(Sender<()>),
 }
@@ -75,11 +78,22 @@ impl RamSender {
 
     /// Sends pages: `words` of bits from page `first` on. Waits when too much is under way.
     pub fn send(&mut self, first: u64, words: &[u64]) -> Result<(), MigrationError> {
+        self.send_with_holes(first, words, &vec![0; words.len()])
+    }
+
+    /// As [`Self::send`], where those in `holes` are known to be zero and are not read.
+    pub fn send_with_holes(
+        &mut self,
+        first: u64,
+        words: &[u64],
+        holes: &[u64],
+    ) -> Result<(), MigrationError> {
         let count = self.channels.len();
         let mut batches = vec![Vec::new(); count];
         let firsts = (first..).step_by(u64::BITS as usize);
-        for (first, bits) in firsts.zip(words).filter(|(_, bits)| **bits != 0) {
-            batches[channel_of(first, count)].push((first, *bits));
+        let records = firsts.zip(words.iter().zip(holes));
+        for (first, (bits, holes)) in records.filter(|(_, (bits, _))| **bits != 0) {
+            batches[channel_of(first, count)].push((first, *bits, *holes));
         }
         for (number, batch) in batches.into_iter().enumerate() {
             if !batch.is_empty() {
@@ -168,11 +182,14 @@ fn serve(
                 continue;
             }
         };
-        for (first, bits) in batch {
+        for (first, bits, holes) in batch {
             writer.channel_mut().set_deadline(STALL_DEADLINE);
             let has = known.entry(first).or_default();
             let before = *has;
             let read = |page: u64, into: &mut [u8]| {
+                if holes >> (page - first) & 1 != 0 {
+                    return Ok(());
+                }
                 memory
                     .read_slice(into, GuestAddress(page * PAGE))
                     .map_err(io::Error::other)

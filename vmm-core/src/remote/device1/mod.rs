@@ -12,6 +12,8 @@
 //! by its guest, so what it sends is bounded ([`api::peer`]), what it says is cleaned, each
 //! question has a deadline, and all of it is handled on one thread that does nothing else.
 
+mod balloon;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -29,6 +31,8 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use zbus::proxy::CacheProperties;
 use zbus::{Connection, MatchRule, MessageStream, message};
+
+pub use self::balloon::{Balloon, BalloonSize};
 
 /// How long a process has for its answers.
 const DEADLINE: Duration = Duration::from_secs(1);

@@ -1,5 +1,6 @@
 //! Virtio 1.2 drivers: the PCI transport, split virtqueues, and the device types.
 
+pub mod balloon;
 pub mod blk;
 pub mod counter;
 pub mod net;

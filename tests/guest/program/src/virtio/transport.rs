@@ -51,6 +51,7 @@ pub enum Kind {
     Net,
     Block,
     Counter,
+    Balloon,
 }
 
 /// The kind of a PCI function, if it is a virtio device that this program drives.
@@ -62,6 +63,7 @@ pub fn kind_of(function: &Function) -> Option<Kind> {
         0x1000 | 0x1041 => Some(Kind::Net),
         0x1001 | 0x1042 => Some(Kind::Block),
         0x107f => Some(Kind::Counter),
+        0x1002 | 0x1045 => Some(Kind::Balloon),
         _ => None,
     }
 }
@@ -204,6 +206,11 @@ impl Transport {
             fail("virtio-no-config", offset, 0, Text::new(""));
         }
         mmio::read(self.config + offset)
+    }
+
+    /// Writes a field of the device's own configuration.
+    pub fn set_config<T: mmio::Word>(&self, offset: u64, value: T) {
+        mmio::write(self.config + offset, value);
     }
 
     /// Makes and enables one virtqueue, whose interrupts go to `vector` at `target`.

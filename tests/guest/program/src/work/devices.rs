@@ -1,11 +1,12 @@
 //! Sets up the devices and hands their queues out as tasks.
 
-use super::{Spread, block, counter, net};
+use super::{Spread, balloon, block, counter, net};
 use crate::clock;
 use crate::console::{fail, report};
 use crate::pci::{Function, Window};
-use crate::protocol::{Activate, BlkMode, Idle, NetMode, Report, Text, Workload};
+use crate::protocol::{Activate, BalloonMode, BlkMode, Idle, NetMode, Report, Text, Workload};
 use crate::virtio::Setup;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::counter::Counter;
 use crate::virtio::net::Nic;
 use crate::virtio::transport::{Kind, kind_of};
@@ -32,7 +33,8 @@ pub fn set_up(
     let setup = setup(workload, spread);
     let all = workload.activate == Activate::All;
     let mut window = Window::new(functions, low_ram_end);
-    let (mut disks, mut nics, mut counters) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut disks, mut nics) = (Vec::new(), Vec::new());
+    let (mut counters, mut balloons) = (Vec::new(), Vec::new());
     for function in functions {
         match kind_of(function) {
             Some(Kind::Block) if all || workload.blk != BlkMode::Off => {
@@ -51,23 +53,27 @@ pub fn set_up(
             Some(Kind::Counter) if workload.count > 0 => {
                 counters.push(Counter::start(function, &mut window, setup, spread));
             }
+            Some(Kind::Balloon) if workload.balloon != BalloonMode::Off => {
+                balloons.push(Balloon::start(function, &mut window, setup, spread));
+            }
             _ => {}
         }
     }
     report(&Report::Active {
-        devices: (disks.len() + nics.len() + counters.len()) as u32,
+        devices: (disks.len() + nics.len() + counters.len() + balloons.len()) as u32,
         queues: spread.dealt() as u32,
         t_us: clock::since_start_us(),
     });
     if disks.is_empty() && workload.blk != BlkMode::Off
         || nics.is_empty() && workload.net != NetMode::Off
         || counters.is_empty() && workload.count > 0
+        || balloons.is_empty() && workload.balloon != BalloonMode::Off
     {
         fail(
             "device-missing",
             functions.len() as u64,
             0,
-            Text::new("blk-net-or-counter"),
+            Text::new("blk-net-counter-balloon"),
         );
     }
     let mut progress = Progress::new();
@@ -80,6 +86,8 @@ pub fn set_up(
     for (number, device) in (0..).zip(counters) {
         progress.push(counter::assign(number, device, workload));
     }
+    let assign = |balloon| balloon::assign(balloon, workload);
+    progress.extend(balloons.into_iter().map(assign));
     progress
 }
 

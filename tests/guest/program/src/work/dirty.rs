@@ -202,14 +202,14 @@ impl Task for Dirtier {
     }
 }
 
-fn tags(address: u64, round: u64) -> impl Iterator<Item = (u64, u64)> {
+pub fn tags(address: u64, round: u64) -> impl Iterator<Item = (u64, u64)> {
     let base = mix(address ^ round << 40);
     (address..address + PAGE)
         .step_by(TAG_STEP)
         .map(move |at| (at, base.wrapping_add(at)))
 }
 
-fn write_tags(address: u64, round: u64) {
+pub fn write_tags(address: u64, round: u64) {
     for (at, tag) in tags(address, round) {
         mmio::write(at, tag);
     }

@@ -10,6 +10,7 @@
 //!                                                  ▲ `stop` tells tasks without an end to finish
 //! ```
 
+mod balloon;
 mod block;
 mod control;
 mod counter;

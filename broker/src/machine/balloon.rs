@@ -1,0 +1,55 @@
+//! A machine's balloon, which its core asks.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use api::Error;
+
+use super::Machine;
+use crate::name::DeviceId;
+
+/// How long a core may take, which itself waits a second at most.
+const DEADLINE: Duration = Duration::from_secs(4);
+
+impl Machine {
+    /// Target, size and statistics of the balloon at place `at` of the definition.
+    ///
+    /// # Errors
+    /// The machine does not run, or the balloon does not answer.
+    pub(crate) async fn balloon(
+        &self,
+        at: usize,
+    ) -> Result<(u64, u64, BTreeMap<String, u64>), Error> {
+        let (core, id) = (self.core("asked for its balloon")?, self.balloon_id(at)?);
+        self.in_time(core.balloon(id.as_str())).await
+    }
+
+    /// Asks the guest for so many bytes.
+    ///
+    /// # Errors
+    /// As [`Self::balloon`], or it is no size.
+    pub(crate) async fn set_balloon_target(&self, at: usize, bytes: u64) -> Result<(), Error> {
+        let (core, id) = (self.core("asked for memory")?, self.balloon_id(at)?);
+        self.in_time(core.set_balloon_target(id.as_str(), bytes))
+            .await
+    }
+
+    fn balloon_id(&self, at: usize) -> Result<DeviceId, Error> {
+        let (device, _) = self
+            .device(at)
+            .ok_or_else(|| Error::NoSuchDevice(format!("{} has no device {at}", self.name)))?;
+        Ok(device.id)
+    }
+
+    async fn in_time<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        tokio::time::timeout(DEADLINE, call)
+            .await
+            .unwrap_or_else(|_| {
+                Err(Error::TimedOut(format!(
+                    "the core of {} did not answer within {} s",
+                    self.name,
+                    DEADLINE.as_secs()
+                )))
+            })
+    }
+}

@@ -1,0 +1,81 @@
+//! `org.godwit.Vmm1.Balloon` at `/org/godwit/Vmm1/machine/NAME/device/ID`: a device that is a
+//! memory balloon, beside [`crate::device`].
+
+use std::collections::BTreeMap;
+use std::future::Future;
+
+use zbus::fdo;
+use zbus::message::Header;
+
+use crate::{Caller, Error};
+
+/// What a broker does for one balloon.
+pub trait OneBalloon: Send + Sync + 'static {
+    /// Target, actual size and statistics, in this order; see [`BalloonProxy`].
+    fn look(&self)
+    -> impl Future<Output = Result<(u64, u64, BTreeMap<String, u64>), Error>> + Send;
+    /// See [`BalloonProxy::set_target`].
+    fn set_target(
+        &self,
+        caller: Caller,
+        bytes: u64,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
+}
+
+/// The interface on [`OneBalloon`].
+#[derive(Debug)]
+pub struct Balloon<B>(pub B);
+
+/// The memory balloon of a machine that runs: memory that its guest gives to the host. Changes are
+/// not signalled; the guest follows a new target by and by, as far as it can spare memory.
+#[zbus::interface(
+    name = "org.godwit.Vmm1.Balloon",
+    proxy(default_service = "org.godwit.Vmm1")
+)]
+impl<B: OneBalloon> Balloon<B> {
+    /// Bytes that the guest shall give, a multiple of 4096. It counts until the machine ends.
+    #[zbus(property(emits_changed_signal = "false"))]
+    async fn target(&self) -> fdo::Result<u64> {
+        Ok(self.0.look().await.map_err(failed)?.0)
+    }
+
+    /// Asks the guest for so many.
+    #[zbus(property)]
+    async fn set_target(
+        &self,
+        #[zbus(header)] header: Option<Header<'_>>,
+        bytes: u64,
+    ) -> fdo::Result<()> {
+        let nobody = || fdo::Error::Failed("nobody is known to have asked for it".into());
+        let caller = Caller::from(header.as_ref().ok_or_else(nobody)?);
+        self.0.set_target(caller, bytes).await.map_err(failed)
+    }
+
+    /// Bytes that the guest has given, as it says.
+    #[zbus(property(emits_changed_signal = "false"))]
+    async fn actual(&self) -> fdo::Result<u64> {
+        Ok(self.0.look().await.map_err(failed)?.1)
+    }
+
+    /// What the guest said of its memory last, by name: bytes (`free_bytes`, `total_bytes`,
+    /// `available_bytes`, `disk_cache_bytes`, …) and counts (`major_faults`, `oom_kills`, …). Empty
+    /// when it never did.
+    #[zbus(property(emits_changed_signal = "false"))]
+    async fn statistics(&self) -> fdo::Result<BTreeMap<String, u64>> {
+        Ok(self.0.look().await.map_err(failed)?.2)
+    }
+}
+
+/// Properties fail by D-Bus's own names.
+fn failed(error: Error) -> fdo::Error {
+    let text = error.to_string();
+    match error {
+        Error::InvalidArgs(_) => fdo::Error::InvalidArgs(text),
+        Error::AccessDenied(_) => fdo::Error::AccessDenied(text),
+        Error::InteractiveAuthorizationRequired(_) => {
+            fdo::Error::InteractiveAuthorizationRequired(text)
+        }
+        Error::TimedOut(_) => fdo::Error::TimedOut(text),
+        _ => fdo::Error::Failed(text),
+    }
+}
