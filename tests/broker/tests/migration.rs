@@ -242,7 +242,7 @@ async fn what_does_not_fit_is_named_and_nothing_is_left() -> Result<()> {
     let vm = running(
         &bus,
         "vm",
-        with_disks(definition(&busy()), &[image.clone()], 1),
+        with_disks(definition(&busy()), std::slice::from_ref(&image), 1),
     )
     .await?;
     let mut console = console(&vm).await?;
