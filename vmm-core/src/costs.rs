@@ -13,7 +13,9 @@ use tracing_subscriber::layer::{Context, Layer};
 pub struct Count(AtomicU64);
 
 impl Count {
-    const ZERO: Self = Self(AtomicU64::new(0));
+    const fn zero() -> Self {
+        Self(AtomicU64::new(0))
+    }
 
     /// It was done once more.
     pub fn add(&self) {
@@ -26,20 +28,20 @@ impl Count {
 }
 
 /// Tables of guest memory, and changes of them, that devices were told.
-pub static MEMORY_TABLES: Count = Count::ZERO;
+pub static MEMORY_TABLES: Count = Count::zero();
 /// Changes of KVM's memory slots.
-pub static MEMORY_SLOTS: Count = Count::ZERO;
+pub static MEMORY_SLOTS: Count = Count::zero();
 /// Eventfds tied to interrupts, or untied.
-pub static INTERRUPTS: Count = Count::ZERO;
+pub static INTERRUPTS: Count = Count::zero();
 /// Eventfds tied to doorbells, or untied.
-pub static DOORBELLS: Count = Count::ZERO;
+pub static DOORBELLS: Count = Count::zero();
 /// Tables of interrupt routes.
-pub static ROUTES: Count = Count::ZERO;
+pub static ROUTES: Count = Count::zero();
 /// Rings whose place or eventfds devices were told.
-pub static RINGS: Count = Count::ZERO;
+pub static RINGS: Count = Count::zero();
 /// Messages to devices.
-pub static MESSAGES: Count = Count::ZERO;
-static LOG_LINES: Count = Count::ZERO;
+pub static MESSAGES: Count = Count::zero();
+static LOG_LINES: Count = Count::zero();
 
 /// Counts so far.
 pub fn now() -> Costs {
