@@ -118,6 +118,9 @@ pub struct Hello {
     pub definition: Definition,
     /// How its memory does.
     pub memory: MemoryTransfer,
+    /// Bytes of memory that it uses, which the destination needs.
+    #[serde(default)]
+    pub memory_used: u64,
 }
 
 /// What the source says.
