@@ -27,8 +27,8 @@ const PREFACE: usize = 16;
 const HEADER: usize = 32;
 const PAGES: u32 = 1;
 const END: u32 = 2;
-/// Bytes of the pages of a record, at most.
-const MOST_BYTES: usize = RECORD_PAGES as usize * PAGE;
+/// Bytes of the pages of a record, at most: it has a bit for each.
+const MOST_BYTES: usize = u64::BITS as usize * PAGE;
 /// Pages beyond this have no 64-bit address.
 const MAX_PAGE: u64 = 1 << 52;
 

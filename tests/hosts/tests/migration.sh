@@ -83,8 +83,13 @@ advanced() {
     ((now[0] >= $1 + 10 && now[1] >= $2 + 2 && now[2] >= $3 + 5 && now[3] >= $4 + 5))
 }
 
-# move BROKER URI: an emulated host on a busy machine sends few bytes in 300 ms.
-move() { at "$1" migrate guest "$2" --max-downtime 2s; }
+# move BROKER URI: an emulated host on a busy machine sends few bytes in 300 ms. A broker to which
+# the guest has come hears of it later than the guest's peer.
+move() {
+    within 120 runs_at "$1"
+    at "$1" migrate guest "$2" --max-downtime 2s
+}
+runs_at() { at "$1" --no-legend list | grep -q "^guest  *running"; }
 
 # Ends the guest's work; what it tells.
 ends() {

@@ -396,6 +396,7 @@ mod tests {
             definition: Definition {
                 cpus: 1,
                 cpu_features: Vec::new(),
+                tsc: None,
                 memory: Vec::new(),
                 units: Vec::new(),
                 schemas: Vec::new(),
