@@ -111,7 +111,8 @@ fn what_the_guest_gives_returns_to_the_host_here_and_there() -> Result<()> {
     let left = spent(&side)?;
     ensure!(left < 32 * MIB, "{left} bytes are left");
     let Moved { mut side, outcome } = side.move_on(&spec)?;
-    ensure!(sent(&outcome) < 8 * MIB, "{outcome:#}");
+    // Without the balloon and the hints it would be more than 64 MiB.
+    ensure!(sent(&outcome) < 32 * MIB, "{outcome:#}");
     beat_on(&mut side)?;
     wait_for("the link is up", || Ok(side.balloon().is_ok()))?;
     assert_eq!(side.balloon()?, (48 * MIB, 48 * MIB));
@@ -165,7 +166,8 @@ fn pages_that_were_used_and_freed_are_not_sent() -> Result<()> {
     beat_on(&mut side)?;
     wait_for("memory is used", || Ok(spent(&side)? > 128 * MIB))?;
     let Moved { mut side, outcome } = side.move_on(&spec)?;
-    ensure!(sent(&outcome) < 16 * MIB, "{outcome:#}");
+    // Without hints it would be more than 128 MiB.
+    ensure!(sent(&outcome) < 64 * MIB, "{outcome:#}");
     beat_on(&mut side)?;
     let done = finish(side)?;
     let Some(Report::Balloon { hinted, ended, .. }) = done.balloon else {

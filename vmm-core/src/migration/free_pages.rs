@@ -43,6 +43,8 @@ const LEAST_PENDING: u64 = 8 << 20;
 const FIRST_HINT: Duration = Duration::from_millis(250);
 /// Hints are waited for as long as they are faster than sending was, looked at so often.
 const STEP: Duration = Duration::from_millis(20);
+/// So many looks in a row may find them slower: a guest does not always get a processor.
+const SLOW_STEPS: u32 = 5;
 /// … and no longer than this in all.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
@@ -116,6 +118,8 @@ pub struct HeadStart {
     first: u64,
     /// When it was looked at last, and pages marked then.
     seen: (Instant, u64),
+    /// How often in a row naming pages was found slower.
+    slow: u32,
 }
 
 /// The free pages of one migration.
@@ -186,6 +190,7 @@ impl FreePages {
             begin: now,
             first: map.marked(),
             seen: (now, map.marked()),
+            slow: 0,
         })
     }
 
@@ -208,7 +213,8 @@ impl FreePages {
         head.seen = (Instant::now(), marked);
         let named = u128::from(marked.saturating_sub(before) * PAGE) * 1_000_000;
         let is_faster = named >= u128::from(rate) * time.as_micros();
-        is_faster || (marked == head.first && waited < FIRST_HINT)
+        head.slow = if is_faster { 0 } else { head.slow + 1 };
+        head.slow < SLOW_STEPS || (marked == head.first && waited < FIRST_HINT)
     }
 
     /// Takes the pages that are free now out of `words`, of bits from page `first` on.
