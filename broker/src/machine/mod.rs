@@ -11,6 +11,7 @@
 //! | `core` | the core's command line, and the connection to it |
 //! | `supervisor` | the task: ends of processes, restarts, commands |
 //! | `device` | one device's process, and when it is tried again |
+//! | `foreign` | back-ends that are not ours |
 //! | `state` | what a later broker needs to adopt it |
 //! | `statistics` | what its processes count and use |
 //! | `adopt` | taking over what a killed broker left |
@@ -18,6 +19,7 @@
 pub(crate) mod adopt;
 mod core;
 mod device;
+mod foreign;
 mod start;
 mod state;
 mod statistics;

@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 
 use super::core::{self, Boot};
 use super::device::{RunningDevice, chain};
+use super::foreign;
 use super::state::MachineState;
 use super::supervisor::Supervisor;
 use super::{DeviceStatus, Live, Machine};
@@ -136,7 +137,10 @@ async fn make(
         core::program(host, machine, &definition, boot).map_err(internal("no log"))?;
     for device in &mut made.devices {
         let endpoint = match &device.device.kind {
-            DeviceKind::VhostUser(other) => format!("socket={}", other.socket),
+            DeviceKind::VhostUser(other) => {
+                let backend = foreign::connect(&device.device.id, &other.socket).await?;
+                format!("fd={}", program.pass(backend))
+            }
             _ => {
                 let ends = device.start(host, machine).await?;
                 let (backend, link) = (program.pass(ends.backend), program.pass(ends.link));
