@@ -12,6 +12,9 @@ use crate::name::DeviceId;
 
 /// How long a back-end may take to accept a connection.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// How often a core is asked whether it still has one: it tells by itself only what device
+/// processes with a link say.
+const GLANCE: Duration = Duration::from_millis(500);
 /// How often a back-end that is gone is looked for.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -44,8 +47,8 @@ pub(super) async fn keep<F: Future<Output = ()> + Send>(
     socket: &str,
     tell: impl Fn(bool) -> F + Send + Sync,
 ) -> Result<(), Error> {
-    let mut changes = core.receive_device_changed().await?;
     loop {
+        tokio::time::sleep(GLANCE).await;
         if is_lost(core, id).await? {
             tell(false).await;
             while is_lost(core, id).await? {
@@ -57,13 +60,6 @@ pub(super) async fn keep<F: Future<Output = ()> + Send>(
                 }
             }
             tell(true).await;
-        }
-        loop {
-            match api::next(&mut changes).await {
-                Some(change) if *change.args()?.device() == id.as_str() => break,
-                Some(_) => {}
-                None => return Ok(()),
-            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use api::device::State as DeviceState;
 use api::machine::{PAUSED, State};
 use api::manager::{START, TRANSIENT};
@@ -277,8 +277,8 @@ async fn a_start_that_was_cut_short_is_cleaned_up() -> Result<()> {
             }
             state => assert!(matches!(state, State::Off | State::Failed), "{state:?}"),
         }
-        let programs = broker.programs()?;
-        ensure!(programs.is_empty(), "round {round}: {programs:?} are left");
+        let what = format!("round {round}: an end of all processes");
+        until(&what, async || Ok(broker.programs()?.is_empty())).await?;
     }
     Ok(())
 }
