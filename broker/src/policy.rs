@@ -18,6 +18,10 @@ pub enum Action {
     OpenConsole,
     /// Replace the process of a device.
     RestartDevice,
+    /// Move a machine away, and decide where it is.
+    Migrate,
+    /// Await a machine from another broker.
+    ReceiveMigration,
 }
 
 impl Action {
@@ -28,6 +32,8 @@ impl Action {
             Self::Manage => "org.godwit.Vmm1.manage",
             Self::OpenConsole => "org.godwit.Vmm1.open-console",
             Self::RestartDevice => "org.godwit.Vmm1.restart-device",
+            Self::Migrate => "org.godwit.Vmm1.migrate",
+            Self::ReceiveMigration => "org.godwit.Vmm1.receive-migration",
         }
     }
 }
@@ -122,6 +128,8 @@ mod tests {
             Action::Manage,
             Action::OpenConsole,
             Action::RestartDevice,
+            Action::Migrate,
+            Action::ReceiveMigration,
         ];
         for action in actions {
             let line = format!("<action id=\"{}\">", action.id());

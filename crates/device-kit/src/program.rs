@@ -14,8 +14,8 @@ use std::collections::BTreeSet;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -180,6 +180,9 @@ fn start<D: Device>(
         },
     )?;
     check_queues(&device)?;
+    if !options.incoming {
+        device.acquire()?;
+    }
     let workers = device.workers()?;
     let thread_of = threads_of_queues(&device, &workers)?;
     let front = open_front(&options)?;
@@ -211,6 +214,7 @@ fn start<D: Device>(
     }
     let services = Arc::new(Services {
         device: Arc::new(device),
+        held: Mutex::new(!options.incoming),
         queues: QueueThreads::new(mailboxes, thread_of),
         unit,
         prefault: Prefaulter::new(options.prefault, health.clone()),

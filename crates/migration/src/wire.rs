@@ -5,7 +5,7 @@
 //! Hello (definition) ─────────────────▶
 //!                    ◀───────────────── Refused (every reason) | Welcome
 //! Wiring, Alive …    ─────────────────▶                         memory on its own channels
-//!                    ◀───────────────── Ready                   (barrier A)
+//!                    ◀───────────────── Ready, for each Wiring  (barrier A)
 //! Stopping           ─────────────────▶                         devices begin to load
 //! Core               ─────────────────▶                         devices' states on theirs
 //!                    ◀───────────────── Loaded                  (barrier E)
@@ -133,14 +133,16 @@ pub enum ToSource {
         /// Everything that does not fit.
         reasons: Vec<String>,
     },
-    /// Barrier A: memory mapped, devices there, rings wired.
+    /// Barrier A: all is in place for what the last Wiring said. Answers each.
     Ready,
     /// Barrier E: everything is loaded and verified.
     Loaded,
-    /// The machine runs here.
+    /// The machine is here, and runs if it ran.
     Running {
         /// How that went.
         timeline: Side,
+        /// Why it is paused, if it should run.
+        problem: Option<String>,
     },
     /// The machine does not run here and never will.
     Discarded {

@@ -247,6 +247,7 @@ fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
     side.snapshot(&spec, folder.path())?;
     // Its disk stays as it is, since the first machine does not go on.
     side.terminate()?;
+    drop(side);
     let mut again = Side::restore(&spec, folder.path())?;
     assert_eq!(again.state()?, State::Paused);
     again.resume()?;

@@ -128,7 +128,10 @@ impl Moving {
             cpus,
             cpu_features,
             core_writes: CoreWrites::default(),
-            status: watch::channel(Status::default()).0,
+            status: watch::Sender::new(Status {
+                active: incoming.is_some(),
+                ..Status::default()
+            }),
             incoming,
             active: false,
         }
@@ -174,8 +177,18 @@ impl Moving {
 }
 
 impl Machine {
-    /// Waits for a machine from another core, which is then this one.
+    /// Waits for a machine from another core or from files, which is then this one.
     pub(super) fn arrive(&mut self, incoming: Incoming) -> Result<(), Reason> {
+        self.receive(incoming)?;
+        self.moving.end(Outcome {
+            result: Verdict::Arrived,
+            reason: None,
+            report: Report::default(),
+        });
+        Ok(())
+    }
+
+    fn receive(&mut self, incoming: Incoming) -> Result<(), Reason> {
         let failed = |error: &MigrationError| match error {
             MigrationError::Link(LinkError::Cancelled) => Reason::Terminated,
             error => Reason::Internal(format!("the machine did not arrive: {}", chain(error))),
@@ -368,6 +381,10 @@ impl Host for Machine {
         if self.is(State::Running) {
             self.vcpus.run();
         }
+    }
+
+    fn stay_paused(&mut self) {
+        self.state.send_replace(State::Paused);
     }
 
     fn ran(&self) -> bool {

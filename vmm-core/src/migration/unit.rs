@@ -24,6 +24,22 @@ pub struct Unit {
     pub remote: Arc<VhostUserDevice>,
 }
 
+impl Unit {
+    /// The machine is here: what only one process may have is taken, and the device runs if the
+    /// machine does.
+    pub fn take_up(&self, running: bool) -> Result<(), MigrationError> {
+        if running {
+            self.pci.resume()?;
+        }
+        Ok(self.remote.hold(true)?)
+    }
+
+    /// The machine goes: what only one process may have is given up.
+    pub fn let_go(&self) -> Result<(), MigrationError> {
+        Ok(self.remote.hold(false)?)
+    }
+}
+
 type Job = Box<dyn FnOnce(&Unit) + Send>;
 
 struct Worker {
