@@ -128,6 +128,8 @@ mod tests {
             Action::Manage,
             Action::OpenConsole,
             Action::RestartDevice,
+            Action::Migrate,
+            Action::ReceiveMigration,
         ];
         for action in actions {
             let line = format!("<action id=\"{}\">", action.id());

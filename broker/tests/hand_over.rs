@@ -21,6 +21,7 @@ fn a_process_becomes_what_it_is_handed() {
     let mut program = Program {
         machine: "vm".into(),
         declared: false,
+        beside: false,
         role: "core".into(),
         path: "/bin/sh".into(),
         args: Vec::new(),

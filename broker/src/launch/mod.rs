@@ -23,6 +23,8 @@ pub struct Program {
     pub machine: String,
     /// The machine is one that an administrator has declared.
     pub declared: bool,
+    /// Another process has its role already, until this one takes its place.
+    pub beside: bool,
     /// `core`, or the name of a device.
     pub role: String,
     /// The executable.

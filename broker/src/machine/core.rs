@@ -51,6 +51,7 @@ pub(super) fn program(
     let mut program = Program {
         machine: name.to_string(),
         declared: machine.from_file,
+        beside: false,
         role: "core".into(),
         path: host.programs.join("godwit-vmm"),
         args: Vec::new(),

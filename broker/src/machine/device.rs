@@ -149,6 +149,7 @@ impl RunningDevice {
         let mut program = Program {
             machine: machine.to_string(),
             declared,
+            beside: self.shares_image,
             role: id.to_owned(),
             path: host.programs.join(name),
             args: Vec::new(),

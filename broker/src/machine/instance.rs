@@ -19,7 +19,7 @@ use nix::sys::signal::Signal;
 use super::core::{self, Boot};
 use super::device::{RunningDevice, chain};
 use super::state::MachineState;
-use super::{DeviceStatus, Machine};
+use super::{DeviceStatus, Machine, foreign};
 use crate::console::{Console, Switch};
 use crate::definition::{Definition, DeviceKind};
 use crate::folder::{last_line, last_words};
@@ -170,11 +170,15 @@ impl Plan<'_> {
         };
         let mut program =
             core::program(host, self.machine, &definition, boot).map_err(internal("no log"))?;
+        program.beside = self.incoming.is_some();
         for at in 0..made.devices.len() {
             advance("starting devices");
             let device = &mut made.devices[at];
             let endpoint = match &device.device.kind {
-                DeviceKind::VhostUser(other) => format!("socket={}", other.socket),
+                DeviceKind::VhostUser(other) => {
+                    let backend = foreign::connect(&device.device.id, &other.socket).await?;
+                    format!("fd={}", program.pass(backend))
+                }
                 _ => {
                     let ends = device.start(host, self.machine).await?;
                     let (backend, link) = (program.pass(ends.backend), program.pass(ends.link));

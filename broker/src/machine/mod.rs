@@ -12,6 +12,7 @@
 //! | `core` | the core's command line, and the connection to it |
 //! | `supervisor` | the task: ends of processes, restarts, commands |
 //! | `device` | one device's process, and when it is tried again |
+//! | `foreign` | back-ends that are not ours |
 //! | `state` | what a later broker needs to adopt it |
 //! | `statistics` | what its processes count and use |
 //! | `balloon` | memory that its guest gives |
@@ -21,6 +22,7 @@ pub(crate) mod adopt;
 mod balloon;
 mod core;
 mod device;
+mod foreign;
 mod instance;
 pub(crate) mod start;
 mod state;

@@ -19,7 +19,8 @@ use tokio::task::AbortHandle;
 use super::device::RunningDevice;
 use super::instance::Instance;
 use super::state::MachineState;
-use super::{DeviceStatus, Machine};
+use super::{DeviceStatus, Machine, foreign};
+use crate::definition::{Device, DeviceKind};
 use crate::folder::{last_line, last_words};
 use crate::host::Host;
 use crate::process::{Ended, Process};
@@ -67,6 +68,11 @@ enum Event {
         generation: u64,
     },
     CoreState(api::core::State),
+    /// A back-end that is not ours is lost, or has come back.
+    Foreign {
+        at: usize,
+        connected: bool,
+    },
 }
 
 pub(super) struct Supervisor {
@@ -151,13 +157,47 @@ impl Supervisor {
             // A supervisor that is gone needs to know nothing.
             let _ = tell.send(Event::CoreEnded(ended)).await;
         });
+        for at in 0..self.devices.len() {
+            self.watch_device(at);
+            self.watch_foreign(at, core);
+        }
         let (core, tell) = (core.clone(), self.tell.clone());
         self.wait(async move {
             let _ = follow(core, tell).await;
         });
-        for at in 0..self.devices.len() {
-            self.watch_device(at);
-        }
+    }
+
+    fn watch_foreign(&mut self, at: usize, core: &CoreProxy<'static>) {
+        let Device { id, kind } = self.devices[at].device.clone();
+        let DeviceKind::VhostUser(other) = kind else {
+            return;
+        };
+        let (core, tell) = (core.clone(), self.tell.clone());
+        self.wait(async move {
+            let tell = |connected| {
+                let tell = tell.clone();
+                async move {
+                    let _ = tell.send(Event::Foreign { at, connected }).await;
+                }
+            };
+            // It ends with the core, whose end somebody else sees.
+            let _ = foreign::keep(&core, &id, &other.socket, tell).await;
+        });
+    }
+
+    /// A back-end that is not ours is lost, or another has taken over.
+    fn foreign(&mut self, at: usize, connected: bool) {
+        let device = &mut self.devices[at];
+        device.reconnects += u32::from(connected);
+        let reconnects = device.reconnects;
+        self.update_device(at, |status| {
+            status.reconnects = reconnects;
+            (status.state, status.reason) = match connected {
+                true => (DeviceState::Running, String::new()),
+                false => (DeviceState::Restarting, "its back-end is gone".into()),
+            };
+        });
+        self.save();
     }
 
     fn wait(&mut self, work: impl Future<Output = ()> + Send + 'static) {
@@ -227,6 +267,7 @@ impl Supervisor {
                     }
                 },
                 Event::CoreState(state) => self.machine.set_running_state(state),
+                Event::Foreign { at, connected } => self.foreign(at, connected),
                 Event::DeviceEnded {
                     at,
                     generation,

@@ -1,5 +1,6 @@
 //! Helpers for tests of the broker: one in a folder of its own, and clients of it.
 
+mod guest;
 mod manner;
 
 use std::collections::HashMap;
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+pub use self::guest::*;
 pub use self::manner::Manner;
 use anyhow::{Context as _, Result, bail, ensure};
 use api::Dictionary;

@@ -1,84 +1,16 @@
 //! Machines under a broker, and what happens when processes are killed.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use api::device::State as DeviceState;
 use api::machine::{PAUSED, State};
 use api::manager::{START, TRANSIENT};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use test_broker::*;
-use test_framework::console::Console;
 use test_framework::machine::DEADLINE;
-use test_guest::{BlkMode, Report, Workload, command};
-
-/// A guest that works on its disks until it is told to stop, and verifies what it reads.
-fn busy() -> Workload {
-    Workload {
-        heartbeat: 50,
-        blk: BlkMode::Loop,
-        depth: 8,
-        poweroff: true,
-        ..Workload::default()
-    }
-}
-
-fn idle() -> Workload {
-    Workload {
-        heartbeat: 50,
-        ..Workload::default()
-    }
-}
-
-/// Waits until disk `number` has done more.
-fn works_on(console: &mut Console, number: u32) -> Result<()> {
-    let before = progress(console, number)?;
-    let end = Instant::now() + DEADLINE;
-    while progress(console, number)? <= before + 100 {
-        ensure!(Instant::now() < end, "disk {number} stands still");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
-
-/// Requests that a disk has completed so far.
-fn progress(console: &mut Console, number: u32) -> Result<u64> {
-    console.send(command::REPORT)?;
-    let wanted = |report: &Report| match *report {
-        Report::Blk {
-            dev,
-            reads,
-            writes,
-            end: false,
-            ..
-        } if dev == number => Some(reads + writes),
-        _ => None,
-    };
-    Ok(console.report("progress", DEADLINE, wanted)?.1)
-}
-
-/// Ends the guest's work, all of which must have been right.
-fn finish(console: &mut Console) -> Result<()> {
-    console.send(command::STOP)?;
-    let (_, ok) = console.report("the end of the work", DEADLINE, |report| match *report {
-        Report::Done { ok, .. } => Some(ok),
-        _ => None,
-    })?;
-    ensure!(
-        ok,
-        "the guest found something wrong: {:#?}",
-        console.history()
-    );
-    Ok(())
-}
-
-fn active(console: &mut Console) -> Result<()> {
-    let is_active = |report: &Report| matches!(report, Report::Active { .. }).then_some(());
-    console
-        .report("active devices", DEADLINE, is_active)
-        .map(drop)
-}
+use test_guest::{Report, command};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_lives_and_the_bus_shows_it() -> Result<()> {
@@ -347,11 +279,8 @@ async fn a_start_that_was_cut_short_is_cleaned_up() -> Result<()> {
             }
             state => assert!(matches!(state, State::Off | State::Failed), "{state:?}"),
         }
-        // A device whose core was never started ends by its socket, a moment later.
-        until("the end of all processes", async || {
-            Ok(broker.programs()?.is_empty())
-        })
-        .await?;
+        let what = format!("round {round}: an end of all processes");
+        until(&what, async || Ok(broker.programs()?.is_empty())).await?;
     }
     Ok(())
 }

@@ -32,9 +32,10 @@ use std::time::Duration;
 
 use thiserror::Error;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use zbus::Connection;
 
-use self::arrivals::Arrivals;
+use self::arrivals::{Arrivals, Expected};
 use self::bus::{ManagerProxy, Property};
 use self::settings::DOOR;
 pub(crate) use self::unit::Unit;
@@ -95,15 +96,11 @@ impl Systemd {
 
     /// Starts a program.
     pub(super) async fn start(&self, program: Program) -> Result<Process, LaunchError> {
-        let name = names::unit(&program);
-        let mut expected = self.arrivals.expect(&name);
+        let (name, mut expected) = self.start_unit(&program).await?;
         let refused = |source: zbus::Error| LaunchError::Unit {
             unit: name.clone(),
             source: Box::new(source),
         };
-        if !expected.is_here {
-            self.start_unit(&name, &program).await.map_err(refused)?;
-        }
         let unit = Unit::hold(&self.manager, &name).await.map_err(refused)?;
         let arrival = tokio::select! {
             arrival = expected.come() => arrival,
@@ -131,25 +128,38 @@ impl Systemd {
         handed
     }
 
-    async fn start_unit(&self, name: &str, program: &Program) -> zbus::Result<()> {
-        if program.declared && names::is_core(program) {
-            // Not "start": systemd may not have noticed yet that the one before has ended.
-            return self.manager.restart_unit(name, "replace").await.map(drop);
-        }
+    /// Starts the unit of a program, whose process is expected from then on.
+    async fn start_unit(&self, program: &Program) -> Result<(String, Expected), LaunchError> {
         let properties = self.properties(program);
-        let start = async || {
-            self.manager
-                .start_transient_unit(name, "fail", &properties, &[])
-                .await
-        };
-        let end = tokio::time::Instant::now() + DEADLINE;
+        let end = Instant::now() + DEADLINE;
         loop {
-            match start().await {
-                Err(error) if is_still_there(&error) && tokio::time::Instant::now() < end => {
-                    tokio::time::sleep(LOOK).await;
+            for name in names::candidates(program) {
+                let expected = self.arrivals.expect(&name);
+                if expected.is_here {
+                    return Ok((name, expected));
                 }
-                result => return result.map(drop),
+                let started = match names::is_from_template(&name) {
+                    // Not "start": systemd may not have noticed that the one before has ended.
+                    true => self.manager.restart_unit(&name, "replace").await,
+                    false => {
+                        let manager = &self.manager;
+                        manager
+                            .start_transient_unit(&name, "fail", &properties, &[])
+                            .await
+                    }
+                };
+                match started {
+                    Ok(_) => return Ok((name, expected)),
+                    Err(error) if is_still_there(&error) && Instant::now() < end => {}
+                    Err(error) => {
+                        return Err(LaunchError::Unit {
+                            unit: name,
+                            source: Box::new(error),
+                        });
+                    }
+                }
             }
+            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -170,7 +180,7 @@ impl Systemd {
         ] as [Property<'static>; 4]);
         if !names::is_core(program) {
             // When the host goes down, the core ends before its devices.
-            properties.push(("Before", vec![names::core(program)].into()));
+            properties.push(("Before", names::cores(program).into()));
         }
         properties
     }

@@ -6,6 +6,7 @@
 //! | `godwit-machine@NAME.service` | the core of a declared machine, from the template |
 //! | `godwit-NAME-core.service` | the core of a machine that a call has made, transient |
 //! | `godwit-NAME-ID.service` | the process of a device, transient |
+//! | `godwit-…-2.service` | the same of a machine that has moved within its host |
 
 use crate::launch::Program;
 
@@ -27,24 +28,35 @@ pub fn machine(machine: &str) -> String {
     format!("godwit-machine@{}.service", escape(machine))
 }
 
-/// The unit of the core of a program's machine.
-pub(super) fn core(program: &Program) -> String {
-    match program.declared {
-        true => machine(&program.machine),
-        false => transient(&program.machine, CORE),
+/// Units that a program can be in: the first that is free.
+pub(super) fn candidates(program: &Program) -> Vec<String> {
+    match (is_core(program), program.declared, program.beside) {
+        (true, true, false) => vec![machine(&program.machine)],
+        (_, _, false) => vec![transient(&program.machine, &program.role)],
+        (_, _, true) => both(&program.machine, &program.role).into(),
     }
 }
 
-/// The unit of a program.
-pub(super) fn unit(program: &Program) -> String {
-    match is_core(program) {
-        true => core(program),
-        false => transient(&program.machine, &program.role),
-    }
+/// Units that the core of a program's machine can be in, now and when it has moved.
+pub(super) fn cores(program: &Program) -> Vec<String> {
+    let [one, other] = both(&program.machine, CORE);
+    vec![machine(&program.machine), one, other]
+}
+
+/// Whether a unit comes from the template.
+pub(super) fn is_from_template(unit: &str) -> bool {
+    unit.contains('@')
 }
 
 pub(super) fn is_core(program: &Program) -> bool {
     program.role == CORE
+}
+
+/// The one name and the other, as a machine that moves within its host has two of each process.
+fn both(machine: &str, role: &str) -> [String; 2] {
+    let one = transient(machine, role);
+    let other = one.replace(".service", "-2.service");
+    [one, other]
 }
 
 fn transient(machine: &str, role: &str) -> String {
@@ -61,5 +73,32 @@ mod tests {
         assert_ne!(transient("a-b", "c"), transient("a", "b-c"));
         assert_eq!(slice("web-1"), "godwit-web\\x2d1.slice");
         assert_eq!(machine("web-1"), "godwit-machine@web\\x2d1.service");
+    }
+
+    #[test]
+    fn a_core_that_takes_over_leaves_the_unit_of_the_other_alone() {
+        let mut program = Program {
+            machine: "web".into(),
+            declared: true,
+            beside: false,
+            role: CORE.into(),
+            path: "/bin/true".into(),
+            args: Vec::new(),
+            descriptors: Vec::new(),
+            log: std::fs::File::open("/dev/null").unwrap(),
+        };
+        assert_eq!(candidates(&program), ["godwit-machine@web.service"]);
+        program.beside = true;
+        let beside = ["godwit-web-core.service", "godwit-web-core-2.service"];
+        assert_eq!(candidates(&program), beside);
+        assert!(
+            candidates(&program)
+                .iter()
+                .all(|unit| cores(&program).contains(unit))
+        );
+        program.declared = false;
+        assert_eq!(candidates(&program), beside);
+        program.beside = false;
+        assert_eq!(candidates(&program), beside[..1]);
     }
 }
