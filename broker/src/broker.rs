@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use api::core::CoreProxy;
 use api::machine::State;
 use api::{Caller, Dictionary, Error, path};
 use serde::{Deserialize, Serialize};
@@ -44,7 +45,7 @@ struct Defined {
 pub struct Broker {
     pub(crate) host: Arc<Host>,
     policy: Policy,
-    config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     machines: Mutex<BTreeMap<MachineName, Arc<Machine>>>,
     pub(crate) jobs: Jobs,
     /// Machines that somebody said will come.
@@ -57,17 +58,17 @@ impl Broker {
     /// A broker that knows no machine yet.
     pub fn new(host: Host, policy: Policy, config: Option<PathBuf>) -> Arc<Self> {
         Arc::new(Self {
+            jobs: Jobs::new(host.publisher.clone()),
             host: Arc::new(host),
             policy,
             config,
             machines: Mutex::default(),
-            jobs: Jobs::default(),
             awaited: Awaited::default(),
             pending: Mutex::default(),
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<MachineName, Arc<Machine>>> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, BTreeMap<MachineName, Arc<Machine>>> {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -123,6 +124,11 @@ impl Broker {
             devices: devices.into_iter().collect(),
             processes: asked.join_all().await.concat(),
         }
+    }
+
+    /// Shortens all logs that have grown too long. Blocks.
+    pub fn bound_logs(&self) {
+        self.host.folder.bound_logs();
     }
 
     pub(crate) fn defined_path(&self, name: &MachineName) -> PathBuf {
@@ -349,7 +355,8 @@ impl Broker {
     ) -> Result<OwnedObjectPath, Error> {
         machine.must_be(&[State::Running], "powered off")?;
         self.begin(Kind::PowerOff, machine, |_, machine, job| async move {
-            machine.core("powered off")?.power_button().await?;
+            let press = async |core: CoreProxy<'static>| core.power_button().await;
+            machine.command("powered off", press).await?;
             wait_for_power_off(&machine, &job).await
         })
         .await
@@ -454,7 +461,8 @@ impl Broker {
             &[State::Running, State::Paused],
             "given a new device process",
         )?;
-        self.begin(Kind::RestartDevice, machine, |_, machine, _| async move {
+        self.begin(Kind::RestartDevice, machine, |_, machine, job| async move {
+            job.set_phase("replacing the process", 0.0);
             machine.restart_device(at).await
         })
         .await
@@ -487,7 +495,6 @@ impl Broker {
                 (Err(_), _) => folder::remove_file(&file),
             }
         }
-        self.read_configuration();
         let mut waiting = Vec::new();
         for (name, pending) in self.find_pending().await {
             let pending = self.settle(&name, pending).await;
@@ -498,6 +505,9 @@ impl Broker {
             if let Ok(name) = MachineName::new(&name) {
                 self.take_over(name).await;
             }
+        }
+        for mistake in self.read_configuration().mistakes {
+            tracing::error!("{mistake}");
         }
         self.await_pending(waiting).await;
         for machine in self.machines() {
@@ -585,59 +595,6 @@ impl Broker {
         };
         self.carry_out(&machine, job, work);
     }
-
-    /// Reads the definitions in the configuration folder. Says what is wrong and goes on.
-    /// The machines that are new or have changed.
-    fn read_configuration(&self) -> Vec<Arc<Machine>> {
-        let Some(folder) = &self.config else {
-            return Vec::new();
-        };
-        let entries = match std::fs::read_dir(folder) {
-            Ok(entries) => entries,
-            Err(error) => {
-                tracing::warn!(folder = %folder.display(), %error, "no definitions were read");
-                return Vec::new();
-            }
-        };
-        let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-        files.retain(|file| {
-            file.extension()
-                .is_some_and(|extension| extension == "toml")
-        });
-        files.sort();
-        let mut changed = Vec::new();
-        for file in files {
-            let shown = file.display();
-            let (name, definition) = match Definition::from_file(&file) {
-                Ok(read) => read,
-                Err(error) => {
-                    tracing::error!("{shown}: {error}");
-                    continue;
-                }
-            };
-            let known = self.lock().get(&name).cloned();
-            let result = match known {
-                Some(machine) if !machine.from_file => Err(Error::MachineExists(format!(
-                    "there is a machine {name} already, made by a call"
-                ))),
-                Some(machine) if *machine.definition() == definition => continue,
-                Some(machine) => machine.redefine(definition).map(|()| machine),
-                None => self.insert(name, definition, false, true),
-            };
-            match result {
-                Ok(machine) => changed.push(machine),
-                Err(error) => tracing::error!("{shown}: {error}"),
-            }
-        }
-        changed
-    }
-
-    /// Reads the configuration folder again.
-    pub(crate) async fn reload(&self) {
-        for machine in self.read_configuration() {
-            self.publish_added(&machine).await;
-        }
-    }
 }
 
 /// Whether a machine is not here any more, or never was, now that a job has ended.
@@ -655,7 +612,7 @@ fn is_over(machine: &Machine, job: &Record, is_ok: bool) -> bool {
 
 async fn wait_for_power_off(machine: &Machine, job: &Job) -> Result<(), Error> {
     let name = machine.name();
-    job.set_phase("waiting for the guest");
+    job.set_phase("waiting for the guest", 0.0);
     tokio::select! {
         () = machine.gone() => Ok(()),
         () = job.cancelled() => Err(Error::Cancelled(format!("nobody waits for {name} any more"))),
@@ -668,7 +625,7 @@ async fn wait_for_power_off(machine: &Machine, job: &Job) -> Result<(), Error> {
 
 /// Ends a machine: by its core, and if that does not do it, by force.
 async fn end(machine: &Machine, job: &Job) -> Result<(), Error> {
-    job.set_phase("ending");
+    job.set_phase("ending", 0.0);
     if let Ok(core) = machine.core("terminated") {
         // A core that does not answer is killed.
         let _ = tokio::time::timeout(TERMINATE_DEADLINE, core.terminate()).await;
@@ -677,6 +634,7 @@ async fn end(machine: &Machine, job: &Job) -> Result<(), Error> {
         .await
         .is_err()
     {
+        job.set_phase("killing", 0.5);
         machine.kill().await;
     }
     tokio::time::timeout(GONE_DEADLINE, machine.gone())

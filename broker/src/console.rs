@@ -1,18 +1,18 @@
 //! The console of a machine: one socket to the core, any number of readers, one writer.
 //!
 //! ```text
-//!          ┌─► log file, with one predecessor
+//!          ┌─► log file
 //! core ──► ├─► what was printed lately
 //!          └─► readers, each with a queue      core ◄── the writer
 //! ```
 //! A reader that does not read is let go; it never holds up the guest or another reader.
 
 use std::collections::VecDeque;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::Error;
@@ -24,8 +24,6 @@ use tokio::sync::mpsc::{self, Receiver, Sender};
 
 /// Bytes that are kept for who comes later.
 const RECENT: usize = 256 << 10;
-/// Bytes after which a new log file is begun.
-const MAX_LOG: u64 = 8 << 20;
 /// Pieces that wait for a reader, each of up to [`PIECE`] bytes.
 const MAX_WAITING: usize = 256;
 /// Most readers of a console.
@@ -52,7 +50,7 @@ struct Hub {
     readers: Vec<Reader>,
     writer: Option<u64>,
     next: u64,
-    log: Option<Log>,
+    log: Option<File>,
     /// To the core that has the machine.
     input: Sender<Vec<u8>>,
     /// Cores that may print.
@@ -63,34 +61,6 @@ struct Hub {
 struct Reader {
     number: u64,
     queue: Sender<Arc<[u8]>>,
-}
-
-#[derive(Debug)]
-struct Log {
-    path: PathBuf,
-    file: File,
-    size: u64,
-}
-
-impl Log {
-    fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().create(true).append(true).open(path)?;
-        Ok(Self {
-            path: path.to_owned(),
-            size: file.metadata()?.len(),
-            file,
-        })
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.size > MAX_LOG {
-            fs::rename(&self.path, self.path.with_extension("log.1"))?;
-            *self = Self::open(&self.path)?;
-        }
-        self.file.write_all(bytes)?;
-        self.size += bytes.len() as u64;
-        Ok(())
-    }
 }
 
 impl Console {
@@ -107,7 +77,7 @@ impl Console {
                 readers: Vec::new(),
                 writer: None,
                 next: 0,
-                log: Some(Log::open(log)?),
+                log: Some(OpenOptions::new().create(true).append(true).open(log)?),
                 input,
                 cores: 1,
             }),
@@ -219,7 +189,7 @@ impl Console {
 impl Hub {
     fn print(&mut self, bytes: &[u8]) {
         if let Some(log) = &mut self.log
-            && let Err(error) = log.write(bytes)
+            && let Err(error) = log.write_all(bytes)
         {
             tracing::warn!(%error, "the console is not logged any more");
             self.log = None;
@@ -302,27 +272,24 @@ mod tests {
         let mut rest = Vec::new();
         taker.read_to_end(&mut rest).await.unwrap();
         assert!(rest.is_empty());
-        let logged = fs::read(folder.path().join("console.log")).unwrap();
+        let logged = std::fs::read(folder.path().join("console.log")).unwrap();
         assert_eq!(logged, b"login: ");
     }
 
-    #[tokio::test]
-    async fn what_is_kept_is_bounded() {
-        let folder = tempfile::tempdir().unwrap();
+    #[test]
+    fn what_is_kept_is_bounded() {
         let mut hub = Hub {
             recent: VecDeque::new(),
             readers: Vec::new(),
             writer: None,
             next: 0,
-            log: Some(Log::open(&folder.path().join("console.log")).unwrap()),
+            log: None,
             input: mpsc::channel(1).0,
             cores: 0,
         };
-        for _ in 0..(3 * MAX_LOG / PIECE as u64) {
+        for _ in 0..(3 * RECENT / PIECE) {
             hub.print(&[b'x'; PIECE]);
         }
         assert_eq!(hub.recent.len(), RECENT);
-        let logs: Vec<_> = fs::read_dir(folder.path()).unwrap().collect();
-        assert_eq!(logs.len(), 2);
     }
 }

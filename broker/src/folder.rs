@@ -32,8 +32,10 @@ use crate::name::MachineName;
 
 /// Largest file of state, in bytes.
 const MAX_STATE: u64 = 1 << 20;
-/// Bytes after which the next process of a role begins a new log.
+/// Bytes of a log after which what there is becomes its predecessor, of which one is kept.
 const MAX_LOG: u64 = 8 << 20;
+/// The log of a broker that the command line has started.
+const BROKER_LOG: &str = "broker.log";
 /// Bytes at the end of a log that are looked at for a reason.
 const LOG_TAIL: u64 = 4096;
 /// Longest path of a socket.
@@ -171,14 +173,24 @@ impl Folder {
     /// It cannot be opened.
     pub fn log(&self, name: &MachineName, role: &str) -> io::Result<File> {
         let path = self.logs(name).join(format!("{role}.log"));
-        if fs::metadata(&path).is_ok_and(|log| log.len() > MAX_LOG) {
-            fs::rename(&path, path.with_extension("log.1"))?;
-        }
         OpenOptions::new()
             .create(true)
             .append(true)
             .mode(0o600)
             .open(path)
+    }
+
+    /// Shortens all logs that have grown too long. Blocks.
+    pub fn bound_logs(&self) {
+        let machines = list(&self.kept.join("log"));
+        let logs = machines.iter().flat_map(|machine| list(machine));
+        for log in logs.chain([self.join(BROKER_LOG)]) {
+            if log.extension().is_some_and(|extension| extension == "log")
+                && let Err(error) = bound(&log)
+            {
+                tracing::warn!(log = %log.display(), %error, "a log cannot be shortened");
+            }
+        }
     }
 }
 
@@ -215,6 +227,31 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
     let mut text = Vec::new();
     File::open(path)?.take(MAX_STATE).read_to_end(&mut text)?;
     Ok(serde_json::from_slice(&text)?)
+}
+
+/// Copies the end of a log that has grown too long away, and empties it. Who writes to it appends,
+/// and who reads it sees that it has become shorter.
+///
+/// # Errors
+/// It cannot be copied; it is as it was.
+fn bound(log: &Path) -> io::Result<()> {
+    let size = match fs::metadata(log) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        metadata => metadata?.len(),
+    };
+    if size <= MAX_LOG {
+        return Ok(());
+    }
+    let mut file = OpenOptions::new().read(true).write(true).open(log)?;
+    file.seek(SeekFrom::Start(size - MAX_LOG))?;
+    let mut old = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(log.with_extension("log.1"))?;
+    io::copy(&mut (&mut file).take(MAX_LOG), &mut old)?;
+    file.set_len(0)
 }
 
 /// The last line of a file, without control characters.
@@ -280,6 +317,32 @@ mod tests {
         assert!(error.contains("another broker runs"), "{error}");
         drop(folder);
         Folder::open(place.path(), place.path()).unwrap();
+    }
+
+    #[test]
+    fn logs_are_bounded_under_who_writes_them() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = Folder::open(place.path(), place.path()).unwrap();
+        let name = MachineName::new("vm").unwrap();
+        folder.make_place(&folder.machine(&name), &name).unwrap();
+        let mut log = folder.log(&name, "core").unwrap();
+        let path = folder.logs(&name).join("core.log");
+        for round in 0..4 {
+            let line = format!("round {round}\n");
+            let piece = vec![b'x'; 1 << 20];
+            for _ in 0..10 {
+                log.write_all(&piece).unwrap();
+            }
+            log.write_all(line.as_bytes()).unwrap();
+            folder.bound_logs();
+            assert_eq!(fs::metadata(&path).unwrap().len(), 0);
+            let old = path.with_extension("log.1");
+            assert_eq!(fs::metadata(&old).unwrap().len(), MAX_LOG);
+            assert!(fs::read(&old).unwrap().ends_with(line.as_bytes()));
+        }
+        log.write_all(b"more\n").unwrap();
+        folder.bound_logs();
+        assert_eq!(fs::read(&path).unwrap(), b"more\n");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use api::job::{Facts, RESULT_ERROR, RESULT_MESSAGE, State};
 use api::job_migration::{RESULT_DOWNTIME, RESULT_PLACE};
@@ -17,11 +17,14 @@ use zbus::{DBusError as _, OwnedVariant, Str};
 
 use crate::migration::record::{Progress, Record as Migration};
 use crate::name::MachineName;
+use crate::publish::{Change, Publisher};
 
 /// How long a job can be read after its end.
 pub const KEPT: Duration = Duration::from_secs(300);
 /// Most jobs that are kept.
 const MAX_JOBS: usize = 4096;
+/// Shortest time between two words on the progress of a phase.
+const TELL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// What a job does.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +81,9 @@ pub struct Record {
     pub state: State,
     /// What it does now.
     pub phase: String,
+    /// How much of it is done, from 0 to 1.
+    #[serde(default)]
+    pub progress: f64,
     /// D-Bus name of its error.
     pub error: Option<String>,
     /// One sentence for a person.
@@ -93,6 +99,9 @@ pub struct Record {
 #[derive(Debug)]
 pub struct Job {
     record: Mutex<Record>,
+    publisher: Publisher,
+    /// When the bus was told last how far it is.
+    told: Mutex<Option<Instant>>,
     cancelled: watch::Sender<bool>,
     finished: watch::Sender<bool>,
 }
@@ -105,10 +114,12 @@ fn now() -> u64 {
 }
 
 impl Job {
-    fn new(record: Record) -> Arc<Self> {
+    fn new(record: Record, publisher: Publisher) -> Arc<Self> {
         let finished = record.state != State::Running;
         Arc::new(Self {
             record: Mutex::new(record),
+            publisher,
+            told: Mutex::default(),
             cancelled: watch::Sender::new(false),
             finished: watch::Sender::new(finished),
         })
@@ -157,15 +168,28 @@ impl Job {
             progress: match (running, migration) {
                 (false, _) => 1.0,
                 (true, Some(migration)) => migration.share(),
-                (true, None) => 0.0,
+                (true, None) => record.progress,
             },
             result,
         }
     }
 
-    /// Says what it does now.
-    pub fn set_phase(&self, phase: &str) {
-        self.lock().phase = phase.into();
+    /// Says what it does now, and how much of it is done, from 0 to 1. The bus is told of
+    /// another phase at once, and of progress within one four times a second.
+    pub fn set_phase(&self, phase: &str, progress: f64) {
+        let id = {
+            let record = &mut *self.lock();
+            let same = record.phase == phase;
+            record.phase = phase.into();
+            record.progress = progress.clamp(0.0, 1.0);
+            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+            if same && told.is_some_and(|at| at.elapsed() < TELL_INTERVAL) {
+                return;
+            }
+            *told = Some(Instant::now());
+            record.id
+        };
+        self.publisher.send(Change::Job(id));
     }
 
     /// Changes what it knows of its migration, which it then has.
@@ -252,8 +276,11 @@ impl Job {
 }
 
 /// All jobs that are known.
-#[derive(Debug, Default)]
-pub struct Jobs(Mutex<Table>);
+#[derive(Debug)]
+pub struct Jobs {
+    table: Mutex<Table>,
+    publisher: Publisher,
+}
 
 #[derive(Debug, Default)]
 struct Table {
@@ -262,8 +289,16 @@ struct Table {
 }
 
 impl Jobs {
+    /// None yet.
+    pub fn new(publisher: Publisher) -> Self {
+        Self {
+            table: Mutex::default(),
+            publisher,
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins one.
@@ -279,17 +314,19 @@ impl Jobs {
             )));
         }
         table.last = table.last.wrapping_add(1).max(1);
-        let job = Job::new(Record {
+        let record = Record {
             id: table.last,
             kind,
             machine: machine.clone(),
             state: State::Running,
             phase: String::new(),
+            progress: 0.0,
             error: None,
             message: None,
             ended: None,
             migration: None,
-        });
+        };
+        let job = Job::new(record, self.publisher.clone());
         table.jobs.insert(table.last, Arc::clone(&job));
         Ok(job)
     }
@@ -299,7 +336,7 @@ impl Jobs {
         let table = &mut *self.lock();
         table.last = table.last.max(record.id);
         let id = record.id;
-        let job = Job::new(record);
+        let job = Job::new(record, self.publisher.clone());
         table.jobs.insert(id, Arc::clone(&job));
         job
     }
@@ -328,14 +365,25 @@ impl Jobs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::publish;
 
     #[tokio::test]
     async fn a_job_ends_once_and_says_how() {
-        let jobs = Jobs::default();
+        let (publisher, mut changes) = publish::channel();
+        let jobs = Jobs::new(publisher);
         let name = MachineName::new("vm").unwrap();
         let job = jobs.begin(Kind::Start, &name).unwrap();
         assert!(job.facts().cancellable);
         assert_eq!(job.kept_for(), None);
+        for step in 0..100 {
+            job.set_phase("working", f64::from(step) / 100.0);
+        }
+        assert!(job.facts().progress > 0.9);
+        job.set_phase("ending", 7.0);
+        assert!((job.facts().progress - 1.0).abs() < f64::EPSILON);
+        // A hundred steps are told as few, and the new phase in any case.
+        let told = std::iter::from_fn(|| changes.try_recv().ok()).count();
+        assert!((2..50).contains(&told), "told {told} times");
         job.cancel().unwrap();
         job.cancelled().await;
         job.finish(&Err(Error::Cancelled("enough".into())));
@@ -357,7 +405,7 @@ mod tests {
 
     #[test]
     fn there_is_an_end_to_jobs() {
-        let jobs = Jobs::default();
+        let jobs = Jobs::new(publish::channel().0);
         let name = MachineName::new("vm").unwrap();
         for _ in 0..MAX_JOBS {
             jobs.begin(Kind::Start, &name).unwrap();

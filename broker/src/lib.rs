@@ -23,8 +23,10 @@
 
 pub mod broker;
 pub mod console;
+mod declared;
 pub mod definition;
 pub mod folder;
+mod holders;
 pub mod host;
 pub mod jobs;
 pub mod launch;

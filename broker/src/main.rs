@@ -37,6 +37,9 @@ use zbus::fdo::RequestNameFlags;
 /// How long a call of the broker to polkit, systemd or a core may take.
 const CALL_DEADLINE: Duration = Duration::from_secs(90);
 
+/// How often logs are looked at.
+const LOG_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Makes and watches virtual machines, as the D-Bus service org.godwit.Vmm1.
 #[derive(Debug, Parser)]
 #[command(name = "godwit-broker", version)]
@@ -58,7 +61,9 @@ struct Options {
     /// Folder for logs and machines that were made by calls [default: that of --runtime-dir]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Folder with a definition NAME.toml for each declared machine
+    /// Folder with a definition NAME.toml for each declared machine [default, where
+    /// --runtime-dir has its default too: $XDG_CONFIG_HOME/godwit/machines, or
+    /// /etc/godwit/machines with --system]
     #[arg(long, value_name = "DIR")]
     config_dir: Option<PathBuf>,
     /// Where machines of other brokers may come in: tcp://HOST:PORT or unix:/PATH
@@ -121,6 +126,28 @@ fn default_runtime_dir() -> PathBuf {
     }
 }
 
+/// Where declared machines are. A broker that was put elsewhere does not take over those of the
+/// usual one.
+fn config_dir(options: &Options, runtime_dir: &Path) -> Result<Option<PathBuf>> {
+    let given = options.config_dir.clone();
+    let usual = runtime_dir == default_runtime_dir();
+    let folder = given.or_else(|| usual.then(|| default_config_dir(options.system)).flatten());
+    let absolute = |folder: PathBuf| {
+        std::path::absolute(&folder).with_context(|| format!("--config-dir {}", folder.display()))
+    };
+    folder.map(absolute).transpose()
+}
+
+fn default_config_dir(system: bool) -> Option<PathBuf> {
+    if system {
+        return Some("/etc/godwit/machines".into());
+    }
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty());
+    let config = set("XDG_CONFIG_HOME").map(PathBuf::from);
+    let config = config.or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".config")));
+    config.map(|config| config.join("godwit/machines"))
+}
+
 async fn serve(options: Options) -> Result<()> {
     let runtime_dir = options
         .runtime_dir
@@ -175,7 +202,8 @@ async fn serve(options: Options) -> Result<()> {
         publisher,
         metrics: metrics.clone(),
     };
-    let broker = Broker::new(host, policy, options.config_dir.clone());
+    let broker = Broker::new(host, policy, config_dir(&options, &runtime_dir)?);
+    tokio::spawn(bound_logs(Arc::clone(&broker)));
     tokio::spawn(visit::receive(Arc::clone(&broker), visits));
     let counted = Arc::clone(&broker);
     let count = move || Arc::clone(&counted).census();
@@ -249,6 +277,16 @@ async fn open_doors(broker: &Arc<Broker>, uris: &[Uri]) -> Result<()> {
         tokio::spawn(peer::serve(Arc::clone(broker), listener));
     }
     Ok(())
+}
+
+/// Keeps logs short, for ever: who writes to them is not trusted with the disk.
+async fn bound_logs(broker: Arc<Broker>) {
+    loop {
+        tokio::time::sleep(LOG_INTERVAL).await;
+        let broker = Arc::clone(&broker);
+        // It cannot panic, and is not cancelled.
+        let _ = tokio::task::spawn_blocking(move || broker.bound_logs()).await;
+    }
 }
 
 fn ready() {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use device_kit::{
-    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast,
-    HostError, Kit, OptionError, QueueIndex, StateError,
+    Announcer, Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device,
+    Forecast, HostError, Kit, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -111,7 +111,7 @@ impl Device for BalloonDevice {
         Ok(())
     }
 
-    fn acquire(&self) -> Result<(), OptionError> {
+    fn acquire(&self, _patience: Duration) -> Result<(), OptionError> {
         Ok(())
     }
 
@@ -143,6 +143,10 @@ impl Device for BalloonDevice {
 
     fn statistics(&self) -> Vec<(&'static str, u64)> {
         self.shared.metrics.totals()
+    }
+
+    fn announcer(&self) -> Option<&dyn Announcer> {
+        None
     }
 
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use device_kit::{
-    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast, Health,
-    HostError, Kit, OptionError, QueueIndex, StateError,
+    Announcer, Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device,
+    Forecast, Health, HostError, Kit, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -176,8 +177,8 @@ impl Device for Blk {
         }
     }
 
-    fn acquire(&self) -> Result<(), OptionError> {
-        self.shared.image.lock()
+    fn acquire(&self, patience: Duration) -> Result<(), OptionError> {
+        self.shared.image.lock(patience)
     }
 
     fn release(&self) -> Result<(), OptionError> {
@@ -214,6 +215,10 @@ impl Device for Blk {
     fn reset(&self) {
         self.shared.features.store(0, Ordering::Release);
         self.shared.writeback.store(true, Ordering::Release);
+    }
+
+    fn announcer(&self) -> Option<&dyn Announcer> {
+        None
     }
 
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {

@@ -14,9 +14,6 @@ use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
 use crate::config::{Lock, Options, SECTOR};
 
-/// How long a lock that another process holds is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
-
 nix::ioctl_read!(block_device_size, 0x12, 114, u64);
 nix::ioctl_read_bad!(
     block_device_sector,
@@ -75,14 +72,14 @@ impl Image {
     ///
     /// A process that was killed may hold its lock a moment longer than it lives: the kernel takes
     /// its io_uring instances apart, and with them their hold on the image, when it finds the time.
-    /// So a lock that is taken is asked for again for [`LOCK_PATIENCE`].
-    pub(crate) fn lock(&self) -> Result<(), OptionError> {
+    /// So a lock that is taken is asked for again for as long as `patience`.
+    pub(crate) fn lock(&self, patience: Duration) -> Result<(), OptionError> {
         let kind = if self.read_only {
             libc::F_RDLCK
         } else {
             libc::F_WRLCK
         };
-        let deadline = Instant::now() + LOCK_PATIENCE;
+        let deadline = Instant::now() + patience;
         let answer = loop {
             match self.set_lock(kind) {
                 Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < deadline => {
@@ -271,6 +268,8 @@ mod tests {
     use super::*;
     use crate::config::{Serial, Source};
 
+    const LONG: Duration = Duration::from_secs(60);
+
     fn options(path: &Path, read_only: bool) -> Options {
         Options {
             source: Source {
@@ -296,18 +295,18 @@ mod tests {
         let file = image(4096);
         let open = |read_only| Image::open(&options(file.path(), read_only)).unwrap();
         let (writer, other, reader) = (open(false), open(false), open(true));
-        writer.lock().unwrap();
-        let error = other.lock().unwrap_err().to_string();
+        writer.lock(LONG).unwrap();
+        let error = other.lock(Duration::ZERO).unwrap_err().to_string();
         assert!(error.contains("is locked by another process"), "{error}");
-        assert!(reader.lock().is_err());
+        assert!(reader.lock(Duration::ZERO).is_err());
         writer.unlock().unwrap();
-        reader.lock().unwrap();
-        open(true).lock().unwrap();
-        assert!(other.lock().is_err());
+        reader.lock(LONG).unwrap();
+        open(true).lock(LONG).unwrap();
+        assert!(other.lock(Duration::ZERO).is_err());
         drop(reader);
-        other.lock().unwrap();
+        other.lock(LONG).unwrap();
         drop(other);
-        writer.lock().unwrap();
+        writer.lock(LONG).unwrap();
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The network device, as the kit drives it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use device_kit::{
-    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast,
-    HostError, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
+    Announcer, Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device,
+    Forecast, HostError, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -106,7 +107,7 @@ impl Device for NetDevice {
     }
 
     /// A tap may be open in two processes for a moment: a queue that nobody reads only waits.
-    fn acquire(&self) -> Result<(), OptionError> {
+    fn acquire(&self, _patience: Duration) -> Result<(), OptionError> {
         Ok(())
     }
 
@@ -141,6 +142,10 @@ impl Device for NetDevice {
     fn statistics(&self) -> Vec<(&'static str, u64)> {
         let pairs = self.shared.tap().pairs();
         self.shared.metrics().totals(pairs)
+    }
+
+    fn announcer(&self) -> Option<&dyn Announcer> {
+        Some(&*self.shared)
     }
 
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {

@@ -4,6 +4,7 @@
 //! [`tap`] → [`rx`] → guest and guest → [`tx`] → [`tap`]; a command's is [`worker`] →
 //! [`control`] → [`shared`].
 
+mod announce;
 mod config;
 mod config_space;
 mod control;

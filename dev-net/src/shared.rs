@@ -153,6 +153,11 @@ impl Shared {
         &self.metrics
     }
 
+    /// Bytes of the virtio header before each packet of the tap.
+    pub(crate) fn header_len(&self) -> usize {
+        self.lock().tap_header_len
+    }
+
     /// The features to offer.
     pub(crate) fn offered(&self) -> Features {
         let mut features = Features::MAC

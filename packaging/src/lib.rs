@@ -66,6 +66,10 @@ const BELOW_USR: &[(&str, &str)] = &[
         "share/dbus-1/interfaces/org.godwit.Vmm1.Job.xml",
     ),
     (
+        "crates/api/introspection/org.godwit.Vmm1.Job.Migration.xml",
+        "share/dbus-1/interfaces/org.godwit.Vmm1.Job.Migration.xml",
+    ),
+    (
         "crates/api/introspection/org.godwit.Vmm1.Machine.xml",
         "share/dbus-1/interfaces/org.godwit.Vmm1.Machine.xml",
     ),

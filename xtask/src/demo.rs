@@ -1,31 +1,41 @@
-//! `cargo xtask demo`: a machine whose devices are processes, at work.
+//! `cargo xtask demo`: a machine whose devices are processes, moved twice while it works.
 
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use tempfile::TempDir;
-use test_framework::machine::{Definition, Device, Machine, make_image};
+use test_framework::console::Console;
+use test_framework::machine::make_image;
 use test_framework::{network, programs};
 use test_guest::{BlkMode, NetMode, Report, Workload, command};
 
 use crate::cargo;
 
-/// What the guest does, and for how long.
-const WORK: Duration = Duration::from_secs(5);
+/// The machine's name.
+const NAME: &str = "demo";
+/// How long it is watched before and after each move.
+const WORK: Duration = Duration::from_secs(3);
+/// How long anything else may take.
+const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Boots the bundled guest with a disk and a network device, and shows its work.
+/// Boots the bundled guest with a disk and a network device, moves it to new processes while it
+/// works, twice, and shows that nothing was lost.
 pub fn demo() -> Result<()> {
     let built = cargo::build(false)?;
     programs::use_folder(built);
     network::enter()?;
     let (host, guest) = (Ipv4Addr::new(10, 77, 0, 1), Ipv4Addr::new(10, 77, 0, 2));
-    network::add_tap("demo0", host, 1)?;
+    // With several queues, so that the next process can have it open before the machine comes.
+    network::add_tap("demo0", host, 4)?;
     network::echo(host, 7)?;
     let folder = TempDir::new()?;
     let image = folder.path().join("disk");
     make_image(&image, 64)?;
-
     let workload = Workload {
         heartbeat: 1000,
         blk: BlkMode::Loop,
@@ -38,47 +48,121 @@ pub fn demo() -> Result<()> {
         poweroff: true,
         ..Workload::default()
     };
-    let definition = Definition {
-        cpus: 2,
-        memory_mib: 128,
-        devices: vec![
-            Device::Blk { image, queues: 1 },
-            Device::Net {
-                tap: "demo0".into(),
-                pairs: 1,
-            },
-        ],
-        ..Definition::of(&workload)
-    };
-    let mut machine = Machine::start(&definition)?;
-    let core = machine.core().id();
-    println!("\na machine of three processes:");
-    println!("  godwit-vmm {core:>7}  2 vCPUs, 128 MiB");
-    for device in machine.devices() {
-        println!("  {} {:>7}", device.name(), device.id());
-    }
+    let broker = Broker::start(&folder)?;
+    broker.godwit(&[
+        "run",
+        "--detach",
+        "--keep",
+        "--name",
+        NAME,
+        "--kernel",
+        &test_guest::program().display().to_string(),
+        "--cmdline",
+        &workload.to_string(),
+        "--cpus",
+        "2",
+        "--memory",
+        "128M",
+        "--disk",
+        &image.display().to_string(),
+        "--net",
+        "tap:demo0",
+    ])?;
+    let (mut console, _reader) = broker.console()?;
     println!("\nits guest writes to its disk, reads back and compares, sends packets to an echo");
     println!("service and compares, and dirties memory and compares, all at once:\n");
-    show(&mut machine, WORK)?;
-    machine.pause()?;
-    println!("  (paused for half a second: vCPUs and devices stand still)");
-    std::thread::sleep(Duration::from_millis(500));
-    machine.resume()?;
-    machine.console.send(command::STOP)?;
-    let ok = finish(&mut machine)?;
-    machine.wait_for_power_off()?;
-    if !ok {
-        bail!("the guest found differences");
+    broker.godwit(&["device", "list", NAME])?;
+    watch(&mut console, WORK)?;
+    for _ in 0..2 {
+        println!("\ngodwit migrate {NAME} local:");
+        broker.godwit(&["migrate", NAME, "local:"])?;
+        broker.godwit(&["device", "list", NAME])?;
+        watch(&mut console, WORK)?;
     }
-    println!("\nno byte and no packet differed; the guest powered off.");
-    Ok(())
+    console.send(command::STOP)?;
+    finish(&mut console)
+}
+
+/// A broker of the demo's own.
+struct Broker {
+    process: Child,
+    bus: PathBuf,
+}
+
+impl Broker {
+    fn start(folder: &TempDir) -> Result<Self> {
+        let run = folder.path().join("run");
+        let bus = run.join("bus");
+        let process = Command::new(programs::program("godwit-broker")?)
+            .arg("--runtime-dir")
+            .arg(&run)
+            .env("GODWIT_LOG", "warn")
+            .spawn()
+            .context("the broker cannot be started")?;
+        let broker = Self { process, bus };
+        let end = Instant::now() + DEADLINE;
+        while UnixStream::connect(&broker.bus).is_err() {
+            ensure!(Instant::now() < end, "the broker does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(broker)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = Command::new(programs::program("godwit")?);
+        command.arg("--bus").arg(&self.bus).args(arguments);
+        Ok(command)
+    }
+
+    /// Runs a command, whose output is for the person who watches.
+    fn godwit(&self, arguments: &[&str]) -> Result<()> {
+        let status = self.command(arguments)?.status()?;
+        ensure!(status.success(), "godwit {} failed: {status}", arguments[0]);
+        Ok(())
+    }
+
+    /// Attaches to the machine's console, from its first line on.
+    fn console(&self) -> Result<(Console, Reader)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let (input, output) = (theirs.try_clone()?, theirs);
+        let reader = self
+            .command(&["console", NAME])?
+            .stdin(Stdio::from(OwnedFd::from(input)))
+            .stdout(Stdio::from(OwnedFd::from(output)))
+            .stderr(Stdio::null())
+            .spawn()?;
+        Ok((Console::new(ours)?, Reader(reader)))
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        // A machine that has ended cannot be ended.
+        let quiet = self.command(&["stop", "--force", NAME]).map(|mut stop| {
+            let stop = stop.stdout(Stdio::null()).stderr(Stdio::null());
+            stop.status()
+        });
+        drop(quiet);
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The command that reads the console.
+struct Reader(Child);
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Prints what the guest reports for a while.
-fn show(machine: &mut Machine, time: Duration) -> Result<()> {
-    let end = std::time::Instant::now() + time;
-    while std::time::Instant::now() < end {
-        let line = machine.console.line(end + Duration::from_secs(10))?;
+fn watch(console: &mut Console, time: Duration) -> Result<()> {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        let line = console.line(end + DEADLINE)?;
         println!("  {}", line.text);
         if let Ok(Some(Report::Fail { .. })) = Report::parse(&line.text) {
             bail!("the guest failed");
@@ -87,16 +171,48 @@ fn show(machine: &mut Machine, time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Prints the guest's last reports; whether all was well.
-fn finish(machine: &mut Machine) -> Result<bool> {
-    let end = std::time::Instant::now() + Duration::from_secs(60);
+/// Prints the guest's last reports, and what they prove.
+fn finish(console: &mut Console) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    let (mut blocks, mut packets, mut pages) = ((0, 0), (0, 0), 0);
     loop {
-        let line = machine.console.line(end)?;
+        let line = console.line(end)?;
         println!("  {}", line.text);
         match Report::parse(&line.text)? {
-            Some(Report::Done { ok, .. }) => return Ok(ok),
-            Some(Report::Fail { .. }) => return Ok(false),
+            Some(Report::Blk {
+                reads,
+                writes,
+                end: true,
+                ..
+            }) => blocks = (blocks.0 + reads, blocks.1 + writes),
+            Some(Report::Net {
+                sent,
+                received,
+                end: true,
+                ..
+            }) => packets = (packets.0 + sent, packets.1 + received),
+            Some(Report::Verify { pages: checked, .. }) => pages += checked,
+            Some(Report::Done { ok: true, .. }) => break,
+            Some(Report::Done { ok: false, .. } | Report::Fail { .. }) => {
+                bail!("the guest found differences");
+            }
             _ => {}
         }
     }
+    ensure!(
+        blocks.0 > 0 && blocks.1 > 0 && packets.1 > 0 && pages > 0,
+        "the guest did not work"
+    );
+    println!("\nmoved twice while it worked, and nothing was lost:");
+    println!(
+        "  {} blocks read and compared, {} written: no request failed or stayed out",
+        blocks.0, blocks.1
+    );
+    println!("  {pages} pages of memory compared at the end");
+    let lost = packets.0 - packets.1;
+    println!(
+        "  {} packets answered and compared; {lost} had no answer when it moved or ended, as on any network",
+        packets.1
+    );
+    Ok(())
 }

@@ -11,37 +11,51 @@ use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
 use super::Machine;
-use super::core::connect;
 use super::device::RunningDevice;
 use super::instance::Instance;
 use super::state::MachineState;
 use super::supervisor::Supervisor;
+use crate::holders;
 use crate::host::Host;
 use crate::process::{Ended, Process};
 
-/// How long a core that nobody knows may take to be ended.
-const CLEAN_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a process that was killed may take to be gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Ends what is left of a machine whose start was cut short, with its folder.
 pub(crate) async fn clean(host: &Host, place: &Path, state: Option<&MachineState>) {
+    let devices = state.into_iter().flat_map(|state| &state.devices);
+    let devices = devices.filter_map(|device| device.process.as_ref());
+    for id in devices.chain(state.and_then(|state| state.core.as_ref())) {
+        if let Ok(process) = host.launcher.adopt(id).await {
+            kill(&process).await;
+        }
+    }
+    // A core that the broker had no time to write down holds its control socket.
     let control = place.join("control");
-    if let Some(state) = state {
-        let devices = state
-            .devices
-            .iter()
-            .filter_map(|device| device.process.as_ref());
-        for id in devices.chain(&state.core) {
-            if let Ok(process) = host.launcher.adopt(id).await {
-                process.signal(Signal::SIGKILL);
-                // A killed process ends, or the kernel is broken.
-                let _ = tokio::time::timeout(CLEAN_DEADLINE, process.ended()).await;
+    match holders::of(&control) {
+        Ok(unknown) => {
+            // One that has ended since is gone anyway.
+            let processes = unknown
+                .into_iter()
+                .map(|pid| Process::new(pid, String::new()));
+            for process in processes.flatten() {
+                kill(&process).await;
             }
         }
-    } else if let Ok(Ok(core)) = tokio::time::timeout(CLEAN_DEADLINE, connect(&control)).await {
-        // Its guest has never run.
-        let _ = core.terminate().await;
+        Err(error) => tracing::warn!(place = %place.display(), %error, "a core of it may be left"),
     }
     host.folder.remove_place(place);
+}
+
+async fn kill(process: &Process) {
+    process.signal(Signal::SIGKILL);
+    if tokio::time::timeout(KILL_DEADLINE, process.ended())
+        .await
+        .is_err()
+    {
+        tracing::error!(pid = process.id().pid, "a killed process does not end");
+    }
 }
 
 /// Takes `machine` over, which runs as `state` says.

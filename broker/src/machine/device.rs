@@ -180,7 +180,7 @@ impl RunningDevice {
                     program.args(["--read-only"]);
                 }
                 if self.shares_image {
-                    program.args(["--lock", "off"]);
+                    program.args(["--incoming"]);
                 }
             }
             DeviceKind::Net(net) => {

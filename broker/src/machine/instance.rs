@@ -108,6 +108,15 @@ struct Made {
     core: Option<Arc<Process>>,
 }
 
+impl Made {
+    /// A later broker ends what this one may not get to the end of.
+    fn save(&self, plan: &Plan<'_>) -> Result<(), Error> {
+        MachineState::new(plan.machine, self.core.as_deref(), &self.devices, false)
+            .save(&plan.place)
+            .map_err(internal("no state"))
+    }
+}
+
 impl Plan<'_> {
     /// Starts them.
     ///
@@ -139,7 +148,7 @@ impl Plan<'_> {
     async fn make(&mut self, made: &mut Made) -> Result<(CoreProxy<'static>, Outside), Error> {
         let (host, name) = (self.host, self.machine.name());
         let definition: Arc<Definition> = self.machine.definition();
-        self.job.set_phase("opening");
+        self.job.set_phase("opening", 0.0);
         let boot = Boot::open(&definition).map_err(unavailable)?;
         for device in &definition.devices {
             let mut device = RunningDevice::open(device.clone())?;
@@ -152,10 +161,18 @@ impl Plan<'_> {
             .make_place(&self.place, name)
             .map_err(internal("no folder"))?;
 
-        self.job.set_phase("starting");
+        // Each device is a step, and so are the core's process and its first answer.
+        let (steps, mut step) = (made.devices.len() + 2, 0);
+        let job = self.job;
+        let mut advance = |phase: &str| {
+            job.set_phase(phase, step as f64 / steps as f64);
+            step += 1;
+        };
         let mut program =
             core::program(host, self.machine, &definition, boot).map_err(internal("no log"))?;
-        for device in &mut made.devices {
+        for at in 0..made.devices.len() {
+            advance("starting devices");
+            let device = &mut made.devices[at];
             let endpoint = match &device.device.kind {
                 DeviceKind::VhostUser(other) => format!("socket={}", other.socket),
                 _ => {
@@ -165,6 +182,7 @@ impl Plan<'_> {
                 }
             };
             core::add_device(&mut program, &device.device, &endpoint);
+            made.save(self)?;
         }
         let control = self.place.join("control");
         let listener = UnixListener::bind(&control).map_err(internal("no control socket"))?;
@@ -182,14 +200,14 @@ impl Plan<'_> {
             None => program.args(["--paused"]),
             Some(incoming) => core::expect(&mut program, incoming),
         }
+        advance("starting the core");
         let core = host.launcher.start(program).await;
         let core = Arc::new(core.map_err(|error| Error::MachineFailed(chain(&error)))?);
         made.core = Some(Arc::clone(&core));
-        // A later broker ends what this one may not get to the end of.
-        let state = MachineState::new(self.machine, &core, &made.devices, false);
-        state.save(&self.place).map_err(internal("no state"))?;
+        made.save(self)?;
         let outside = Outside::open(host, name, self.console.as_ref(), ours);
         let outside = outside.map_err(internal("no console"))?;
+        advance("waiting for the core");
         Ok((self.reach(made, &core).await?, outside))
     }
 

@@ -27,6 +27,7 @@ mod supervisor;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use api::Error;
 use api::core::CoreProxy;
@@ -45,6 +46,9 @@ use crate::jobs::Job;
 use crate::name::MachineName;
 use crate::process::ProcessId;
 use crate::publish::{Change, Publisher};
+
+/// How long the end of a core that gave no answer may take to be noticed.
+const END_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What a device does now.
 #[derive(Clone, Debug)]
@@ -97,6 +101,8 @@ pub struct Machine {
     pub transient: bool,
     /// It comes from a file in the configuration folder.
     pub from_file: bool,
+    /// Its file is gone: it is forgotten when it has ended.
+    orphan: AtomicBool,
     publisher: Publisher,
     inner: Mutex<Inner>,
     /// Whether none of its processes is left.
@@ -124,6 +130,7 @@ impl Machine {
             uuid: definition.uuid.clone(),
             transient,
             from_file,
+            orphan: AtomicBool::new(false),
             publisher,
             inner: Mutex::new(Inner {
                 definition: Arc::new(definition),
@@ -181,6 +188,16 @@ impl Machine {
             inner.definition = Arc::new(definition);
             Ok(())
         })
+    }
+
+    /// Notes whether the file that declared it is gone.
+    pub(crate) fn set_orphan(&self, orphan: bool) {
+        self.orphan.store(orphan, Ordering::SeqCst);
+    }
+
+    /// Whether it is forgotten when it has ended.
+    fn goes_with_its_end(&self) -> bool {
+        self.transient || self.orphan.load(Ordering::SeqCst)
     }
 
     /// A device and what it does, by its place in the definition.
@@ -303,6 +320,46 @@ impl Machine {
     /// It has none.
     pub(crate) fn core(&self, what: &str) -> Result<CoreProxy<'static>, Error> {
         self.live(what).map(|live| live.core)
+    }
+
+    /// Has its core do something.
+    ///
+    /// # Errors
+    /// It has none, the core refuses, or the core ends over it.
+    pub(crate) async fn command<W>(
+        &self,
+        what: &str,
+        command: impl FnOnce(CoreProxy<'static>) -> W,
+    ) -> Result<(), Error>
+    where
+        W: Future<Output = Result<(), Error>>,
+    {
+        match command(self.core(what)?).await {
+            Err(Error::ZBus(error)) => Err(self.lost(what, &error).await),
+            result => result,
+        }
+    }
+
+    /// Why its core gave no answer.
+    async fn lost(&self, what: &str, error: &zbus::Error) -> Error {
+        let name = &self.name;
+        // Its end is noticed by another way than its silence.
+        let noticed = tokio::time::timeout(END_DEADLINE, self.gone()).await;
+        let (state, reason) = {
+            let inner = self.lock();
+            (inner.state, inner.reason.clone())
+        };
+        match (noticed, state) {
+            (Ok(()), State::Failed) => {
+                Error::MachineFailed(format!("{name} failed before it was {what}: {reason}"))
+            }
+            (Ok(()), _) => {
+                Error::InvalidState(format!("{name} ended before it was {what}: {reason}"))
+            }
+            (Err(_), _) => Error::MachineFailed(format!(
+                "the core of {name} does not answer, so it was not {what}: {error}"
+            )),
+        }
     }
 
     /// Its console.

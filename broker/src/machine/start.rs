@@ -2,8 +2,7 @@
 //!
 //! Order: everything that is opened, then the device processes, then the core with its
 //! guest stopped, then the state on disk, then the guest runs. Of a broker that is killed on
-//! the way no guest runs: a device ends with its socket, and a core whose start was not
-//! complete is ended by the next broker.
+//! the way no guest runs, and what it had started is ended by the next broker.
 
 use std::sync::Arc;
 

@@ -38,7 +38,7 @@ impl MachineState {
     /// What runs now. One that is not `complete` has a guest that never ran.
     pub(super) fn new(
         machine: &Machine,
-        core: &Process,
+        core: Option<&Process>,
         devices: &[RunningDevice],
         complete: bool,
     ) -> Self {
@@ -54,7 +54,7 @@ impl MachineState {
             from_file: machine.from_file,
             started_usec: inner.started_usec,
             complete,
-            core: Some(core.id().clone()),
+            core: core.map(|core| core.id().clone()),
             devices: devices.iter().map(record).collect(),
         }
     }

@@ -290,16 +290,15 @@ impl Supervisor {
         }
         let name = self.machine.name.clone();
         self.host.folder.settle(&mut instance.place, &name);
-        let former = std::mem::take(&mut self.devices);
-        self.core = Arc::clone(&instance.core);
-        self.devices = std::mem::take(&mut instance.devices);
-        for (device, former) in self.devices.iter_mut().zip(former) {
+        for (device, former) in instance.devices.iter_mut().zip(&self.devices) {
             device.reconnects = former.reconnects;
             device.shares_image = false;
         }
         if let Ok(live) = self.machine.live("moved") {
             self.machine.install(&mut instance, live.commands);
         }
+        self.core = Arc::clone(&instance.core);
+        self.devices = instance.devices;
         self.watch(&instance.proxy);
         // Changes are told; what it is now is not.
         if let Ok(state) = instance.proxy.state().await {
@@ -379,8 +378,14 @@ impl Supervisor {
         let ends = self.devices[at].start(&self.host, &self.machine).await?;
         let device = &self.devices[at];
         let id = device.device.id.clone();
-        core.attach_backend(id.as_str(), ends.backend.into())
-            .await?;
+        let attached = core.attach_backend(id.as_str(), ends.backend.into()).await;
+        attached.map_err(|error| match error {
+            Error::ZBus(error) => Error::MachineFailed(format!(
+                "the core of {name} does not answer, so it did not get the new process of {id}: \
+                 {error}"
+            )),
+            refused => refused,
+        })?;
         if let Err(error) = core.attach_link(id.as_str(), ends.link.into()).await {
             // The device works without.
             tracing::warn!(machine = %name, device = %id, %error, "its core cannot ask it anything");
@@ -482,7 +487,7 @@ impl Supervisor {
                 .send(Change::Device(name.clone(), id));
         }
         self.machine.gone.send_replace(true);
-        if self.machine.transient {
+        if self.machine.goes_with_its_end() {
             self.machine.publisher.send(Change::Ended(name));
         }
     }
@@ -506,7 +511,7 @@ impl Supervisor {
 
     /// Writes down what a later broker needs.
     fn save(&self) {
-        let state = MachineState::new(&self.machine, &self.core, &self.devices, true);
+        let state = MachineState::new(&self.machine, Some(&self.core), &self.devices, true);
         let name = &self.machine.name;
         if let Err(error) = state.save(&self.host.folder.machine(name)) {
             tracing::error!(machine = %name, %error, "another broker could not adopt it");

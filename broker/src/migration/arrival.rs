@@ -51,7 +51,7 @@ pub(crate) async fn take_in(
     instance: Instance,
     resumed: bool,
 ) -> Result<(), Error> {
-    job.set_phase("receiving");
+    job.set_phase("receiving", 0.0);
     let cancelled = async {
         job.cancelled().await;
         if let Ok(mover) = Mover::of(instance.core()).await {

@@ -170,7 +170,7 @@ async fn take(
     machine.starts();
     let host = &broker.host;
     let result = async {
-        job.set_phase("connecting");
+        job.set_phase("connecting", 0.0);
         let ends = match guest.ends.await {
             Ok(Ok(ends)) => ends,
             Ok(Err(why)) => return Err(Error::MigrationFailed(why)),
@@ -298,7 +298,7 @@ impl Broker {
             }
             awaited.insert(name.clone(), expectation);
         }
-        job.set_phase("waiting for the machine");
+        job.set_phase("waiting for the machine", 0.0);
         self.publish_job(&job).await;
         let broker = Arc::clone(self);
         let (timeout, id) = (options.timeout, job.id());

@@ -124,7 +124,7 @@ impl Broker {
         let place = folder.clone();
         let begun = self
             .begin(Kind::Snapshot, machine, |_, machine, job| async move {
-                job.set_phase("writing");
+                job.set_phase("writing", 0.0);
                 let result = take(&machine, &folder).await;
                 if result.is_err() {
                     discard(&folder);

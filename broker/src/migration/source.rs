@@ -168,7 +168,7 @@ impl Leaving {
             uri,
             key: self.host.migration_key.as_ref(),
         };
-        self.job.set_phase("connecting");
+        self.job.set_phase("connecting", 0.0);
         let ids = definition.devices.iter().map(|device| device.id.as_str());
         let ends = tokio::select! {
             ends = dial.offer(offer, ids) => ends?,

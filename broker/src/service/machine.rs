@@ -59,7 +59,9 @@ impl OneMachine for MachineObject {
         self.permit(&caller, Action::Manage, "reset").await?;
         self.machine
             .must_be(&[State::Running, State::Paused], "reset")?;
-        self.machine.core("reset")?.reset().await
+        self.machine
+            .command("reset", async |core| core.reset().await)
+            .await
     }
 
     async fn pause(&self, caller: Caller, flags: u64) -> Result<(), Error> {
@@ -67,7 +69,9 @@ impl OneMachine for MachineObject {
         self.permit(&caller, Action::Manage, "pause").await?;
         self.machine
             .must_be(&[State::Running, State::Paused], "paused")?;
-        self.machine.core("paused")?.pause().await?;
+        self.machine
+            .command("paused", async |core| core.pause().await)
+            .await?;
         self.machine.set_running_state(api::core::State::Paused);
         Ok(())
     }
@@ -77,7 +81,9 @@ impl OneMachine for MachineObject {
         self.permit(&caller, Action::Manage, "resume").await?;
         self.machine
             .must_be(&[State::Running, State::Paused], "resumed")?;
-        self.machine.core("resumed")?.resume().await?;
+        self.machine
+            .command("resumed", async |core| core.resume().await)
+            .await?;
         self.machine.set_running_state(api::core::State::Running);
         Ok(())
     }

@@ -114,8 +114,7 @@ impl Machines for ManagerObject {
         self.broker
             .permit(&caller, Action::Manage, "", "reload")
             .await?;
-        self.broker.reload().await;
-        Ok(())
+        self.broker.reload().await
     }
 
     fn version(&self) -> String {

@@ -337,6 +337,7 @@ mod tests {
             progress: 0.25,
             cancellable: false,
             result: serde_json::from_str(r#"{"Error": "E", "Message": "no tap"}"#).unwrap(),
+            migration: None,
         };
         let text = job(&shown);
         assert!(text.starts_with("job 3: start of vm1\n"), "{text}");

@@ -4,7 +4,7 @@
 //! meet in one place and are printed with the name of their source when there are several.
 
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Seek as _};
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::Duration;
@@ -128,6 +128,12 @@ fn read(mut log: File, at: usize, follow: bool, lines: &Sender<Line>) {
             if lines.is_closed() {
                 return;
             }
+            // The broker empties a log that has grown too long.
+            if let (Ok(data), Ok(at)) = (log.metadata(), log.stream_position())
+                && data.len() < at
+            {
+                let _ = log.rewind();
+            }
             thread::sleep(PAUSE);
             continue;
         }
@@ -220,6 +226,10 @@ mod tests {
         assert_eq!(lines.blocking_recv().unwrap().1.unwrap(), b"one\n");
         log.write_all(b"o\n").unwrap();
         assert_eq!(lines.blocking_recv().unwrap().1.unwrap(), b"two\n");
+        log.set_len(0).unwrap();
+        log.rewind().unwrap();
+        log.write_all(b"new\n").unwrap();
+        assert_eq!(lines.blocking_recv().unwrap().1.unwrap(), b"new\n");
         drop(lines);
         thread.join().unwrap();
     }

@@ -58,11 +58,11 @@ fn summary(migrate: &Migrate, job: &view::Job) -> String {
     match &job.migration {
         #[expect(clippy::cast_precision_loss, reason = "shown to a person")]
         Some(migration) => format!(
-            "{name} moved to {uri}: it stood still for {:.1} ms, {:.1} MiB were sent",
+            "{name} has moved ({uri}): it stood still for {:.1} ms, {:.1} MiB were sent",
             migration.downtime_usec as f64 / 1000.0,
             migration.bytes_sent as f64 / f64::from(1 << 20)
         ),
-        None => format!("{name} moved to {uri}"),
+        None => format!("{name} has moved ({uri})"),
     }
 }
 

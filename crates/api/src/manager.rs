@@ -173,7 +173,8 @@ impl<M: Machines> Manager<M> {
     }
 
     /// Reads the definitions in the configuration folder again. Machines that run keep the
-    /// definition with which they were started.
+    /// definition with which they were started; one whose file is gone is forgotten when it has
+    /// ended. Mistakes are told, one a line with file and line, when all else is done.
     #[zbus(proxy(allow_interactive_auth))]
     async fn reload(&self, #[zbus(header)] header: Header<'_>) -> Result<(), Error> {
         self.0.reload(Caller::from(&header)).await

@@ -25,6 +25,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::balloon1::BalloonProcess;
 pub use migration::rings::Forecast;
@@ -87,11 +88,12 @@ pub trait Device: Sized + Send + Sync + 'static {
     ) -> Result<(), ConfigError>;
 
     /// Takes what only one process may have at a time: the lock of an image. Called when it is not
-    /// held; before the sandbox, or, for a machine that moves in, before its rings start.
+    /// held; before the sandbox, or, for a machine that moves in, before its rings start. Who else
+    /// has it is waited for as long as `patience`.
     ///
     /// # Errors
     /// Who else may have it, and what to do. Nothing runs then.
-    fn acquire(&self) -> Result<(), OptionError>;
+    fn acquire(&self, patience: Duration) -> Result<(), OptionError>;
 
     /// Gives it up, for the process that the machine moves to. Called when it is held; every ring
     /// is stopped and drained.
@@ -125,6 +127,19 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// The balloon that it is, if it is one: what its link serves as `org.godwit.Balloon1`.
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>>;
+
+    /// What tells a network where its guest is, if it is a network card (SEND_RARP).
+    fn announcer(&self) -> Option<&dyn Announcer>;
+}
+
+/// A card that can speak for its guest.
+pub trait Announcer {
+    /// Sends a packet of the guest's `mac` into the network, whose switches learn from it where the
+    /// guest is now. Called by the control thread; must not block.
+    ///
+    /// # Errors
+    /// The network does not take it.
+    fn announce(&self, mac: [u8; 6]) -> io::Result<()>;
 }
 
 /// Most queues of a device.

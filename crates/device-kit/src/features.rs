@@ -32,3 +32,5 @@ pub(crate) const PROTOCOL: Protocol = Protocol::MQ
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::DEVICE_STATE)
     .union(Protocol::from_bits_retain(rings::FEATURE));
+/// Offered besides by a network card.
+pub(crate) const RARP: Protocol = Protocol::RARP;

@@ -49,6 +49,8 @@ use crate::session::{ConfigChange, Connection, Services, serve};
 
 /// Requests in flight at SIGTERM have this long to end.
 const LAST_REQUESTS: Duration = Duration::from_secs(1);
+/// A predecessor of this process that was killed may still have what only one process may have.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(5);
 /// A queue thread needs little; the address space of 64 of them is kept small.
 const STACK: usize = 256 << 10;
 /// The environment variable with the log level, in `tracing`'s syntax.
@@ -181,7 +183,7 @@ fn start<D: Device>(
     )?;
     check_queues(&device)?;
     if !options.incoming {
-        device.acquire()?;
+        device.acquire(PREDECESSOR_PATIENCE)?;
     }
     let workers = device.workers()?;
     let thread_of = threads_of_queues(&device, &workers)?;

@@ -191,7 +191,11 @@ impl Broker {
                 Err(_) if Instant::now() < end => {
                     tokio::time::sleep(Duration::from_millis(20)).await
                 }
-                result => return result.context("no connection to the broker"),
+                result => {
+                    return result.with_context(|| {
+                        format!("no connection to the broker: {}", self.stderr())
+                    });
+                }
             }
         }
     }
@@ -450,6 +454,7 @@ pub fn lives(pid: u32) -> bool {
 
 /// Sends a process SIGKILL.
 pub fn kill_process(pid: u32) -> Result<()> {
+    ensure!(pid != 0, "there is no process");
     let pid = i32::try_from(pid).context("a process id is too large")?;
     kill(Pid::from_raw(pid), Signal::SIGKILL).context("no such process")
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use api::Dictionary;
 use test_broker::*;
 use test_guest::Workload;
 use zbus::fdo::IntrospectableProxy;
@@ -26,18 +27,21 @@ async fn the_shipped_interfaces_are_those_on_the_bus() -> Result<()> {
     let broker = Broker::start()?;
     let bus = broker.connect().await?;
     let images = [broker.image("a", 1)?];
-    running(
+    let vm = running(
         &bus,
         "vm",
         with_disks(definition(&Workload::default()), &images, 1),
     )
     .await?;
+    // How it ends is of no interest here.
+    ended(&bus, vm.migrate("local:", Dictionary::new(), 0).await?).await?;
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../crates/api/introspection");
     for (name, path) in [
         ("Manager", api::path::MANAGER.to_owned()),
         ("Machine", api::path::machine("vm").to_string()),
         ("Device", api::path::device("vm", "disk0").to_string()),
         ("Job", api::path::job(1).to_string()),
+        ("Job.Migration", api::path::job(2).to_string()),
     ] {
         let name = format!("org.godwit.Vmm1.{name}");
         let object = IntrospectableProxy::builder(&bus)

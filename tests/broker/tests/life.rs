@@ -6,6 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use api::device::State as DeviceState;
 use api::machine::{PAUSED, State};
 use api::manager::{START, TRANSIENT};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use test_broker::*;
 use test_framework::console::Console;
 use test_framework::machine::DEADLINE;
@@ -345,8 +347,11 @@ async fn a_start_that_was_cut_short_is_cleaned_up() -> Result<()> {
             }
             state => assert!(matches!(state, State::Off | State::Failed), "{state:?}"),
         }
-        let programs = broker.programs()?;
-        ensure!(programs.is_empty(), "round {round}: {programs:?} are left");
+        // A device whose core was never started ends by its socket, a moment later.
+        until("the end of all processes", async || {
+            Ok(broker.programs()?.is_empty())
+        })
+        .await?;
     }
     Ok(())
 }
@@ -408,12 +413,30 @@ async fn declared_machines_are_found_and_started() -> Result<()> {
         broker.config().join("quiet.toml"),
         format!("{text}vcpus = 2\n"),
     )?;
-    manager.reload().await?;
+    let mistakes = manager.reload().await.unwrap_err();
+    assert!(
+        matches!(&mistakes, api::Error::InvalidDefinition(text) if text.contains("wrong.toml: line 4: cpus: unknown key")),
+        "{mistakes}"
+    );
     assert_eq!(quiet.vcpus().await?, 2);
     assert_eq!(quiet.uuid().await?, uuid);
     let console = std::fs::metadata(broker.run().join("log/eager/console.log"));
     console.context("the console is logged")?;
-    Ok(())
+    // Files that are gone: one machine runs, and goes with its end.
+    for name in ["quiet", "eager", "wrong"] {
+        std::fs::remove_file(broker.config().join(format!("{name}.toml")))?;
+    }
+    manager.reload().await?;
+    let names = async || -> Result<Vec<String>> {
+        let machines = manager.list_machines().await?;
+        Ok(machines.into_iter().map(|machine| machine.name).collect())
+    };
+    assert_eq!(names().await?, ["eager"]);
+    eager.terminate(0).await?;
+    until("the end of the last machine", async || {
+        Ok(names().await?.is_empty())
+    })
+    .await
 }
 
 /// The counters that are asked for, of a device under I/O.
@@ -479,5 +502,66 @@ async fn devices_count_also_after_a_restart_and_under_another_broker() -> Result
     assert!(vm.statistics().await?.is_empty());
     let disk = device(&bus, "vm", "disk0").await?;
     assert_eq!(counts(&disk, "requests").await?, 0);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_core_that_dies_in_a_call_is_said() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let vm = running(&bus, "vm", definition(&idle())).await?;
+    let core = i32::try_from(vm.process().await?)?;
+    kill(Pid::from_raw(core), Signal::SIGSTOP)?;
+    let waiting = {
+        let vm = vm.clone();
+        tokio::spawn(async move { vm.pause(0).await })
+    };
+    // The call is under way when it has got to the core, which is not to be seen from here.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    kill(Pid::from_raw(core), Signal::SIGKILL)?;
+    let error = waiting.await?.unwrap_err();
+    assert!(
+        matches!(&error, api::Error::MachineFailed(why) if why.contains("SIGKILL")),
+        "{error:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_progress_of_a_start_is_told() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let images: Vec<_> = (0..4)
+        .map(|number| broker.image(&format!("disk{number}"), 1))
+        .collect::<Result<_>>()?;
+    let rule = zbus::MatchRule::builder()
+        .msg_type(zbus::message::Type::Signal)
+        .interface("org.freedesktop.DBus.Properties")
+        .path_namespace("/org/godwit/Vmm1/job")
+        .build()?;
+    let mut signals = zbus::MessageStream::for_match_rule(rule, &bus, None).await?;
+    running(&bus, "vm", with_disks(definition(&idle()), &images, 1)).await?;
+    let (mut phases, mut progress) = (Vec::new(), vec![0.0]);
+    while progress.last() != Some(&1.0) {
+        let signal = tokio::time::timeout(DEADLINE, api::next(&mut signals)).await?;
+        let signal = signal.context("the bus ended")??;
+        let body = signal.body();
+        let (_, changed, _): (
+            &str,
+            std::collections::HashMap<&str, zbus::Variant<'_>>,
+            Vec<&str>,
+        ) = body.deserialize()?;
+        if let Some(phase) = changed.get("Phase") {
+            phases.push(<&str>::try_from(phase)?.to_owned());
+        }
+        if let Some(now) = changed.get("Progress") {
+            progress.push(f64::try_from(now)?);
+        }
+    }
+    assert!(progress.is_sorted(), "{progress:?}");
+    assert!(
+        phases.contains(&"waiting for the core".to_owned()),
+        "{phases:?}"
+    );
     Ok(())
 }

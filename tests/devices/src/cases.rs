@@ -1,5 +1,6 @@
 //! The cases, by what they look at.
 
+pub(crate) mod compat;
 pub(crate) mod hostile;
 pub(crate) mod life;
 pub(crate) mod link;

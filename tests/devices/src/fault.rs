@@ -93,7 +93,7 @@ impl Subject for Counter {
             program: Self::PROGRAM,
             arguments: vec![
                 format!("--num-queues={}", Self::QUEUES),
-                "--state-bytes=100000".to_owned(),
+                "--state-bytes=5000".to_owned(),
             ],
         }
     }

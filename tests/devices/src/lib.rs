@@ -16,6 +16,12 @@ mod subject;
 macro_rules! conformance {
     ($($device:ident: $subject:ty),+ $(,)?) => { $(
         mod $device {
+            #[test]
+            #[ignore = "writes into tests/compat, see its README"]
+            fn write_golden_state() -> anyhow::Result<()> {
+                $crate::cases::compat::write_golden_state::<$subject>()
+            }
+
             conformance!(@cases $subject;
                 program: capabilities_are_json;
                 program: no_socket_is_an_error;
@@ -47,6 +53,7 @@ macro_rules! conformance {
                 life: dirty_pages_are_logged;
                 life: log_survives_a_new_memory_table;
                 life: state_moves_to_another_process;
+                compat: golden_states_are_loaded;
                 state: state_is_refused_while_running;
                 state: truncated_state_is_refused;
                 state: corrupted_state_is_refused;

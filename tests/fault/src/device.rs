@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use device_kit::{
-    Assignment, BalloonProcess, Capabilities, Chain, ConfigError, ConfigWriter, Device, Forecast,
-    HostError, Interest, Kit, OptionError, Progress, Queue, QueueError, QueueFault, QueueIndex,
-    Queues, Source, StateError, Worker, WorkerError,
+    Announcer, Assignment, BalloonProcess, Capabilities, Chain, ConfigError, ConfigWriter, Device,
+    Forecast, HostError, Interest, Kit, OptionError, Progress, Queue, QueueError, QueueFault,
+    QueueIndex, Queues, Source, StateError, Worker, WorkerError,
 };
 use migration::state::DeviceState;
 
@@ -36,6 +37,16 @@ pub(crate) struct Counter {
 }
 
 impl Counter {
+    /// There is nothing that only one process may have but what the script says.
+    fn exclusive(&self, point: Point) -> Result<(), OptionError> {
+        let script = &self.shared.script;
+        script.at(point).map_err(|StateError(problem)| OptionError {
+            option: "--script",
+            value: format!("{point:?}"),
+            problem,
+        })
+    }
+
     fn set(&self, next: impl IntoIterator<Item = u64>) {
         for (counter, next) in self.shared.next.iter().zip(next) {
             counter.store(next, Ordering::Release);
@@ -107,12 +118,12 @@ impl Device for Counter {
         })
     }
 
-    fn acquire(&self) -> Result<(), OptionError> {
-        Ok(())
+    fn acquire(&self, _patience: Duration) -> Result<(), OptionError> {
+        self.exclusive(Point::Acquire)
     }
 
     fn release(&self) -> Result<(), OptionError> {
-        Ok(())
+        self.exclusive(Point::Release)
     }
 
     fn transition(&self, from: DeviceState, to: DeviceState) -> Result<(), StateError> {
@@ -158,6 +169,10 @@ impl Device for Counter {
 
     fn statistics(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
+    }
+
+    fn announcer(&self) -> Option<&dyn Announcer> {
+        None
     }
 
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {

@@ -6,12 +6,14 @@
 //!
 //! | point | when |
 //! |---|---|
+//! | `acquire` | it takes what only one process may have |
 //! | `prepare` | dirty logging begins: a move may follow |
 //! | `start` | the first ring is about to start |
 //! | `serve` | a request was taken, and is not answered yet |
 //! | `stop` | the last ring has stopped |
 //! | `save` | its state is asked for |
 //! | `load` | a state has come, whole and right |
+//! | `release` | it gives up what only one process may have |
 //!
 //! | action | what it does |
 //! |---|---|
@@ -37,12 +39,14 @@ const MAX_SCRIPT: usize = 512;
 /// A point of the device's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Point {
+    Acquire,
     Prepare,
     Start,
     Serve,
     Stop,
     Save,
     Load,
+    Release,
 }
 
 /// What happens there.
@@ -57,8 +61,8 @@ enum Action {
 /// Words that are no script.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
-    "{0:?} is not POINT=ACTION with one of prepare, start, serve, stop, save, load and one of fail, \
-     hang, die or milliseconds"
+    "{0:?} is not POINT=ACTION with one of acquire, prepare, start, serve, stop, save, load, release \
+     and one of fail, hang, die or milliseconds"
 )]
 struct NoScript(String);
 
@@ -137,12 +141,14 @@ impl FromStr for Point {
 
     fn from_str(text: &str) -> Result<Self, ()> {
         Ok(match text {
+            "acquire" => Point::Acquire,
             "prepare" => Point::Prepare,
             "start" => Point::Start,
             "serve" => Point::Serve,
             "stop" => Point::Stop,
             "save" => Point::Save,
             "load" => Point::Load,
+            "release" => Point::Release,
             _ => return Err(()),
         })
     }

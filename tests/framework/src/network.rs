@@ -5,12 +5,16 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::Command;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{Gid, Uid, geteuid};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use nix::unistd::{Gid, Uid, geteuid, read};
 
 /// Moves the calling thread, and what it starts from now on, into a network of its own.
 /// A process that is not root must do this before it starts its second thread.
@@ -53,6 +57,42 @@ pub fn echo(address: Ipv4Addr, port: u16) -> Result<()> {
         }
     });
     Ok(())
+}
+
+/// The frames that pass in this network, on any interface, from now on.
+#[derive(Debug)]
+pub struct Frames(OwnedFd);
+
+impl Frames {
+    /// Listens.
+    pub fn listen() -> Result<Self> {
+        let fd = socket(
+            AddressFamily::Packet,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::EthAll,
+        )
+        .context("frames cannot be listened to")?;
+        Ok(Self(fd))
+    }
+
+    /// Waits for a frame that is `wanted`.
+    pub fn wait(&self, wanted: impl Fn(&[u8]) -> bool, patience: Duration) -> Result<Vec<u8>> {
+        let end = Instant::now() + patience;
+        let mut bytes = [0; 65536];
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, timeout)? == 0 {
+                bail!("no such frame came within {} s", patience.as_secs());
+            }
+            let count = read(&self.0, &mut bytes)?;
+            if wanted(&bytes[..count]) {
+                return Ok(bytes[..count].to_vec());
+            }
+        }
+    }
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {

@@ -1,8 +1,10 @@
 //! Helpers for tests of machines that move: a machine on one side, the connections between two,
 //! and what passes on them made to fail.
 
+mod devices;
 mod side;
 mod wires;
 
+pub use devices::{Counter, Foreign};
 pub use side::{Done, Moved, Outcome, Side, Spec, beat_on, finish, warm_up};
 pub use wires::{Fault, Kind, Wires};

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use test_guest::{Report, Workload};
 use tokio::runtime::Runtime;
 use zbus::{Connection, OwnedVariant, connection};
 
+use super::devices::{Counter, Foreign, Recipe, script_path};
 use super::wires::Ends;
 use super::{Fault, Kind, Wires};
 
@@ -38,6 +39,10 @@ pub struct Spec {
     pub disks: Vec<(PathBuf, u16)>,
     /// Network cards: tap and queue pairs.
     pub nics: Vec<(String, u16)>,
+    /// Counting devices.
+    pub counters: Vec<Counter>,
+    /// Back-ends of others.
+    pub foreign: Vec<Foreign>,
     /// Memory channels.
     pub channels: usize,
     /// What carries a migration.
@@ -59,6 +64,8 @@ impl Spec {
             memory_mib: 64,
             disks: Vec::new(),
             nics: Vec::new(),
+            counters: Vec::new(),
+            foreign: Vec::new(),
             channels: 2,
             kind: Kind::Unix,
             options: Vec::new(),
@@ -72,6 +79,8 @@ impl Spec {
         let disks = (0..self.disks.len()).map(|n| format!("disk{n}"));
         disks
             .chain((0..self.nics.len()).map(|n| format!("net{n}")))
+            .chain((0..self.counters.len()).map(|n| format!("count{n}")))
+            .chain((0..self.foreign.len()).map(|n| format!("foreign{n}")))
             .collect()
     }
 }
@@ -124,9 +133,10 @@ pub struct Side {
     pub console: Console,
     core: Process,
     devices: Vec<Process>,
+    recipes: Vec<Recipe>,
     control: PathBuf,
     runtime: Runtime,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Side {
@@ -167,36 +177,12 @@ impl Side {
         if !spec.without.is_empty() {
             core = core.option("--without", spec.without.join(","));
         }
-        let mut devices = Vec::new();
-        let disks = spec.disks.iter().map(|(image, queues)| {
-            let queues = queues.to_string();
-            let image = image.display().to_string();
-            let options = vec![("--blk-file", image), ("--num-queues", queues)];
-            ("blk", options)
-        });
-        let nics = spec.nics.iter().map(|(tap, pairs)| {
-            let options = vec![
-                ("--tap", tap.clone()),
-                ("--queue-pairs", pairs.to_string()),
-                ("--mac", "52:54:00:12:34:56".to_owned()),
-            ];
-            ("net", options)
-        });
-        for (id, (kind, options)) in spec.ids().iter().zip(disks.chain(nics)) {
-            let socket = folder.path().join(id);
-            let listener = UnixListener::bind(&socket).context("no socket for a device")?;
-            let mut launch = Launch::new(&program(&format!("godwit-{kind}"))?);
-            let number = launch.inherit(listener.into());
-            launch = launch.option("--fd", number.to_string());
-            if matches!(from, Origin::Other(..)) {
-                launch = launch.arg("--incoming");
-            }
-            for (option, value) in options {
-                launch = launch.option(option, value);
-            }
-            devices.push(launch.start()?);
-            let value = format!("{kind},socket={},id={id}", socket.display());
-            core = core.option("--vhost-user", value);
+        let recipes = Recipe::all(spec, folder.path())?;
+        let arrives = matches!(from, Origin::Other(..));
+        let devices = recipes.iter().map(|recipe| recipe.start(arrives));
+        let devices = devices.collect::<Result<_>>()?;
+        for (id, recipe) in spec.ids().iter().zip(&recipes) {
+            core = core.option("--vhost-user", recipe.for_core(id));
         }
         let from = match from {
             Origin::Boot => None,
@@ -227,9 +213,10 @@ impl Side {
             console: Console::new(ours)?,
             core,
             devices,
+            recipes,
             control,
             runtime: Runtime::new().context("no runtime")?,
-            _folder: folder,
+            folder,
         })
     }
 
@@ -241,6 +228,25 @@ impl Side {
     /// The devices' processes.
     pub fn devices(&mut self) -> &mut [Process] {
         &mut self.devices
+    }
+
+    /// Ends a device's process, if it still runs, and starts another in its place, as the owner of
+    /// a machine does.
+    pub fn restart_device(&mut self, number: usize) -> Result<()> {
+        if self.devices[number].is_running() {
+            self.devices[number].signal(Signal::SIGKILL)?;
+            self.devices[number].wait(DEADLINE)?;
+        }
+        self.devices[number] = self.recipes[number].start(false)?;
+        Ok(())
+    }
+
+    /// Gives a counting device another script.
+    pub fn script(&self, counter: usize, script: &str) -> Result<()> {
+        Ok(std::fs::write(
+            script_path(self.folder.path(), counter),
+            script,
+        )?)
     }
 
     /// Moves the machine; this side must be left without it in the end.
@@ -433,6 +439,8 @@ pub struct Done {
     pub blocks: (u64, u64),
     /// Packets sent, and answers.
     pub packets: (u64, u64),
+    /// Answers of counting devices, and how often a queue began anew.
+    pub counts: (u64, u64),
 }
 
 /// Waits for the end of the guest's work, which must have gone well.
@@ -460,6 +468,15 @@ pub fn finish(mut side: Side) -> Result<Done> {
                 } => {
                     done.packets.0 += sent;
                     done.packets.1 += received;
+                }
+                Report::Count {
+                    answers,
+                    restarts,
+                    end: true,
+                    ..
+                } => {
+                    done.counts.0 += answers;
+                    done.counts.1 += restarts;
                 }
                 Report::Verify { pages: checked, .. } => done.pages += checked,
                 Report::Done { ok, .. } => return Some(ok),

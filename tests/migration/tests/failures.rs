@@ -59,6 +59,9 @@ fn connections_that_fail_at_every_point() -> Result<()> {
         ("disk0", Fault::Cut(60)),
         ("disk1", Fault::Flip(100)),
         ("disk1", Fault::Flip(20)),
+        // Another version of the frame, and a newer schema in it.
+        ("disk0", Fault::Flip(8)),
+        ("disk0", Fault::Flip(12)),
     ];
     for fault in faults {
         let (source, destination, outcome) = side.try_move(&spec, Some(fault))?;

@@ -1,15 +1,17 @@
 //! Machines that move and lose nothing.
 
+use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use api::core::State;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use test_framework::machine::{DEADLINE, make_image};
+use test_framework::network::Frames;
 use test_guest::{BlkMode, Idle, NetMode, Workload};
 use test_machine::{network, work};
-use test_migration::{Fault, Kind, Moved, Side, Spec, beat_on, finish, warm_up};
+use test_migration::{Fault, Kind, Moved, Outcome, Side, Spec, beat_on, finish, warm_up};
 
 /// A guest that dirties memory and says that it lives.
 fn busy() -> Workload {
@@ -119,6 +121,31 @@ fn packets_are_counted_across_moves() -> Result<()> {
 }
 
 #[test]
+fn a_network_is_told_where_the_guest_is() -> Result<()> {
+    network("told0", 4)?;
+    let mut spec = Spec::of(Workload {
+        net: NetMode::Loop,
+        ..busy()
+    });
+    spec.nics = vec![("told0".into(), 1)];
+    let mut side = Side::boot(&spec)?;
+    warm_up(&mut side)?;
+    let frames = Frames::listen()?;
+    let is_rarp = |frame: &[u8]| frame.get(12..14) == Some(&[0x80, 0x35]);
+    // Before the guest's own packets fill what the listener has room for.
+    let heard = thread::spawn(move || frames.wait(is_rarp, DEADLINE));
+    let mut side = side.move_on(&spec)?.side;
+    let Ok(frame) = heard.join() else {
+        anyhow::bail!("the listener panicked");
+    };
+    let frame = frame?;
+    assert_eq!(frame[6..12], [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+    beat_on(&mut side)?;
+    finish(side)?;
+    Ok(())
+}
+
+#[test]
 fn only_what_was_used_is_sent_and_the_report_says_what_it_took() -> Result<()> {
     let mut spec = Spec::of(Workload {
         span: 4,
@@ -152,6 +179,54 @@ fn only_what_was_used_is_sent_and_the_report_says_what_it_took() -> Result<()> {
     }
     assert!(report["blackout_us"].as_u64() > Some(0));
     assert_eq!(finish(side)?.pages, 4 << 8);
+    Ok(())
+}
+
+/// What a side did in the blackout of a move: what it must do, and what it should have done before.
+fn costs(outcome: &Outcome, side: &str) -> Result<(u64, Vec<(String, u64)>)> {
+    let costs = outcome["report"][side]["costs"].as_object();
+    let mut messages = None;
+    let mut others = Vec::new();
+    for (name, count) in costs.context("no costs")? {
+        let count = count.as_u64().context("no number")?;
+        match name.as_str() {
+            "messages" => messages = Some(count),
+            // Pages come in.
+            "page_faults" => {}
+            _ => others.push((name.clone(), count)),
+        }
+    }
+    Ok((messages.context("no messages")?, others))
+}
+
+#[test]
+fn all_is_wired_ahead_and_queues_cost_nothing_in_the_blackout() -> Result<()> {
+    network("move1", 4)?;
+    let mut counted = Vec::new();
+    for queues in [1, 4] {
+        let folder = TempDir::new()?;
+        let mut spec = Spec::of(Workload {
+            blk: BlkMode::Loop,
+            net: NetMode::Loop,
+            ..busy()
+        });
+        spec.disks = vec![disk(&folder, "a", queues)?, disk(&folder, "b", queues)?];
+        spec.nics = vec![("move1".into(), queues.min(2))];
+        let mut side = Side::boot(&spec)?;
+        warm_up(&mut side)?;
+        let Moved { side, outcome } = side.move_on(&spec)?;
+        for at in ["source", "destination"] {
+            let (messages, others) = costs(&outcome, at)?;
+            let any = others.iter().find(|(_, count)| *count > 0);
+            ensure!(any.is_none(), "{any:?} at the {at} in {outcome:#}");
+            ensure!(others.len() == 7, "{others:?}");
+            counted.push((at, messages));
+        }
+        finish(side)?;
+    }
+    // Stop, save, its end, locks; load, its end, start: of three devices.
+    assert_eq!(counted[..2], [("source", 4 * 3), ("destination", 3 * 3)]);
+    assert_eq!(counted[..2], counted[2..]);
     Ok(())
 }
 
@@ -270,6 +345,26 @@ fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
         assert_eq!(side.core().wait(DEADLINE)?.code(), Some(1), "{name} cut");
         std::fs::write(&path, &whole)?;
     }
+    Ok(())
+}
+
+#[test]
+#[ignore = "writes into tests/compat, see its README"]
+fn write_golden_snapshot() -> Result<()> {
+    let compat = concat!(env!("CARGO_MANIFEST_DIR"), "/../compat");
+    let path = std::path::Path::new(compat).join("snapshot-1.state");
+    ensure!(!path.exists(), "{} must not change", path.display());
+    let folder = TempDir::new()?;
+    let mut spec = Spec::of(Workload {
+        blk: BlkMode::Loop,
+        ..busy()
+    });
+    spec.cpus = 2;
+    spec.disks = vec![disk(&folder, "a", 2)?];
+    let mut side = Side::boot(&spec)?;
+    warm_up(&mut side)?;
+    side.snapshot(&spec, folder.path())?;
+    std::fs::copy(folder.path().join("core"), path)?;
     Ok(())
 }
 

@@ -3,6 +3,10 @@
 //! KVM's own structures are its ABI and go as bytes; absent ones were not to be had
 //! from the KVM that saved.
 
+use std::fmt;
+use std::time::Duration;
+
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
     Xsave, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
     kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
@@ -10,6 +14,9 @@ use kvm_bindings::{
 use serde::{Deserialize, Serialize};
 
 use super::HypervisorError;
+
+/// IA32_TIME_STAMP_COUNTER.
+const TSC: u32 = 0x10;
 
 /// Interrupt controllers, timer chip and clock of a VM.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -23,6 +30,14 @@ pub struct VmSavedState {
 }
 
 impl VmSavedState {
+    /// Lets the clock go on.
+    pub fn catch_up(&mut self, elapsed: Duration) {
+        let nanos = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+        if let Some(clock) = &mut self.clock {
+            clock.clock = clock.clock.saturating_add(nanos);
+        }
+    }
+
     /// Refuses what KVM cannot have said.
     pub(super) fn check(&self) -> Result<(), HypervisorError> {
         let invalid = |why| {
@@ -38,6 +53,17 @@ impl VmSavedState {
             Some(chip) => invalid(format!("number {}, the last is 2", chip.chip_id)),
             None => Ok(()),
         }
+    }
+}
+
+/// What KVM keeps of the guests of a guest.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct NestedState(pub Box<KvmNestedStateBuffer>);
+
+impl fmt::Debug for NestedState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("NestedState").finish_non_exhaustive()
     }
 }
 
@@ -62,4 +88,23 @@ pub struct VcpuSavedState {
     pub events: kvm_vcpu_events,
     /// Model-specific registers: index, value.
     pub msrs: Vec<(u32, u64)>,
+    /// Frequency of the time stamp counter, in kHz.
+    #[serde(default)]
+    pub tsc_khz: Option<u32>,
+    /// What a guest that runs guests has told the processor of them.
+    #[serde(default)]
+    pub nested: Option<NestedState>,
+}
+
+impl VcpuSavedState {
+    /// Lets the time stamp counter go on, if its frequency is known.
+    pub fn catch_up(&mut self, elapsed: Duration) {
+        let khz = u128::from(self.tsc_khz.unwrap_or(0));
+        let ticks = elapsed.as_nanos().saturating_mul(khz) / 1_000_000;
+        let ticks = u64::try_from(ticks).unwrap_or(u64::MAX);
+        let counters = self.msrs.iter_mut().filter(|(index, _)| *index == TSC);
+        for (_, value) in counters {
+            *value = value.wrapping_add(ticks);
+        }
+    }
 }

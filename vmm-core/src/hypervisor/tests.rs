@@ -193,6 +193,21 @@ fn a_saved_state_continues_in_another_vm() {
 }
 
 #[test]
+fn clocks_go_on_while_a_state_is_on_its_way() {
+    let bench = bench(&COUNT);
+    let mut vm = bench.vm.save().unwrap();
+    let vcpus = bench.vcpus.each(DEADLINE, |vcpu| vcpu.save());
+    let mut vcpu = vcpus.unwrap().remove(0);
+    vcpu.tsc_khz = Some(2_000_000);
+    vcpu.msrs = vec![(0x10, 7), (0x11, 7)];
+    let clock = vm.clock.unwrap().clock;
+    vm.catch_up(Duration::from_micros(1500));
+    vcpu.catch_up(Duration::from_micros(1500));
+    assert_eq!(vm.clock.unwrap().clock - clock, 1_500_000);
+    assert_eq!(vcpu.msrs, [(0x10, 7 + 3_000_000), (0x11, 7)]);
+}
+
+#[test]
 fn hostile_saved_states_are_refused_by_name() {
     let bench = bench(&COUNT);
     let mut vm = bench.vm.save().unwrap();

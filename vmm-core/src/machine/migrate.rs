@@ -13,7 +13,7 @@ use migration::channel::Cancel;
 use migration::commit::Source;
 use migration::link::LinkError;
 use migration::report::Report;
-use migration::wire::CpuFeatures;
+use migration::wire::{CpuFeatures, Tsc};
 use tokio::sync::{oneshot, watch};
 
 use super::event::{Command, CurrentMigration, Event, Events};
@@ -95,6 +95,7 @@ pub(super) struct Moving {
     pub(super) units: Vec<Arc<Unit>>,
     pub(super) cpus: u32,
     pub(super) cpu_features: Vec<CpuFeatures>,
+    pub(super) tsc: Option<Tsc>,
     pub(super) core_writes: CoreWrites,
     pub(super) status: watch::Sender<Status>,
     pub(super) incoming: Option<Incoming>,
@@ -120,6 +121,7 @@ impl Moving {
         units: Vec<Arc<Unit>>,
         cpus: u32,
         cpu_features: Vec<CpuFeatures>,
+        tsc: Option<Tsc>,
         incoming: Option<Incoming>,
         without: Without,
     ) -> Self {
@@ -130,6 +132,7 @@ impl Moving {
             units,
             cpus,
             cpu_features,
+            tsc,
             core_writes: CoreWrites::default(),
             status: watch::Sender::new(Status {
                 active: incoming.is_some(),
@@ -244,6 +247,7 @@ impl Machine {
         define(
             moving.cpus,
             &moving.cpu_features,
+            moving.tsc,
             &self.memory,
             &moving.units,
         )
@@ -372,6 +376,7 @@ impl Host for Machine {
     fn save_core(&mut self, devices: Vec<DeviceWiring>) -> Result<CoreState, MigrationError> {
         Ok(CoreState {
             running: self.is(State::Running),
+            clock_age_us: 0,
             vcpus: self.vcpus.each(VCPU_DEADLINE, |vcpu| vcpu.save())?,
             vm: self.vm.save()?,
             serial: self.platform.serial.save(),
@@ -409,9 +414,13 @@ impl NewHost for Machine {
         }
         self.vm.restore(&core.vm)?;
         let vcpus = core.vcpus;
+        let khz = vcpus.first().and_then(|vcpu| vcpu.tsc_khz);
+        if let (Some(tsc), Some(khz)) = (&mut self.moving.tsc, khz) {
+            tsc.khz = khz;
+        }
         self.vcpus.each(VCPU_DEADLINE, move |vcpu| {
             match vcpus.get(vcpu.id() as usize) {
-                Some(state) => vcpu.restore(state),
+                Some(state) => vcpu.restore(state).map(|()| vcpu.was_stopped()),
                 None => Ok(()),
             }
         })?;

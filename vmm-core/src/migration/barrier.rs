@@ -12,12 +12,15 @@
 //! Each is waited for with a deadline, and each wait is in the report.
 
 use std::fmt;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use migration::report::Recorder;
 
 use super::MigrationError;
+
+/// How often a wait looks at what else there is.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Which barrier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,13 +82,34 @@ pub fn wait<T>(
     within: Duration,
     recorder: &mut Recorder,
 ) -> Result<Vec<T>, MigrationError> {
+    let nothing = |_| Ok(());
+    wait_while(nothing, barrier, what, units, arrivals, within, recorder)
+}
+
+/// As [`wait`]; now and then `look` is told for how long, and may end it.
+pub fn wait_while<T>(
+    mut look: impl FnMut(Duration) -> Result<(), MigrationError>,
+    barrier: Barrier,
+    what: &'static str,
+    units: &[String],
+    arrivals: &Receiver<Arrival<T>>,
+    within: Duration,
+    recorder: &mut Recorder,
+) -> Result<Vec<T>, MigrationError> {
     let begin = Instant::now();
     let end = begin + within;
     let mut brought: Vec<Option<T>> = units.iter().map(|_| None).collect();
     let mut left = units.len();
     while left > 0 {
-        let wait = end.saturating_duration_since(Instant::now());
-        let Ok(arrival) = arrivals.recv_timeout(wait) else {
+        let time = end.saturating_duration_since(Instant::now());
+        let arrival = match arrivals.recv_timeout(time.min(LOOK_EVERY)) {
+            Err(RecvTimeoutError::Timeout) if time > LOOK_EVERY => {
+                look(begin.elapsed())?;
+                continue;
+            }
+            arrival => arrival,
+        };
+        let Ok(arrival) = arrival else {
             let missing = units.iter().zip(&brought).filter(|(_, b)| b.is_none());
             return Err(MigrationError::Late {
                 barrier,
@@ -157,6 +181,29 @@ mod tests {
             error.unwrap_err().to_string(),
             "barrier D: [\"net0\"] did not arrive within 20 ms"
         );
+    }
+
+    #[test]
+    fn a_look_may_end_the_wait() {
+        let (_sender, arrivals) = channel::<Arrival<u32>>();
+        let mut looks = 0;
+        let look = |_| {
+            looks += 1;
+            match looks {
+                3 => Err(MigrationError::Setup("seen enough".into())),
+                _ => Ok(()),
+            }
+        };
+        let error = wait_while(
+            look,
+            Barrier::E,
+            "load",
+            &names(),
+            &arrivals,
+            Duration::from_secs(3600),
+            &mut Recorder::start(),
+        );
+        assert!(matches!(error, Err(MigrationError::Setup(_))));
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! What a machine is, for the comparison with the one that it shall become.
 
+use std::os::unix::fs::MetadataExt as _;
+
 use kvm_bindings::CpuId;
 use migration::schema::Schema;
-use migration::wire::{CpuFeatures, Definition, Unit as UnitDefinition};
+use migration::wire::{CpuFeatures, Definition, Tsc, Unit as UnitDefinition};
 
 use super::saved_state::{CoreState, WiringState};
 use super::unit::Unit;
@@ -52,10 +54,31 @@ pub fn cpu_features(cpuid: &CpuId) -> Vec<CpuFeatures> {
     features
 }
 
+/// Bytes of guest memory that take place on this host.
+pub fn used(memory: &Memory) -> u64 {
+    // One file is all of it.
+    let regions = memory.regions();
+    let file = regions
+        .first()
+        .and_then(|region| region.file().metadata().ok());
+    file.map_or(0, |metadata| metadata.blocks() * 512)
+}
+
+/// Bytes of memory that this host can still give; nothing if it does not say.
+pub fn available() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib << 10)
+}
+
 /// The whole of it.
 pub fn define(
     cpus: u32,
     cpu_features: &[CpuFeatures],
+    tsc: Option<Tsc>,
     memory: &Memory,
     units: &[impl AsRef<Unit>],
 ) -> Definition {
@@ -63,6 +86,7 @@ pub fn define(
     Definition {
         cpus,
         cpu_features: cpu_features.to_vec(),
+        tsc,
         memory: regions.iter().map(|r| (r.gpa(), r.size())).collect(),
         units: units
             .iter()
@@ -90,5 +114,32 @@ fn define_unit(unit: &Unit) -> UnitDefinition {
         queue_size: remote.max_queue_size(),
         has_state: remote.has_state(),
         identity,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt as _;
+
+    use super::*;
+    use crate::memory::Ram;
+
+    #[test]
+    fn only_what_was_written_is_used() {
+        let ram = Ram::allocate(4 << 20, None).unwrap();
+        let memory = Memory::default();
+        let mut layout = memory.begin();
+        for region in ram.regions().unwrap() {
+            layout.add(region).unwrap();
+        }
+        layout.commit().unwrap();
+        assert_eq!(used(&memory), 0);
+        ram.file().write_all_at(&[1; 8192], 1 << 20).unwrap();
+        assert!((8192..4 << 20).contains(&used(&memory)));
+    }
+
+    #[test]
+    fn this_host_has_memory() {
+        assert!(available().unwrap() > 1 << 20);
     }
 }

@@ -20,6 +20,7 @@ use migration::report::{Costs, Recorder};
 use migration::wire::{Blob, Definition, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
 
 use super::barrier::{self, Arrival, Barrier};
+use super::definition::{available, used};
 use super::error::system;
 use super::ram::RamReceiver;
 use super::saved_state::{CoreState, DeviceWiring, WiringState, from_blob};
@@ -88,7 +89,7 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
         before: Costs::default(),
     };
     let result = incoming
-        .negotiate(&definition, shared_memory, sockets.ram.len())
+        .negotiate(&definition, &memory, shared_memory, sockets.ram.len())
         .and_then(|()| {
             if !shared_memory {
                 incoming.memory = Some(RamReceiver::start(sockets.ram, &memory.guest())?);
@@ -109,7 +110,8 @@ struct Incoming {
     without: Without,
     crew: Crew,
     states: StateSockets,
-    loading: Option<Receiver<Arrival<()>>>,
+    /// Since when devices load.
+    loading: Option<(Instant, Receiver<Arrival<()>>)>,
     memory: Option<RamReceiver>,
     /// Whether the machine ran at the source.
     running: bool,
@@ -121,6 +123,7 @@ impl Incoming {
     fn negotiate(
         &mut self,
         definition: &Definition,
+        memory: &Memory,
         shared: bool,
         channels: usize,
     ) -> Result<(), MigrationError> {
@@ -128,7 +131,9 @@ impl Incoming {
             ToDestination::Hello(hello) => hello,
             other => return Err(unexpected(&other, "hello")),
         };
-        let reasons = obstacles(definition, shared, channels, &hello);
+        let mut reasons = obstacles(definition, shared, channels, &hello);
+        let room = available().map(|bytes| bytes.saturating_add(used(memory)));
+        reasons.extend(lack_of_memory(&hello, room));
         if !reasons.is_empty() {
             let refused = ToSource::Refused {
                 reasons: reasons.clone(),
@@ -152,7 +157,7 @@ impl Incoming {
                     self.before = costs::now();
                     let states = self.states.clone();
                     let load = move |number, unit: &Unit| states.load(number, unit);
-                    self.loading = Some(self.crew.each(load));
+                    self.loading = Some((Instant::now(), self.crew.each(load)));
                 }
                 (Destination::Receiving, ToDestination::Core(blob)) => self.load(&blob, host)?,
                 (Destination::Loaded, ToDestination::Commit) => return self.start(host),
@@ -168,7 +173,7 @@ impl Incoming {
     fn wire(&mut self, blob: &Blob) -> Result<(), MigrationError> {
         let begin = Instant::now();
         let wiring: WiringState = from_blob(blob)?;
-        restore_devices(&self.units, wiring.devices)?;
+        restore_devices(&self.units, &wiring.devices)?;
         self.recorder.note("core", "wire", begin, 0);
         if !self.without.has(Mechanism::EarlyMap) {
             let wired = self.crew.each(|_, unit| Ok(unit.pci.wire_ahead()?));
@@ -180,19 +185,40 @@ impl Incoming {
     /// Loads everything that is left, up to barrier E.
     fn load(&mut self, blob: &Blob, host: &mut impl NewHost) -> Result<(), MigrationError> {
         let begin = Instant::now();
-        let mut core: CoreState = from_blob(blob)?;
-        self.running = core.running;
-        let devices = std::mem::take(&mut core.devices);
-        host.load_core(core)?;
-        // After the local APICs, which take what was pending.
-        restore_devices(&self.units, devices)?;
-        self.recorder
-            .note("core", "load", begin, blob.payload.len() as u64);
-        let loading = self.loading.take().ok_or(MigrationError::Unexpected {
+        let (stopping, loading) = self.loading.take().ok_or(MigrationError::Unexpected {
             said: "its state",
             expected: "that it stops",
         })?;
-        self.meet(Barrier::E, "load", &loading)?;
+        let mut core: CoreState = from_blob(blob)?;
+        core.catch_up(stopping.elapsed());
+        self.running = core.running;
+        let devices = std::mem::take(&mut core.devices);
+        host.load_core(core)?;
+        check_units(&self.units, &devices)?;
+        // After the local APICs, which take what was pending.
+        let restored = self
+            .crew
+            .each(move |number, unit| Ok(unit.pci.restore(&devices[number].state)?));
+        self.recorder
+            .note("core", "load", begin, blob.payload.len() as u64);
+        // A source that gives up meanwhile says so, or is gone.
+        let listen = |_| match self.link.has_message() {
+            false => Ok(()),
+            true => Err(match self.link.receive(ANSWER_DEADLINE)? {
+                ToDestination::Abort { reason } => MigrationError::GivenUp { reason },
+                other => unexpected(&other, "nothing"),
+            }),
+        };
+        barrier::wait_while(
+            listen,
+            Barrier::E,
+            "load",
+            self.crew.names(),
+            &loading,
+            BLACKOUT_DEADLINE,
+            &mut self.recorder,
+        )?;
+        self.meet(Barrier::E, "restore", &restored)?;
         if let Some(memory) = self.memory.take() {
             let begin = Instant::now();
             let bytes = memory.wait(BLACKOUT_DEADLINE)?;
@@ -223,6 +249,14 @@ impl Incoming {
             }
         }
         self.recorder.set_costs(costs::now().since(&self.before));
+        // Nobody waits for that, and a network that is not told learns from the guest's packets.
+        self.crew.send(|_| {
+            Box::new(|unit| {
+                if let Err(error) = unit.remote.announce() {
+                    tracing::warn!(%error, "a network is not told where the guest is");
+                }
+            })
+        });
         let timeline = self.recorder.side().clone();
         // The machine is here, whether the source hears it or not; it stays paused if it does not.
         if let Err(error) = self.say(&ToSource::Running { timeline, problem }) {
@@ -243,6 +277,9 @@ impl Incoming {
         let (next, word) = self.state.on(input);
         self.state = next;
         self.states.cut();
+        if let Some(unit) = self.units.first() {
+            unit.remote.give_up();
+        }
         if word.is_some() {
             if let Ok(cancel) = Cancel::new() {
                 self.link.set_cancel(cancel);
@@ -274,17 +311,23 @@ impl Incoming {
 /// Gives each device the registers that it had, what is wired in the same way already left alone.
 pub(super) fn restore_devices(
     units: &[Arc<Unit>],
-    devices: Vec<DeviceWiring>,
+    devices: &[DeviceWiring],
 ) -> Result<(), MigrationError> {
+    check_units(units, devices)?;
+    for (unit, device) in units.iter().zip(devices) {
+        unit.pci.restore(&device.state)?;
+    }
+    Ok(())
+}
+
+/// Whether `devices` are those of `units`.
+fn check_units(units: &[Arc<Unit>], devices: &[DeviceWiring]) -> Result<(), MigrationError> {
     let ids = devices.iter().map(|device| &device.id);
     if !ids.eq(units.iter().map(|unit| &unit.id)) {
         return Err(MigrationError::Units {
-            found: devices.into_iter().map(|device| device.id).collect(),
+            found: devices.iter().map(|device| device.id.clone()).collect(),
             expected: units.iter().map(|unit| unit.id.clone()).collect(),
         });
-    }
-    for (unit, device) in units.iter().zip(&devices) {
-        unit.pci.restore(&device.state)?;
     }
     Ok(())
 }
@@ -316,6 +359,19 @@ fn obstacles(here: &Definition, shared: bool, channels: usize, hello: &Hello) ->
     reasons
 }
 
+/// Says so if the machine uses more than the `room` that there is, if that is known.
+fn lack_of_memory(hello: &Hello, room: Option<u64>) -> Option<String> {
+    let (used, room) = (hello.memory_used, room?);
+    let copied = hello.memory != MemoryTransfer::Shared;
+    (copied && used > room).then(|| {
+        format!(
+            "the machine uses {} MiB of memory and the destination has {} MiB free",
+            used >> 20,
+            room >> 20
+        )
+    })
+}
+
 fn unexpected(message: &ToDestination, expected: &'static str) -> MigrationError {
     let said = match message {
         ToDestination::Hello(_) => "hello",
@@ -327,4 +383,33 @@ fn unexpected(message: &ToDestination, expected: &'static str) -> MigrationError
         ToDestination::Abort { .. } => "abort",
     };
     MigrationError::Unexpected { said, expected }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_needs_the_memory_that_it_uses() {
+        let mut hello = Hello {
+            protocol: PROTOCOL,
+            definition: Definition {
+                cpus: 1,
+                cpu_features: Vec::new(),
+                memory: Vec::new(),
+                units: Vec::new(),
+                schemas: Vec::new(),
+            },
+            memory: MemoryTransfer::Copied { channels: 1 },
+            memory_used: 300 << 20,
+        };
+        assert_eq!(lack_of_memory(&hello, None), None);
+        assert_eq!(lack_of_memory(&hello, Some(300 << 20)), None);
+        assert_eq!(
+            lack_of_memory(&hello, Some(299 << 20)).unwrap(),
+            "the machine uses 300 MiB of memory and the destination has 299 MiB free"
+        );
+        hello.memory = MemoryTransfer::Shared;
+        assert_eq!(lack_of_memory(&hello, Some(0)), None);
+    }
 }

@@ -158,6 +158,16 @@ pub enum MigrationError {
 }
 
 impl MigrationError {
+    /// Whether a back-end has said that it cannot, and why.
+    pub(super) fn is_declined(&self) -> bool {
+        let cause = match self {
+            Self::VhostUser(error) => Some(error),
+            Self::Transport(TransportError::Device(error)) => error.cause().downcast_ref(),
+            _ => None,
+        };
+        matches!(cause, Some(VhostUserError::Declined { .. }))
+    }
+
     /// What it means for the commit.
     pub fn input(&self) -> SourceInput {
         match self {

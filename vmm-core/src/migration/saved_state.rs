@@ -1,5 +1,7 @@
 //! What the core saves: everything of the machine that is not memory and not in a device process.
 
+use std::time::Duration;
+
 use migration::schema::{Schema, SchemaError};
 use migration::wire::Blob;
 use serde::{Deserialize, Serialize};
@@ -15,6 +17,9 @@ use crate::transport::saved_state::VirtioPciState;
 pub struct CoreState {
     /// Whether the machine ran.
     pub running: bool,
+    /// Microseconds from the word that it stops to the reading of its clocks.
+    #[serde(default)]
+    pub clock_age_us: u64,
     /// Interrupt controllers and clock.
     pub vm: VmSavedState,
     /// vCPUs, by number.
@@ -31,6 +36,20 @@ pub struct CoreState {
     pub bridge: HostBridgeState,
     /// Devices, by their order.
     pub devices: Vec<DeviceWiring>,
+}
+
+impl CoreState {
+    /// Lets the machine's clocks go on for the time since they were read, when the word that it
+    /// stops came so long ago. That word and this state took as long to come, so that the two
+    /// computers' clocks need not agree.
+    pub fn catch_up(&mut self, since_stopping: Duration) {
+        let age = Duration::from_micros(self.clock_age_us);
+        let elapsed = since_stopping.saturating_sub(age);
+        self.vm.catch_up(elapsed);
+        for vcpu in &mut self.vcpus {
+            vcpu.catch_up(elapsed);
+        }
+    }
 }
 
 /// How devices are wired while the machine still runs, schema 1.

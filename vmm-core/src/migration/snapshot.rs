@@ -179,7 +179,11 @@ pub fn restore(
     let mut core: CoreState = from_blob(&state.core)?;
     let devices = std::mem::take(&mut core.devices);
     host.load_core(core)?;
-    super::destination::restore_devices(&subject.units, devices)
+    super::destination::restore_devices(&subject.units, &devices)?;
+    subject
+        .units
+        .iter()
+        .try_for_each(|unit| unit.take_up(false))
 }
 
 fn core_unit() -> Result<UnitId, MigrationError> {
@@ -200,4 +204,37 @@ fn split(
     let states = StateSockets::new(states, &Without::default())
         .map_err(system("a copy of a device's file"))?;
     Ok((sockets.control, sockets.ram, states))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::saved_state::WiringState;
+
+    #[test]
+    fn golden_snapshots_are_loaded() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/compat");
+        for number in 1..=SnapshotState::NUMBER {
+            let path = format!("{folder}/snapshot-{number}.state");
+            let golden = std::fs::read(&path).unwrap();
+            let mut reader = FrameReader::begin(golden.as_slice()).unwrap();
+            assert_eq!(reader.header().schema, number);
+            let unit = UnitId::new(CORE).unwrap();
+            let snapshot: SnapshotState = reader.structured(&unit).unwrap();
+            reader.finish().unwrap();
+            let core: CoreState = from_blob(&snapshot.core).unwrap();
+            let wiring = WiringState {
+                devices: core.devices.clone(),
+            };
+            let again: WiringState = from_blob(&to_blob(&wiring).unwrap()).unwrap();
+            assert_eq!(again, wiring);
+            if number == SnapshotState::NUMBER {
+                assert_eq!(to_blob(&core).unwrap(), snapshot.core);
+                let mut bytes = Vec::new();
+                let writer = FrameWriter::begin(&mut bytes, &unit, &snapshot).unwrap();
+                writer.finish().unwrap();
+                assert!(bytes == golden, "it is written otherwise");
+            }
+        }
+    }
 }

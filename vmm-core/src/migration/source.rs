@@ -18,6 +18,7 @@ use tokio::sync::watch;
 
 use super::barrier::{self, Barrier};
 use super::converge::{Around, Convergence, Decision, Measured};
+use super::definition::used;
 use super::error::system;
 use super::ram::{CoreWrites, DirtyTracker, RamSender, WORD_PAGES};
 use super::saved_state::{DeviceWiring, WiringState, to_blob};
@@ -194,6 +195,7 @@ impl Source {
             protocol: PROTOCOL,
             definition: self.view.definition.clone(),
             memory: transfer,
+            memory_used: used(&self.view.memory),
         };
         self.progress("negotiating", |_| {});
         self.say(&ToDestination::Hello(hello))?;

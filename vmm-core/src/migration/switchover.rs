@@ -34,6 +34,10 @@ use super::{BLACKOUT_DEADLINE, MigrationError};
 use crate::costs;
 use crate::remote::vhost_user::StateDirection;
 
+/// How long a device has to come back when a migration is given up. One that takes longer is taken
+/// for gone, until its owner starts it anew.
+const STUCK: Duration = Duration::from_millis(500);
+
 /// What the switchover needs of the machine whose main thread it runs on.
 pub trait Host {
     /// Gets every vCPU out of the guest. Fine when they are out.
@@ -132,9 +136,9 @@ impl Switchover {
 
     fn blackout(&mut self, host: &mut impl Host, state: &mut Source) -> Result<(), MigrationError> {
         self.say(&ToDestination::Stopping)?;
-        let begin = Instant::now();
+        let stopping = Instant::now();
         host.stop_vcpus()?;
-        self.recorder.note("core", Barrier::B.name(), begin, 0);
+        self.recorder.note("core", Barrier::B.name(), stopping, 0);
         if let Some(what) = host.pending_request() {
             return Err(MigrationError::Guest(what));
         }
@@ -150,7 +154,9 @@ impl Switchover {
         )?;
         self.send_dirty(|memory| Ok(memory.tracker.collect()?))?;
         let begin = Instant::now();
-        let core = to_blob(&host.save_core(devices)?)?;
+        let mut core = host.save_core(devices)?;
+        core.clock_age_us = micros(stopping.elapsed());
+        let core = to_blob(&core)?;
         let bytes = core.payload.len() as u64;
         self.say(&ToDestination::Core(core))?;
         self.recorder.note("core", "save", begin, bytes);
@@ -288,9 +294,26 @@ impl Switchover {
         what: &'static str,
         arrivals: &Receiver<Arrival<()>>,
     ) -> Result<(), MigrationError> {
-        let (names, within) = (self.crew.names(), BLACKOUT_DEADLINE);
-        let recorder = &mut self.recorder;
-        barrier::wait(Barrier::F, what, names, arrivals, within, recorder).map(drop)
+        let units = &self.view.units;
+        // The guest waits no longer for a device that is stuck than it takes to see that.
+        let give_up_late_ones = |waited| {
+            if waited > STUCK
+                && let Some(unit) = units.first()
+            {
+                unit.remote.give_up();
+            }
+            Ok(())
+        };
+        barrier::wait_while(
+            give_up_late_ones,
+            Barrier::F,
+            what,
+            self.crew.names(),
+            arrivals,
+            BLACKOUT_DEADLINE,
+            &mut self.recorder,
+        )
+        .map(drop)
     }
 
     /// What is left of the time that the blackout may last.

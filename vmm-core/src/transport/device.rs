@@ -64,6 +64,11 @@ impl DeviceError {
     pub fn new(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self(cause.into())
     }
+
+    /// What was wrapped.
+    pub fn cause(&self) -> &(dyn Error + 'static) {
+        &*self.0
+    }
 }
 
 /// Hears of devices that do not work any more.

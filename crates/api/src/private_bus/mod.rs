@@ -17,7 +17,7 @@
 //! | what a client may do | what follows |
 //! |---|---|
 //! | take more than 10 s for its handshake | it is disconnected |
-//! | send a message of more than 256 KiB, or 16 descriptors with one | it is disconnected before memory is taken for it |
+//! | send a message of more than 256 KiB, or 64 descriptors with one | it is disconnected before memory is taken for it |
 //! | send what is no D-Bus | it is disconnected |
 //! | call again while 64 of its calls have no reply | no more is read of it until they have |
 //! | call more than 1000 times in a minute without wanting a reply | it is disconnected |
@@ -68,7 +68,8 @@ const CLIENT_LIMITS: Limits = Limits {
     mechanism: AuthMechanism::External,
     message: 256 << 10,
     rate: u32::MAX,
-    descriptors: 16,
+    // A migration takes one for the cores, 16 for memory and one a device.
+    descriptors: 64,
     patience: Duration::from_secs(30),
 };
 /// Of a service that is called from another process.

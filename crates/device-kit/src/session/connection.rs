@@ -1,12 +1,14 @@
 //! The socket of a session: messages are taken from it until it ends.
 //!
-//! Every message goes to the protocol library but those that it does not know ([`wired`]), and
-//! SET_BACKEND_REQ_FD, whose channel the library would wrap into a type that cannot send
-//! CONFIG_CHANGE_MSG. They are recognised by a look ahead. The look ahead also bounds the time that a message may take to arrive: the library
+//! Every message goes to the protocol library but those that it does not know ([`wired`],
+//! SEND_RARP), and SET_BACKEND_REQ_FD, whose channel the library would wrap into a type that cannot
+//! send CONFIG_CHANGE_MSG. They are recognised by a look ahead. The look ahead also bounds the time
+//! that a message may take to arrive: the library
 //! retries for ever when a header comes in halves.
 
-use std::io::IoSliceMut;
+use std::io::{IoSliceMut, Read};
 use std::net::Shutdown;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,12 +25,12 @@ use super::error::SessionError;
 use super::{Services, Session, wired};
 use crate::device::Device;
 use crate::ending::chain;
-use crate::features::PROTOCOL;
 
 /// A message that has begun arrives within this time.
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(5);
 pub(super) const HEADER: usize = 12;
 
+const SEND_RARP: u32 = 19;
 const SET_BACKEND_REQ_FD: u32 = 21;
 pub(super) const FLAG_REPLY: u32 = 4;
 const FLAG_NEED_REPLY: u32 = 8;
@@ -96,12 +98,11 @@ fn messages<D: Device>(
     let mut library = BackendReqHandler::from_stream(stream, Arc::clone(session));
     while let Some(header) = next_header(&peek)? {
         let request = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]);
-        if request == SET_BACKEND_REQ_FD {
-            session.backend_channel(&peek)?;
-        } else if wired::is_one(request) {
-            session.wired_rings(&peek)?;
-        } else {
-            library.handle_request()?;
+        match request {
+            SET_BACKEND_REQ_FD => session.backend_channel(&peek)?,
+            SEND_RARP => session.send_rarp(&peek)?,
+            request if wired::is_one(request) => session.wired_rings(&peek)?,
+            _ => library.handle_request()?,
         }
     }
     Ok(())
@@ -136,17 +137,35 @@ fn next_header(stream: &UnixStream) -> Result<Option<[u8; HEADER]>, SessionError
 }
 
 impl<D: Device> Session<D> {
+    fn has(&self, feature: Protocol) -> bool {
+        self.protocol_features() & feature.bits() != 0
+    }
+
+    /// Takes SEND_RARP from the socket and answers it. A network that is down is no failure of the
+    /// session.
+    fn send_rarp(&self, stream: &UnixStream) -> Result<(), SessionError> {
+        let message = take_message(stream, 8..=8)?;
+        if !message.fds.is_empty() {
+            return Err(SessionError::Rarp("it has a descriptor"));
+        }
+        let announcer = self.services.device.announcer();
+        let Some(announcer) = announcer.filter(|_| self.has(Protocol::RARP)) else {
+            return Err(SessionError::Rarp("it was not negotiated"));
+        };
+        let [a, b, c, d, e, f, ..] = message.body[..] else {
+            return Err(SessionError::Rarp("it has no address"));
+        };
+        if let Err(error) = announcer.announce([a, b, c, d, e, f]) {
+            tracing::warn!(%error, "the network was not told where the guest is");
+            self.services.health.error(&error);
+        }
+        self.acknowledge(stream, SEND_RARP, message.flags)
+    }
+
     /// Takes SET_BACKEND_REQ_FD from the socket and answers it.
     fn backend_channel(&self, stream: &UnixStream) -> Result<(), SessionError> {
-        let (header, mut fds) = take_message(stream)?;
-        let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| header[at + i]));
-        let (flags, size) = (word(4), word(8));
-        if flags & 3 != VERSION_1 || flags & FLAG_REPLY != 0 || size != 0 {
-            return Err(SessionError::Channel("the message is malformed"));
-        }
-        let negotiated = self.protocol_features() & PROTOCOL.bits();
-        let has = |feature: Protocol| negotiated & feature.bits() != 0;
-        if !has(Protocol::BACKEND_REQ) {
+        let Message { flags, mut fds, .. } = take_message(stream, 0..=0)?;
+        if !self.has(Protocol::BACKEND_REQ) {
             return Err(SessionError::Channel("it was not negotiated"));
         }
         let (Some(fd), true) = (fds.pop(), fds.is_empty()) else {
@@ -159,8 +178,18 @@ impl<D: Device> Session<D> {
         self.services
             .config_change
             .set_channel(Some(UnixStream::from(fd)));
-        if flags & FLAG_NEED_REPLY != 0 && has(Protocol::REPLY_ACK) {
-            answer_success(stream, SET_BACKEND_REQ_FD)?;
+        self.acknowledge(stream, SET_BACKEND_REQ_FD, flags)
+    }
+
+    /// Answers a message that was a success, if it asks for that.
+    fn acknowledge(
+        &self,
+        stream: &UnixStream,
+        request: u32,
+        flags: u32,
+    ) -> Result<(), SessionError> {
+        if flags & FLAG_NEED_REPLY != 0 && self.has(Protocol::REPLY_ACK) {
+            answer_success(stream, request)?;
         }
         Ok(())
     }
@@ -178,15 +207,24 @@ fn answer_success(stream: &UnixStream, request: u32) -> Result<(), SessionError>
     }
 }
 
-/// Takes a header, which is known to be there, and the descriptors that came with it.
+/// A message that was taken from the socket.
+pub(super) struct Message {
+    pub(super) request: u32,
+    flags: u32,
+    pub(super) body: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+/// Takes a message whose header is known to be there, with a body of one of these `sizes`.
 pub(super) fn take_message(
     stream: &UnixStream,
-) -> Result<([u8; HEADER], Vec<OwnedFd>), SessionError> {
+    sizes: RangeInclusive<usize>,
+) -> Result<Message, SessionError> {
     let mut header = [0; HEADER];
     let mut space = nix::cmsg_space!([RawFd; 32]);
+    let failed = |error: Errno| SessionError::Connection(error.into());
     let mut parts = [IoSliceMut::new(&mut header)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-    let failed = |error: Errno| SessionError::Connection(error.into());
     let message =
         recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags).map_err(failed)?;
     let mut fds = Vec::new();
@@ -195,7 +233,23 @@ pub(super) fn take_message(
             fds.extend(received.into_iter().map(own));
         }
     }
-    Ok((header, fds))
+    let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| header[at + i]));
+    let (request, flags, size) = (word(0), word(4), word(8) as usize);
+    if flags & 3 != VERSION_1 || flags & FLAG_REPLY != 0 || !sizes.contains(&size) {
+        return Err(SessionError::Malformed { request });
+    }
+    let mut body = vec![0; size];
+    // Within the socket's own deadline.
+    let mut stream = stream;
+    stream
+        .read_exact(&mut body)
+        .map_err(SessionError::Connection)?;
+    Ok(Message {
+        request,
+        flags,
+        body,
+        fds,
+    })
 }
 
 #[expect(unsafe_code, reason = "descriptors arrive as numbers")]

@@ -70,8 +70,12 @@ pub(crate) enum SessionError {
     NotOffered(&'static str),
     #[error("message cut off after {got} of 12 bytes of its header")]
     HalfMessage { got: usize },
+    #[error("message {request} is malformed")]
+    Malformed { request: u32 },
     #[error("back-end channel: {0}")]
     Channel(&'static str),
+    #[error("SEND_RARP: {0}")]
+    Rarp(&'static str),
     #[error("a message about wired rings {0}")]
     WiredRings(&'static str),
     #[error("queue {queue} cannot be started: it runs, or has no addresses or no kick descriptor")]

@@ -26,7 +26,7 @@ use super::transfer::Direction;
 use super::vring::{UserAddresses, Vring};
 use super::{Session, State};
 use crate::device::{ConfigWriter, Device};
-use crate::features::{KIT_FEATURES, PROTOCOL, PROTOCOL_FEATURES, RING_FEATURES};
+use crate::features::{KIT_FEATURES, PROTOCOL_FEATURES, RING_FEATURES};
 use crate::memory::{MAX_REGIONS, Memory, RegionDescription, SharedMapping};
 use crate::queue::InflightFile;
 use crate::queue_thread::RingEvent;
@@ -263,11 +263,11 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
     }
 
     fn get_protocol_features(&self) -> Result<VhostUserProtocolFeatures> {
-        Ok(PROTOCOL)
+        Ok(self.protocol_offered())
     }
 
     fn set_protocol_features(&self, features: u64) -> Result<()> {
-        let unknown = features & !PROTOCOL.bits();
+        let unknown = features & !self.protocol_offered().bits();
         if unknown != 0 {
             return Err(SessionError::ProtocolFeatures { unknown }.into());
         }

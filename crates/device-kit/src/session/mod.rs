@@ -28,6 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use migration::state::DeviceState;
+use vhost::vhost_user::VhostUserProtocolFeatures;
 
 pub use self::config_change::ConfigChange;
 pub(crate) use self::connection::{Connection, serve};
@@ -38,7 +39,7 @@ use self::transfer::{Direction, Transfer, TransferError};
 use self::vring::Vring;
 use crate::device::Device;
 use crate::ending::chain;
-use crate::features::{EVENT_IDX, INDIRECT_DESC, LOG_ALL};
+use crate::features::{EVENT_IDX, INDIRECT_DESC, LOG_ALL, PROTOCOL, RARP};
 use crate::memory::{DirtyLog, Memory};
 use crate::queue::{InflightFile, Queue, QueueIndex, RingLayout};
 
@@ -87,6 +88,12 @@ impl<D: Device> Session<D> {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Protocol features that this device has.
+    fn protocol_offered(&self) -> VhostUserProtocolFeatures {
+        let announcer = self.services.device.announcer();
+        PROTOCOL | announcer.map_or(VhostUserProtocolFeatures::empty(), |_| RARP)
     }
 
     /// Protocol features in force.

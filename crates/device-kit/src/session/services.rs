@@ -1,6 +1,7 @@
 //! What outlives a session, and what only one process may have.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use migration::schema::UnitId;
 
@@ -10,6 +11,10 @@ use crate::health::Health;
 use crate::memory::Prefaulter;
 use crate::metrics::Metrics;
 use crate::queue_threads::QueueThreads;
+
+/// How long a machine that starts waits for somebody else who has what only one process may have: a
+/// guest stands still meanwhile.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// What outlives a session.
 #[derive(Debug)]
@@ -28,7 +33,7 @@ pub(crate) struct Services<D> {
 impl<D: Device> Services<D> {
     /// Takes what only one process may have, if it is not held.
     pub(crate) fn acquire(&self) -> Result<(), OptionError> {
-        self.hold(true, D::acquire)
+        self.hold(true, |device| device.acquire(PATIENCE))
     }
 
     /// Gives it up, if it is held.

@@ -1,11 +1,11 @@
 //! The messages of [`migration::rings`]: wired rings start and stop by one message each.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 
 use migration::rings::{self, MAX_REASON, MAX_RINGS, RingBase};
 
-use super::connection::{FLAG_REPLY, HEADER, VERSION_1, take_message};
+use super::connection::{FLAG_REPLY, HEADER, Message, VERSION_1, take_message};
 use super::error::SessionError;
 use super::{Session, State};
 use crate::device::{Device, OptionError};
@@ -27,18 +27,15 @@ pub(super) fn is_one(request: u32) -> bool {
 impl<D: Device> Session<D> {
     /// Takes one of these messages from the socket, does it, and answers.
     pub(super) fn wired_rings(&self, mut stream: &UnixStream) -> Result<(), SessionError> {
-        let failed = SessionError::Connection;
-        let (header, fds) = take_message(stream)?;
-        let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| header[at + i]));
-        let (request, size) = (word(0), word(8) as usize);
-        if word(4) & (3 | FLAG_REPLY) != VERSION_1 || !fds.is_empty() || size > MAX_RINGS * 8 {
-            return Err(SessionError::WiredRings("is malformed"));
+        let Message {
+            request, body, fds, ..
+        } = take_message(stream, 0..=MAX_RINGS * 8)?;
+        if !fds.is_empty() {
+            return Err(SessionError::WiredRings("has descriptors"));
         }
         if self.protocol_features() & rings::FEATURE == 0 {
             return Err(SessionError::WiredRings("was not negotiated"));
         }
-        let mut body = vec![0; size];
-        stream.read_exact(&mut body).map_err(failed)?;
         let body = match parse(request, &body)? {
             Request::Start(rings) => self.start_wired(&rings)?,
             Request::Stop => rings::encode(&self.stop_wired()?),
@@ -52,7 +49,7 @@ impl<D: Device> Session<D> {
             answer.extend(word.to_ne_bytes());
         }
         answer.extend(body);
-        stream.write_all(&answer).map_err(failed)
+        stream.write_all(&answer).map_err(SessionError::Connection)
     }
 
     /// Why not, or nothing.

@@ -1,11 +1,14 @@
 //! Packets and commands: what the conformance cases cannot know of.
 
+use std::io::Write as _;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{setsockopt, sockopt};
 use test_framework::frontend::{Buffer, Machine, PATIENCE};
+use test_framework::network::Frames;
 
 use super::{BUFFER, HEADER, MAC, MQ, Net, PEER, Packet};
 
@@ -209,6 +212,27 @@ fn a_driver_is_asked_to_announce_itself_after_a_move() -> Result<()> {
         net.host.send(&other)?;
         net.receive_or_send_again(&mut machine)?;
     }
+    Ok(())
+}
+
+#[test]
+fn a_reverse_request_is_sent_when_asked_for() -> Result<()> {
+    let net = Net::with_pairs(1, false)?;
+    let mut machine = net.machine(0)?;
+    let frames = Frames::listen()?;
+    let mut stream: &UnixStream = machine.connection.stream();
+    // SEND_RARP, version 1, 8 bytes of which 6 are the address
+    let mut message: Vec<u8> = [19u32, 1, 8].iter().flat_map(|w| w.to_ne_bytes()).collect();
+    message.extend([2, 9, 9, 9, 9, 9, 0, 0]);
+    stream.write_all(&message)?;
+    let is_rarp = |frame: &[u8]| frame.get(12..14) == Some(&[0x80, 0x35]);
+    let frame = frames.wait(is_rarp, PATIENCE)?;
+    assert_eq!(
+        frame[..12],
+        *b"\xff\xff\xff\xff\xff\xff\x02\x09\x09\x09\x09\x09"
+    );
+    // The session goes on.
+    assert_eq!(machine.connection.config(6, 2)?, [1, 0]);
     Ok(())
 }
 

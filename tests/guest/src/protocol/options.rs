@@ -111,7 +111,7 @@ options! {
     blk_mib: u32 = 4,
     /// KiB of one request; a power of two, at most 64.
     blk_kib: u32 = 4,
-    /// Requests in flight on each queue; at most a third of the ring.
+    /// Requests in flight on each queue of a disk or counting device; at most a third of the ring.
     depth: u16 = 4,
     /// Random requests a second of each queue in `blk=loop`; 0: as fast as it goes.
     blk_rate: u32 = 0,
@@ -128,6 +128,9 @@ options! {
     packets: u32 = 1000,
     /// Bytes of UDP payload, 16 to 1400.
     packet_size: u16 = 512,
+
+    /// Requests a second of each queue of counting devices; 0: none.
+    count: u32 = 0,
 
     /// MiB a second to dirty, of all CPUs together; 0: as fast as it goes.
     dirty: u32 = 0,

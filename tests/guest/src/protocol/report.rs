@@ -207,6 +207,21 @@ reports! {
         /// Whether this is the last word.
         end: bool,
     }
+    /// What one counting device did.
+    Count = "count" {
+        /// Number among counting devices.
+        dev: u32,
+        /// Answers.
+        answers: u64,
+        /// How often a queue began to count from 0 again: its process is a new one.
+        restarts: u64,
+        /// Answers that were not the next one of their own request.
+        errors: u64,
+        /// Requests that did not end in time.
+        lost: u64,
+        /// Whether this is the last word.
+        end: bool,
+    }
     /// Memory dirtied so far.
     Dirty = "dirty" {
         /// Pages written.

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use migration::rings::MAX_REASON;
 use vhost::VhostBackend;
+use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as ProtocolError, Frontend};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -114,6 +115,21 @@ impl Connection {
         result
     }
 
+    /// SEND_RARP, which is not answered: the back-end tells its network where the guest is.
+    pub(super) fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), VhostUserError> {
+        let message = "SEND_RARP";
+        let [a, b, c, d, e, f] = mac;
+        let body = [a, b, c, d, e, f, 0, 0];
+        let guard = self.watchdog.guard(&self.socket, self.deadline);
+        let result = send(&self.socket, FrontendReq::SEND_RARP as u32, &body, None);
+        let late = guard.has_fired();
+        drop(guard);
+        result.map_err(|error| {
+            let error = ProtocolError::SocketError(error);
+            self.explain(message, self.deadline, late, error.into())
+        })
+    }
+
     /// Waits until everything sent before was taken: messages are handled in order.
     pub(super) fn sync(&mut self, message: &'static str) -> Result<(), VhostUserError> {
         self.call(message, |f| f.get_features()).map(|_| ())
@@ -127,18 +143,7 @@ impl Connection {
         bodies: &[Vec<u8>],
         fd: Option<RawFd>,
     ) -> Result<Vec<Vec<u8>>, VhostUserError> {
-        self.exchange_within(self.deadline, request, message, bodies, fd)
-    }
-
-    fn exchange_within(
-        &mut self,
-        deadline: Duration,
-        request: u32,
-        message: &'static str,
-        bodies: &[Vec<u8>],
-        fd: Option<RawFd>,
-    ) -> Result<Vec<Vec<u8>>, VhostUserError> {
-        let guard = self.watchdog.guard(&self.socket, deadline);
+        let guard = self.watchdog.guard(&self.socket, self.deadline);
         let mut send = |body: &Vec<u8>| {
             costs::MESSAGES.add();
             send(&self.socket, request, body, fd)
@@ -153,7 +158,7 @@ impl Connection {
             });
         let late = guard.has_fired();
         drop(guard);
-        result.map_err(|error| self.explain(message, deadline, late, error.into()))
+        result.map_err(|error| self.explain(message, self.deadline, late, error.into()))
     }
 
     /// Sends one of our own requests, whose answer is nothing, or why not.
@@ -162,9 +167,8 @@ impl Connection {
         request: u32,
         message: &'static str,
         body: Vec<u8>,
-        deadline: Duration,
     ) -> Result<(), VhostUserError> {
-        let answers = self.exchange_within(deadline, request, message, &[body], None)?;
+        let answers = self.exchange(request, message, &[body], None)?;
         let Some(why) = answers.first().filter(|answer| !answer.is_empty()) else {
             return Ok(());
         };

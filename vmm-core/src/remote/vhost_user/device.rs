@@ -144,7 +144,9 @@ impl VhostUserDevice {
         let log = Arc::new(log);
         if let Phase::Connected(session) = &mut state.phase {
             let result = session.set_log(state.wanted.as_ref(), &state.regions, Some(&log));
-            self.shared.settle(state, result)?;
+            // One that hangs up for it is not asked again when it is back.
+            self.shared.note(state, &result);
+            result?;
         }
         state.log = Some(Arc::clone(&log));
         Ok(log)
@@ -206,6 +208,31 @@ impl VhostUserDevice {
         let result = state::begin(self.shared.stopped_session(state)?, direction, fd);
         self.shared.note(state, &result);
         result
+    }
+
+    /// Tells the network where the guest is now, if this is a network card whose back-end can.
+    pub fn announce(&self) -> Result<(), VhostUserError> {
+        if self.shared.config.kind != DeviceKind::NET || !self.shared.has(Protocol::RARP) {
+            return Ok(());
+        }
+        let state = &mut *self.shared.state();
+        // The driver may have changed the address.
+        let config = self.shared.fetch_config(state)?;
+        let Some(&mac) = config.as_deref().and_then(<[u8]>::first_chunk) else {
+            return Ok(());
+        };
+        let Phase::Connected(session) = &mut state.phase else {
+            return Ok(());
+        };
+        let result = session.connection.send_rarp(mac);
+        self.shared.note(state, &result);
+        result
+    }
+
+    /// Ends every wait for an answer, of this device and of all others of its machine: who has not
+    /// answered by now is taken for gone.
+    pub fn give_up(&self) {
+        self.shared.watchdog.give_up();
     }
 
     /// Waits for the end of a transfer of state, and says whether all of it was good.

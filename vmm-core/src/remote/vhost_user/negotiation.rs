@@ -44,6 +44,7 @@ const SPOKEN: Protocol = Protocol::MQ
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::DEVICE_STATE)
+    .union(Protocol::RARP)
     .union(WIRED_RINGS);
 
 /// Regions in a SET_MEM_TABLE (VU, «Memory region description»).

@@ -4,8 +4,6 @@
 //! stops them by one message. Of any other, each ring is started and stopped by itself, and nothing
 //! is told ahead: some read their place in a ring when they hear its address.
 
-use std::time::Duration;
-
 use migration::rings as ours;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::FrontendReq;
@@ -21,10 +19,6 @@ use crate::transport::{ActivatedQueue, QueueIndex, RingBase, StoppedQueue};
 
 /// VRING_F_LOG: writes to the used ring are logged (VU, «Vring address description»).
 const RING_LOG: u32 = 1;
-/// How long a back-end may take to take what only one process may have: longer than ours wait for
-/// the lock of an image.
-const TAKE_DEADLINE: Duration = Duration::from_secs(20);
-
 /// Where a ring's parts are in this process, which is how back-ends know addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
@@ -121,13 +115,13 @@ pub(super) fn start_wired(
         base: queue.base.0,
     });
     let body = ours::encode(&bases.collect::<Vec<_>>());
-    connection.ask(ours::START, "START_RINGS", body, TAKE_DEADLINE)
+    connection.ask(ours::START, "START_RINGS", body)
 }
 
 /// Has a back-end of ours take what only one process may have, or give it up.
 pub(super) fn hold(connection: &mut Connection, hold: bool) -> Result<(), VhostUserError> {
     let body = u32::from(hold).to_ne_bytes().to_vec();
-    connection.ask(ours::HOLD, "HOLD", body, TAKE_DEADLINE)
+    connection.ask(ours::HOLD, "HOLD", body)
 }
 
 /// Asks a back-end of ours what a switchover will take.

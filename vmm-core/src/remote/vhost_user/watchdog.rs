@@ -48,10 +48,7 @@ impl Shared {
             while let Some(entry) = state.armed.first_entry()
                 && entry.key().0 <= now
             {
-                let armed = entry.remove();
-                armed.fired.store(true, Ordering::Release);
-                // It fails only when the peer is gone already.
-                let _ = armed.socket.shutdown(Shutdown::Both);
+                entry.remove().fire();
             }
             state.wakes_at = state.armed.keys().next().map(|key| key.0);
             state = match state.wakes_at {
@@ -66,6 +63,14 @@ impl Shared {
                 }
             };
         }
+    }
+}
+
+impl Armed {
+    fn fire(&self) {
+        self.fired.store(true, Ordering::Release);
+        // It fails only when the peer is gone already.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 
@@ -87,6 +92,13 @@ impl Watchdog {
             shared,
             thread: Some(thread),
         }))
+    }
+
+    /// Lets every deadline pass now: what is waited for is not worth waiting any more.
+    pub fn give_up(&self) {
+        for armed in std::mem::take(&mut self.shared.state().armed).values() {
+            armed.fire();
+        }
     }
 
     /// Shuts `socket` down after `deadline`, unless the guard is dropped before.
@@ -162,6 +174,17 @@ mod tests {
         other_peer.set_nonblocking(true).unwrap();
         let nothing = other_peer.read(&mut [0]).unwrap_err();
         assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn what_is_given_up_ends_at_once() {
+        let watchdog = Watchdog::start().unwrap();
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        let socket = Arc::new(socket);
+        let guard = watchdog.guard(&socket, Duration::from_secs(3600));
+        watchdog.give_up();
+        assert_eq!((&*socket).read(&mut [0]).unwrap(), 0);
+        assert!(guard.has_fired());
     }
 
     #[test]

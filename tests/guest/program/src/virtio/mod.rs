@@ -1,6 +1,7 @@
-//! Virtio 1.2 drivers: the PCI transport, split virtqueues, and the two device types.
+//! Virtio 1.2 drivers: the PCI transport, split virtqueues, and the device types.
 
 pub mod blk;
+pub mod counter;
 pub mod net;
 pub mod queue;
 pub mod transport;

@@ -50,6 +50,7 @@ mod status {
 pub enum Kind {
     Net,
     Block,
+    Counter,
 }
 
 /// The kind of a PCI function, if it is a virtio device that this program drives.
@@ -60,6 +61,7 @@ pub fn kind_of(function: &Function) -> Option<Kind> {
     match function.device {
         0x1000 | 0x1041 => Some(Kind::Net),
         0x1001 | 0x1042 => Some(Kind::Block),
+        0x107f => Some(Kind::Counter),
         _ => None,
     }
 }

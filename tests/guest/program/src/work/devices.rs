@@ -1,11 +1,12 @@
 //! Sets up the devices and hands their queues out as tasks.
 
-use super::{Spread, block, net};
+use super::{Spread, block, counter, net};
 use crate::clock;
 use crate::console::{fail, report};
 use crate::pci::{Function, Window};
 use crate::protocol::{Activate, BlkMode, Idle, NetMode, Report, Text, Workload};
 use crate::virtio::Setup;
+use crate::virtio::counter::Counter;
 use crate::virtio::net::Nic;
 use crate::virtio::transport::{Kind, kind_of};
 use alloc::sync::Arc;
@@ -31,7 +32,7 @@ pub fn set_up(
     let setup = setup(workload, spread);
     let all = workload.activate == Activate::All;
     let mut window = Window::new(functions, low_ram_end);
-    let (mut disks, mut nics) = (Vec::new(), Vec::new());
+    let (mut disks, mut nics, mut counters) = (Vec::new(), Vec::new(), Vec::new());
     for function in functions {
         match kind_of(function) {
             Some(Kind::Block) if all || workload.blk != BlkMode::Off => {
@@ -47,22 +48,26 @@ pub fn set_up(
             Some(Kind::Net) if all || workload.net != NetMode::Off => {
                 nics.push(Nic::start(function, &mut window, setup, spread));
             }
+            Some(Kind::Counter) if workload.count > 0 => {
+                counters.push(Counter::start(function, &mut window, setup, spread));
+            }
             _ => {}
         }
     }
     report(&Report::Active {
-        devices: (disks.len() + nics.len()) as u32,
+        devices: (disks.len() + nics.len() + counters.len()) as u32,
         queues: spread.dealt() as u32,
         t_us: clock::since_start_us(),
     });
     if disks.is_empty() && workload.blk != BlkMode::Off
         || nics.is_empty() && workload.net != NetMode::Off
+        || counters.is_empty() && workload.count > 0
     {
         fail(
             "device-missing",
             functions.len() as u64,
             0,
-            Text::new("blk-or-net"),
+            Text::new("blk-net-or-counter"),
         );
     }
     let mut progress = Progress::new();
@@ -71,6 +76,9 @@ pub fn set_up(
     }
     for (number, nic) in (0..).zip(nics) {
         progress.extend(net::assign(number, nic, workload));
+    }
+    for (number, device) in (0..).zip(counters) {
+        progress.push(counter::assign(number, device, workload));
     }
     progress
 }

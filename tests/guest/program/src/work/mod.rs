@@ -12,6 +12,7 @@
 
 mod block;
 mod control;
+mod counter;
 mod devices;
 mod dirty;
 mod exerciser;

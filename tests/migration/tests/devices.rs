@@ -1,0 +1,183 @@
+//! A device process that fails, hangs or dies at each point of its life, on either side.
+
+use anyhow::{Context as _, Result, ensure};
+use api::core::State;
+use tempfile::TempDir;
+use test_framework::machine::{DEADLINE, make_image};
+use test_guest::{BlkMode, Report, Workload};
+use test_machine::work;
+use test_migration::{Counter, Side, Spec, Wires, beat_on, finish, warm_up};
+
+/// A machine with a disk and a counting device, both at work.
+fn spec(folder: &TempDir) -> Result<Spec> {
+    let mut spec = Spec::of(Workload {
+        heartbeat: 20,
+        span: 8,
+        dirty: 20,
+        blk: BlkMode::Loop,
+        count: 500,
+        ..work()
+    });
+    let image = folder.path().join("disk");
+    make_image(&image, 16)?;
+    spec.disks.push((image, 2));
+    spec.counters.push(Counter {
+        queues: 2,
+        state_bytes: 300_000,
+        ..Counter::default()
+    });
+    Ok(spec)
+}
+
+/// Place of the counting device among the machine's.
+const COUNTER: usize = 1;
+
+/// Answers that the guest has had of its counting device so far.
+fn answers(side: &mut Side) -> Result<u64> {
+    side.console.send(test_guest::command::REPORT)?;
+    let found = side
+        .console
+        .report("counts", DEADLINE, |report| match *report {
+            Report::Count { answers, .. } => Some(answers),
+            _ => None,
+        });
+    Ok(found
+        .with_context(|| format!("the core said: {}", side.core().stderr()))?
+        .1)
+}
+
+/// The machine runs here, and its counting device works.
+fn works(side: &mut Side) -> Result<()> {
+    ensure!(side.state()? == State::Running, "the machine does not run");
+    beat_on(side)?;
+    let before = answers(side)?;
+    while answers(side)? < before + 20 {}
+    Ok(())
+}
+
+/// Tries to move the machine to a destination that is `there`.
+fn attempt(side: &Side, here: &Spec, there: &Spec) -> Result<(Side, serde_json::Value)> {
+    let wires = Wires::connect(here.kind, here.channels, &here.ids(), None)?;
+    let destination = Side::expect(there, wires.destination, None)?;
+    side.migrate(here, wires.source)?;
+    Ok((destination, side.outcome()?))
+}
+
+/// Fails at each point with `action` at the source. Afterwards its owner starts the device's
+/// process anew where that is `needed`, the machine works, and it can still move.
+fn at_the_source(action: &str) -> Result<()> {
+    let folder = TempDir::new()?;
+    let mut spec = spec(&folder)?;
+    spec.options = vec![("blackout-limit-ms", 3000)];
+    let mut side = Side::boot(&spec)?;
+    warm_up(&mut side)?;
+    let mut restarts = 0;
+    for point in ["prepare", "stop", "save", "release"] {
+        side.script(0, &format!("{point}={action}"))?;
+        let (mut destination, outcome) = attempt(&side, &spec, &spec)?;
+        ensure!(outcome["result"] == "kept", "{point}={action}: {outcome:#}");
+        ensure!(
+            outcome["reason"].is_string(),
+            "{point}={action}: {outcome:#}"
+        );
+        let status = destination.core().wait(DEADLINE)?;
+        ensure!(
+            !status.success(),
+            "{point}={action}: the destination is content"
+        );
+        side.script(0, "")?;
+        let process = &mut side.devices()[COUNTER];
+        if action == "hang" || !process.is_running() {
+            side.restart_device(COUNTER)?;
+            restarts += 1;
+        }
+        works(&mut side).with_context(|| format!("{point}={action}"))?;
+        side = side.move_on(&spec)?.side;
+        works(&mut side).with_context(|| format!("after {point}={action}"))?;
+    }
+    let done = finish(side)?;
+    assert_eq!(done.pages, 8 << 8);
+    assert_eq!(done.counts.1, restarts * 2, "queues that began anew");
+    Ok(())
+}
+
+#[test]
+fn that_fails_at_the_source() -> Result<()> {
+    at_the_source("fail")
+}
+
+#[test]
+fn that_hangs_at_the_source() -> Result<()> {
+    at_the_source("hang")
+}
+
+#[test]
+fn that_dies_at_the_source() -> Result<()> {
+    at_the_source("die")
+}
+
+/// Fails at each point before the commit at the destination: the source runs on with all that it
+/// had, and another destination is found good.
+#[test]
+fn that_fails_hangs_or_dies_at_the_destination() -> Result<()> {
+    let folder = TempDir::new()?;
+    let mut spec = spec(&folder)?;
+    spec.options = vec![("blackout-limit-ms", 3000)];
+    let mut side = Side::boot(&spec)?;
+    warm_up(&mut side)?;
+    let script = |script: &str| Counter {
+        script: script.to_owned(),
+        ..spec.counters[0].clone()
+    };
+    let small = Counter {
+        map_limit: Some(8),
+        ..spec.counters[0].clone()
+    };
+    for counter in [
+        script("load=fail"),
+        script("load=hang"),
+        script("load=die"),
+        small,
+    ] {
+        let mut there = spec.clone();
+        there.counters = vec![counter.clone()];
+        let (mut destination, outcome) = attempt(&side, &spec, &there)?;
+        ensure!(outcome["result"] == "kept", "{counter:?}: {outcome:#}");
+        let status = destination.core().wait(DEADLINE)?;
+        ensure!(!status.success(), "{counter:?}: the destination is content");
+        works(&mut side).with_context(|| format!("{counter:?}"))?;
+        side = side.move_on(&spec)?.side;
+        works(&mut side).with_context(|| format!("after {counter:?}"))?;
+    }
+    let done = finish(side)?;
+    assert_eq!(done.pages, 8 << 8);
+    assert_eq!(done.counts.1, 0, "queues that began anew");
+    Ok(())
+}
+
+/// There is no way back after the commit: the machine runs at the destination, and its owner
+/// starts the device's process anew.
+#[test]
+fn that_hangs_or_dies_after_the_commit() -> Result<()> {
+    let folder = TempDir::new()?;
+    let spec = spec(&folder)?;
+    let mut side = Side::boot(&spec)?;
+    warm_up(&mut side)?;
+    for action in ["hang", "die"] {
+        let mut there = spec.clone();
+        there.counters[0].script = format!("start={action}");
+        let (mut destination, outcome) = attempt(&side, &spec, &there)?;
+        ensure!(outcome["result"] == "moved", "{action}: {outcome:#}");
+        side.terminate()?;
+        beat_on(&mut destination)?;
+        destination.script(0, "")?;
+        destination.restart_device(COUNTER)?;
+        works(&mut destination).with_context(|| format!("start={action}"))?;
+        side = destination.move_on(&spec)?.side;
+        works(&mut side).with_context(|| format!("after start={action}"))?;
+    }
+    let done = finish(side)?;
+    assert_eq!(done.pages, 8 << 8);
+    assert_eq!(done.counts.1, 2 * 2, "queues that began anew");
+    Ok(())
+}
