@@ -67,6 +67,7 @@ pub(super) fn options(
                         format!("virtio-net-pci,netdev=n{number},romfile=,{place}{vectors}"),
                     )
             }
+            (Device::Balloon, _) => launch.option("-device", format!("virtio-balloon-pci,{place}")),
             (Device::Foreign { kind, .. }, _) => bail!("QEMU has no {kind} of its own to compare"),
         };
     }
