@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use clap::Subcommand;
-use test_bench::{Boot, BootPreset, Report, Switchover, SwitchoverPreset};
+use test_bench::{
+    Boot, BootPreset, Lifecycle, LifecyclePreset, Report, Switchover, SwitchoverPreset,
+};
 use test_framework::{network, programs};
 
 use crate::cargo;
@@ -17,6 +19,18 @@ pub enum Bench {
         preset: BootPreset,
         /// Runs of each.
         #[arg(long, default_value_t = 10)]
+        runs: usize,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Machines under a broker: from creation until they run, their end, their processes' memory.
+    Lifecycle {
+        /// How many machines.
+        #[arg(long, value_enum, default_value = "all")]
+        preset: LifecyclePreset,
+        /// Runs of each.
+        #[arg(long, default_value_t = 5)]
         runs: usize,
         /// Prints one JSON object instead of a table.
         #[arg(long)]
@@ -44,6 +58,10 @@ pub fn bench(bench: &Bench) -> Result<()> {
         Bench::Boot { preset, runs, json } => {
             network::enter()?;
             print(&Boot { preset, runs }.run()?, json)
+        }
+        Bench::Lifecycle { preset, runs, json } => {
+            network::enter()?;
+            print(&Lifecycle { preset, runs }.run()?, json)
         }
         Bench::Switchover { preset, runs, json } => {
             network::enter()?;
