@@ -1,9 +1,11 @@
 //! `cargo xtask demo`: a machine whose devices are processes, at work.
 
+use std::fs;
 use std::net::Ipv4Addr;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use tempfile::TempDir;
 use test_framework::machine::{Definition, Device, Machine, make_image};
 use test_framework::{network, programs};
@@ -17,7 +19,8 @@ const WORK: Duration = Duration::from_secs(5);
 /// Boots the bundled guest with a disk and a network device, and shows its work.
 pub fn demo() -> Result<()> {
     let built = cargo::build(false)?;
-    programs::use_folder(built);
+    programs::use_folder(built.clone());
+    put_guest(&built)?;
     network::enter()?;
     let (host, guest) = (Ipv4Addr::new(10, 77, 0, 1), Ipv4Addr::new(10, 77, 0, 2));
     network::add_tap("demo0", host, 1)?;
@@ -71,7 +74,20 @@ pub fn demo() -> Result<()> {
         bail!("the guest found differences");
     }
     println!("\nno byte and no packet differed; the guest powered off.");
+    println!("\nNext, a machine of your own, with the same guest:");
+    println!("  export PATH={}:$PATH", built.display());
+    println!("  godwit run --demo --name first");
     Ok(())
+}
+
+/// Puts the bundled guest where `godwit` looks for it: beside the programs.
+fn put_guest(programs: &Path) -> Result<()> {
+    let place = programs.join("godwit-demo-guest");
+    // A machine may run the one that is there.
+    let new = place.with_extension("new");
+    fs::copy(test_guest::program(), &new)
+        .and_then(|_| fs::rename(&new, &place))
+        .with_context(|| format!("the guest cannot be put at {}", place.display()))
 }
 
 /// Prints what the guest reports for a while.

@@ -1,5 +1,6 @@
 //! The verbs, a file each.
 
+mod bundled;
 mod completions;
 mod console;
 mod control;
