@@ -1,6 +1,7 @@
 //! All machines of a host, and what is done with them.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -18,6 +19,7 @@ use crate::host::Host;
 use crate::jobs::{Job, Jobs, Kind, Record};
 use crate::machine::{self, Machine, MachineState};
 use crate::metrics::Census;
+use crate::migration::{Awaited, Leaving, Mover, Options, Pending, Uri};
 use crate::name::MachineName;
 use crate::policy::{Action, Policy};
 use crate::publish::Change;
@@ -46,6 +48,10 @@ pub struct Broker {
     pub(crate) config: Option<PathBuf>,
     machines: Mutex<BTreeMap<MachineName, Arc<Machine>>>,
     pub(crate) jobs: Jobs,
+    /// Machines that somebody said will come.
+    pub(crate) awaited: Awaited,
+    /// What a broker before this one left in the middle of a migration, until its job goes on.
+    pending: Mutex<BTreeMap<MachineName, Pending>>,
 }
 
 impl Broker {
@@ -57,11 +63,17 @@ impl Broker {
             policy,
             config,
             machines: Mutex::default(),
+            awaited: Awaited::default(),
+            pending: Mutex::default(),
         })
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, BTreeMap<MachineName, Arc<Machine>>> {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn pending(&self) -> MutexGuard<'_, BTreeMap<MachineName, Pending>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All machines, by name.
@@ -119,7 +131,7 @@ impl Broker {
         self.host.folder.bound_logs();
     }
 
-    fn defined_path(&self, name: &MachineName) -> PathBuf {
+    pub(crate) fn defined_path(&self, name: &MachineName) -> PathBuf {
         self.host.folder.defined().join(format!("{name}.json"))
     }
 
@@ -137,18 +149,36 @@ impl Broker {
         let definition = Definition::from_dictionary(definition)
             .map_err(|error| Error::InvalidDefinition(error.to_string()))?;
         let machine = self.insert(name, definition.clone(), transient, false)?;
-        let kept = Defined {
-            definition,
-            transient,
-        };
-        if let Err(error) = folder::save(&self.defined_path(machine.name()), &kept) {
-            self.lock().remove(machine.name());
+        if let Err(error) = self.keep(machine.name(), &definition, transient) {
+            self.drop_machine(machine.name());
             return Err(Error::Internal(format!(
                 "the machine cannot be kept: {error}"
             )));
         }
         self.publish_added(&machine).await;
         Ok(machine)
+    }
+
+    /// Writes down that there is a machine, for the brokers after this one.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub(crate) fn keep(
+        &self,
+        name: &MachineName,
+        definition: &Definition,
+        transient: bool,
+    ) -> io::Result<()> {
+        let kept = Defined {
+            definition: definition.clone(),
+            transient,
+        };
+        folder::save(&self.defined_path(name), &kept)
+    }
+
+    /// Knows a machine no more that was never told of.
+    pub(crate) fn drop_machine(&self, name: &MachineName) {
+        self.lock().remove(name);
     }
 
     pub(crate) async fn publish_added(&self, machine: &Machine) {
@@ -212,14 +242,14 @@ impl Broker {
         self.host.folder.join("jobs").join(format!("{id}.json"))
     }
 
-    fn save_job(&self, job: &Job) {
+    pub(crate) fn save_job(&self, job: &Job) {
         if let Err(error) = folder::save(&self.job_path(job.id()), &job.record()) {
             tracing::warn!(job = job.id(), %error, "another broker would not know this job");
         }
     }
 
     /// Begins a job on a machine.
-    async fn begin<W>(
+    pub(crate) async fn begin<W>(
         self: &Arc<Self>,
         kind: Kind,
         machine: &Arc<Machine>,
@@ -234,14 +264,20 @@ impl Broker {
             return Err(error);
         }
         let id = job.id();
-        self.save_job(&job);
+        let work = work(Arc::clone(self), Arc::clone(machine), Arc::clone(&job));
+        self.publish_job(&job).await;
+        self.carry_out(machine, job, work);
+        Ok(path::job(id))
+    }
+
+    /// Writes down and tells that there is a job.
+    pub(crate) async fn publish_job(&self, job: &Job) {
+        let id = job.id();
+        self.save_job(job);
         self.host
             .publisher
             .tell(|done| Change::JobNew(id, done))
             .await;
-        let work = work(Arc::clone(self), Arc::clone(machine), Arc::clone(&job));
-        self.carry_out(machine, job, work);
-        Ok(path::job(id))
     }
 
     fn carry_out(
@@ -253,24 +289,34 @@ impl Broker {
         let (broker, machine) = (Arc::clone(self), Arc::clone(machine));
         tokio::spawn(async move {
             let result = work.await;
-            job.finish(&result);
-            machine.release(&job);
-            let record = job.record();
-            broker
-                .host
-                .metrics
-                .job_ended(record.kind.as_str(), record.state.as_str());
-            broker.save_job(&job);
-            broker.host.publisher.send(Change::JobEnded(record.id));
-            if result.is_err()
-                && record.kind == Kind::Start
-                && machine.transient
-                && let Err(error) = broker.remove(&machine).await
-            {
-                tracing::warn!(machine = %machine.name(), %error, "it is not forgotten");
-            }
-            broker.forget_later(job).await;
+            broker.end_job(job, Some(machine), result).await;
         });
+    }
+
+    /// Notes how a job ended, and forgets the machine with it if that is how it is meant.
+    pub(crate) async fn end_job(
+        self: Arc<Self>,
+        job: Arc<Job>,
+        machine: Option<Arc<Machine>>,
+        result: Result<(), Error>,
+    ) {
+        job.finish(&result);
+        if let Some(machine) = &machine {
+            machine.release(&job);
+        }
+        let record = job.record();
+        self.host
+            .metrics
+            .job_ended(record.kind.as_str(), record.state.as_str());
+        self.save_job(&job);
+        self.host.publisher.send(Change::JobEnded(record.id));
+        if let Some(machine) = machine
+            && is_over(&machine, &record, result.is_ok())
+            && let Err(error) = self.remove(&machine).await
+        {
+            tracing::warn!(machine = %machine.name(), %error, "it is not forgotten");
+        }
+        self.forget_later(job).await;
     }
 
     async fn forget_later(self: Arc<Self>, job: Arc<Job>) {
@@ -292,7 +338,7 @@ impl Broker {
     ) -> Result<OwnedObjectPath, Error> {
         machine.must_be(&[State::Off, State::Failed], "started")?;
         self.begin(Kind::Start, machine, |broker, machine, job| async move {
-            machine::start(&broker.host, &machine, &job, paused).await?;
+            machine::start::start(&broker.host, &machine, &job, paused).await?;
             broker.host.metrics.machine_started();
             Ok(())
         })
@@ -346,6 +392,62 @@ impl Broker {
         .await
     }
 
+    /// What brokers have that machines may come from and go to by TCP.
+    pub fn migration_key(&self) -> Option<&crate::migration::peer::Key> {
+        self.host.migration_key.as_ref()
+    }
+
+    /// Says where a machine is after a migration whose end nobody heard of.
+    ///
+    /// # Errors
+    /// It is where everybody knows.
+    pub(crate) async fn decide(
+        self: &Arc<Self>,
+        machine: &Arc<Machine>,
+        runs_there: bool,
+    ) -> Result<(), Error> {
+        let mover = Mover::of(&machine.core("decided about")?).await?;
+        mover.0.decide(runs_there).await?;
+        machine.set_reason(String::new());
+        if runs_there {
+            tokio::time::timeout(GONE_DEADLINE, machine.gone())
+                .await
+                .map_err(|_| Error::TimedOut(format!("{} does not end", machine.name())))?;
+            if !machine.transient && !machine.from_file {
+                self.remove(machine).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves a machine.
+    ///
+    /// # Errors
+    /// As [`Self::start`], or the way or an option is impossible.
+    pub(crate) async fn migrate(
+        self: &Arc<Self>,
+        machine: &Arc<Machine>,
+        uri: &str,
+        options: Dictionary,
+    ) -> Result<OwnedObjectPath, Error> {
+        let uri: Uri = uri.parse().map_err(Error::InvalidArgs)?;
+        let options = Options::parse(options)?;
+        machine.must_be(&[State::Running, State::Paused], "moved")?;
+        self.begin(Kind::Migrate, machine, |broker, machine, job| {
+            job.migration(|migration| {
+                migration.uri = uri.to_string();
+                migration.options = options;
+            });
+            let leaving = Leaving {
+                host: Arc::clone(&broker.host),
+                machine,
+                job,
+            };
+            async move { leaving.go(&uri, &options).await }
+        })
+        .await
+    }
+
     /// Replaces the process of a device.
     ///
     /// # Errors
@@ -393,6 +495,11 @@ impl Broker {
                 (Err(_), _) => folder::remove_file(&file),
             }
         }
+        let mut waiting = Vec::new();
+        for (name, pending) in self.find_pending().await {
+            let pending = self.settle(&name, pending).await;
+            waiting.extend(pending.map(|pending| (name, pending)));
+        }
         for place in folder::list(&self.host.folder.join("machines")) {
             let name = place.file_name().unwrap_or_default().to_string_lossy();
             if let Ok(name) = MachineName::new(&name) {
@@ -402,6 +509,7 @@ impl Broker {
         for mistake in self.read_configuration().mistakes {
             tracing::error!("{mistake}");
         }
+        self.await_pending(waiting).await;
         for machine in self.machines() {
             self.publish_added(&machine).await;
         }
@@ -411,6 +519,7 @@ impl Broker {
                 Err(_) => folder::remove_file(&file),
             }
         }
+        self.end_pending().await;
         for machine in self.machines() {
             if machine.definition().autostart && machine.state() == State::Off {
                 // The job says what went wrong.
@@ -420,12 +529,11 @@ impl Broker {
     }
 
     async fn take_over(self: &Arc<Self>, name: MachineName) {
-        let file = self.host.folder.machine(&name).join("state.json");
-        let state: Option<MachineState> = folder::load(&file).ok();
-        let state = match state {
+        let place = self.host.folder.machine(&name);
+        let state = match MachineState::load(&place).ok() {
             Some(state) if state.complete => state,
             cut_short => {
-                machine::adopt::clean(&self.host, &name, cut_short.as_ref()).await;
+                machine::adopt::clean(&self.host, &place, cut_short.as_ref()).await;
                 return;
             }
         };
@@ -439,7 +547,7 @@ impl Broker {
         let Ok(machine) = inserted else { return };
         if let Err(error) = machine::adopt::adopt(&self.host, &machine, &state).await {
             tracing::error!(machine = %name, %error, "a machine that ran cannot be taken over");
-            machine::adopt::clean(&self.host, &name, Some(&state)).await;
+            machine::adopt::clean(&self.host, &place, Some(&state)).await;
             machine.set_failed(format!("a new broker could not take it over: {error}"));
         }
     }
@@ -469,18 +577,36 @@ impl Broker {
         };
         let runs = matches!(machine.state(), State::Running | State::Paused);
         let (job_of, machine_of) = (Arc::clone(&job), Arc::clone(&machine));
+        let broker = Arc::clone(self);
+        let pending = self.pending().remove(machine.name());
         let work = async move {
             match kind {
+                Kind::Migrate | Kind::Receive | Kind::Restore => {
+                    broker.go_on(job_of, machine_of, pending).await
+                }
                 Kind::PowerOff => wait_for_power_off(&machine_of, &job_of).await,
                 Kind::Terminate if runs => end(&machine_of, &job_of).await,
                 Kind::Terminate => Ok(()),
                 Kind::Start if runs => Ok(()),
-                Kind::Start | Kind::RestartDevice => Err(Error::Internal(
+                Kind::Start | Kind::RestartDevice | Kind::Snapshot => Err(Error::Internal(
                     "the broker ended in the middle of it: try again".into(),
                 )),
             }
         };
         self.carry_out(&machine, job, work);
+    }
+}
+
+/// Whether a machine is not here any more, or never was, now that a job has ended.
+fn is_over(machine: &Machine, job: &Record, is_ok: bool) -> bool {
+    match job.kind {
+        Kind::Start => !is_ok && machine.transient,
+        Kind::Receive | Kind::Restore => !is_ok && machine.is_new(),
+        // One that a file declares stays, and is off.
+        Kind::Migrate => {
+            is_ok && !machine.transient && !machine.from_file && machine.state() == State::Off
+        }
+        _ => false,
     }
 }
 

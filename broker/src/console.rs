@@ -31,6 +31,10 @@ const MAX_READERS: usize = 32;
 /// Bytes moved at once.
 const PIECE: usize = 4096;
 
+/// The way to another core, for what clients type.
+#[derive(Debug)]
+pub struct Switch(Sender<Vec<u8>>);
+
 /// A machine's console. Clones are the same console.
 #[derive(Clone, Debug)]
 pub struct Console(Arc<Shared>);
@@ -38,7 +42,6 @@ pub struct Console(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     hub: Mutex<Hub>,
-    input: Sender<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -48,6 +51,10 @@ struct Hub {
     writer: Option<u64>,
     next: u64,
     log: Option<File>,
+    /// To the core that has the machine.
+    input: Sender<Vec<u8>>,
+    /// Cores that may print.
+    cores: usize,
 }
 
 #[derive(Debug)]
@@ -63,9 +70,7 @@ impl Console {
     /// # Errors
     /// The socket or the log cannot be used.
     pub fn new(core: StdUnixStream, log: &Path) -> io::Result<Self> {
-        core.set_nonblocking(true)?;
-        let (from_core, to_core) = UnixStream::from_std(core)?.into_split();
-        let (input, typed) = mpsc::channel(16);
+        let (from_core, input) = connect(core)?;
         let console = Self(Arc::new(Shared {
             hub: Mutex::new(Hub {
                 recent: VecDeque::new(),
@@ -73,12 +78,29 @@ impl Console {
                 writer: None,
                 next: 0,
                 log: Some(OpenOptions::new().create(true).append(true).open(log)?),
+                input,
+                cores: 1,
             }),
-            input,
         }));
-        tokio::spawn(bring_in(typed, to_core));
         tokio::spawn(console.clone().bring_out(from_core));
         Ok(console)
+    }
+
+    /// The same console, on which another core prints as well: the one to which the machine
+    /// goes. What clients type goes to the former core until [`Switch::switch`].
+    ///
+    /// # Errors
+    /// The socket cannot be used.
+    pub fn also_from(&self, core: StdUnixStream) -> io::Result<Switch> {
+        let (from_core, input) = connect(core)?;
+        self.hub().cores += 1;
+        tokio::spawn(self.clone().bring_out(from_core));
+        Ok(Switch(input))
+    }
+
+    /// Lets what clients type go to another core from now on.
+    pub fn switch(&self, to: Switch) {
+        self.hub().input = to.0;
     }
 
     fn hub(&self) -> MutexGuard<'_, Hub> {
@@ -90,10 +112,13 @@ impl Console {
         while let Ok(count @ 1..) = core.read(&mut bytes).await {
             self.hub().print(&bytes[..count]);
         }
-        // Its readers see the end.
         let hub = &mut *self.hub();
-        hub.readers.clear();
-        hub.log = None;
+        hub.cores -= 1;
+        if hub.cores == 0 {
+            // Its readers see the end.
+            hub.readers.clear();
+            hub.log = None;
+        }
     }
 
     /// A socket to the console, see [`api::machine::MachineProxy::open_console`].
@@ -143,8 +168,13 @@ impl Console {
     async fn listen(self, number: u64, mut client: OwnedReadHalf) {
         let mut bytes = vec![0; PIECE];
         while let Ok(count @ 1..) = client.read(&mut bytes).await {
-            let may_write = self.hub().writer == Some(number);
-            if may_write && self.0.input.send(bytes[..count].to_vec()).await.is_err() {
+            let input = {
+                let hub = self.hub();
+                (hub.writer == Some(number)).then(|| hub.input.clone())
+            };
+            if let Some(input) = input
+                && input.send(bytes[..count].to_vec()).await.is_err()
+            {
                 break;
             }
         }
@@ -171,6 +201,15 @@ impl Hub {
         self.readers
             .retain(|reader| reader.queue.try_send(Arc::clone(&piece)).is_ok());
     }
+}
+
+/// One end of a core's console: what it prints, and where it is typed.
+fn connect(core: StdUnixStream) -> io::Result<(OwnedReadHalf, Sender<Vec<u8>>)> {
+    core.set_nonblocking(true)?;
+    let (from_core, to_core) = UnixStream::from_std(core)?.into_split();
+    let (input, typed) = mpsc::channel(16);
+    tokio::spawn(bring_in(typed, to_core));
+    Ok((from_core, input))
 }
 
 async fn bring_in(mut typed: Receiver<Vec<u8>>, mut core: OwnedWriteHalf) {
@@ -245,6 +284,8 @@ mod tests {
             writer: None,
             next: 0,
             log: None,
+            input: mpsc::channel(1).0,
+            cores: 0,
         };
         for _ in 0..(3 * RECENT / PIECE) {
             hub.print(&[b'x'; PIECE]);

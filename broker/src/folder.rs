@@ -7,6 +7,7 @@
 //! DIR/machines/NAME/control     the core's socket, while it runs
 //! DIR/machines/NAME/end         what the core said of its end
 //! DIR/machines/NAME/state.json  what a new broker needs to adopt it
+//! DIR/incoming/NAME/         the same of a machine that comes here, until it runs
 //! DIR/jobs/N.json               a job that is kept
 //! KEPT/defined/NAME.json        a machine that was made by a call
 //! KEPT/log/NAME/*.log           output of its processes and its console
@@ -69,6 +70,7 @@ impl Folder {
     pub fn open(path: &Path, kept: &Path) -> io::Result<Self> {
         for folder in [
             path.join("machines"),
+            path.join("incoming"),
             path.join("jobs"),
             kept.join("defined"),
             kept.join("log"),
@@ -107,12 +109,16 @@ impl Folder {
         self.join("machines").join(name.as_str())
     }
 
-    /// Makes the folder of a machine that starts.
+    /// Where a machine has its sockets that comes here, until it runs here.
+    pub fn incoming(&self, name: &MachineName) -> PathBuf {
+        self.join("incoming").join(name.as_str())
+    }
+
+    /// Makes a folder for processes of a machine.
     ///
     /// # Errors
     /// It cannot be made, or its sockets' paths would be too long.
-    pub fn make_machine(&self, name: &MachineName) -> io::Result<PathBuf> {
-        let path = self.machine(name);
+    pub fn make_place(&self, path: &Path, name: &MachineName) -> io::Result<()> {
         let socket = path.join("control");
         if socket.as_os_str().len() > MAX_SOCKET_PATH {
             let text = format!(
@@ -121,15 +127,33 @@ impl Folder {
             );
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        make(&path)?;
-        make(&self.logs(name))?;
-        Ok(path)
+        make(path)?;
+        make(&self.logs(name))
+    }
+
+    /// Makes `place` the folder of the machine, whose former one goes.
+    pub fn settle(&self, place: &mut PathBuf, name: &MachineName) {
+        let own = self.machine(name);
+        if *place == own {
+            return;
+        }
+        self.remove_place(&own);
+        match fs::rename(&*place, &own) {
+            Ok(()) => *place = own,
+            Err(error) => {
+                tracing::error!(machine = %name, %error, "another broker could not adopt it");
+            }
+        }
+    }
+
+    /// Removes a folder of processes that have ended.
+    pub fn remove_place(&self, path: &Path) {
+        remove(path, fs::remove_dir_all(path));
     }
 
     /// Removes the folder of a machine that has ended.
     pub fn remove_machine(&self, name: &MachineName) {
-        let path = self.machine(name);
-        remove(&path, fs::remove_dir_all(&path));
+        self.remove_place(&self.machine(name));
     }
 
     /// Where a machine's logs are.
@@ -300,7 +324,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let folder = Folder::open(place.path(), place.path()).unwrap();
         let name = MachineName::new("vm").unwrap();
-        folder.make_machine(&name).unwrap();
+        folder.make_place(&folder.machine(&name), &name).unwrap();
         let mut log = folder.log(&name, "core").unwrap();
         let path = folder.logs(&name).join("core.log");
         for round in 0..4 {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::folder::Folder;
 use crate::launch::Launcher;
 use crate::metrics::Metrics;
+use crate::migration::peer::Key;
 use crate::publish::Publisher;
 
 /// What every machine of this broker needs.
@@ -18,6 +19,8 @@ pub struct Host {
     pub launcher: Launcher,
     /// To the bus.
     pub publisher: Publisher,
+    /// What brokers have that machines may come from and go to by TCP.
+    pub migration_key: Option<Key>,
     /// Counters.
     pub metrics: Metrics,
 }

@@ -9,11 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use api::job::{Facts, RESULT_ERROR, RESULT_MESSAGE, State};
+use api::job_migration::{RESULT_DOWNTIME, RESULT_PLACE};
 use api::{Dictionary, Error};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use zbus::{DBusError as _, OwnedVariant, Str};
 
+use crate::migration::record::{Progress, Record as Migration};
 use crate::name::MachineName;
 use crate::publish::{Change, Publisher};
 
@@ -36,6 +38,14 @@ pub enum Kind {
     Terminate,
     /// Replace the process of a device.
     RestartDevice,
+    /// Move a machine.
+    Migrate,
+    /// Take in a machine that comes from another broker.
+    Receive,
+    /// Write a machine into files.
+    Snapshot,
+    /// Make a machine of files.
+    Restore,
 }
 
 impl Kind {
@@ -46,11 +56,15 @@ impl Kind {
             Self::PowerOff => "power-off",
             Self::Terminate => "terminate",
             Self::RestartDevice => "restart-device",
+            Self::Migrate => "migrate",
+            Self::Receive => "receive",
+            Self::Snapshot => "snapshot",
+            Self::Restore => "restore",
         }
     }
 
     fn is_cancellable(&self) -> bool {
-        matches!(self, Self::Start | Self::PowerOff)
+        !matches!(self, Self::Terminate | Self::RestartDevice | Self::Snapshot)
     }
 }
 
@@ -76,6 +90,9 @@ pub struct Record {
     pub message: Option<String>,
     /// When it ended, seconds since 1970.
     pub ended: Option<u64>,
+    /// How its machine moves.
+    #[serde(default)]
+    pub(crate) migration: Option<Migration>,
 }
 
 /// One job.
@@ -131,6 +148,16 @@ impl Job {
             (RESULT_ERROR, record.error),
             (RESULT_MESSAGE, record.message),
         ];
+        let mut result: Dictionary = result
+            .into_iter()
+            .filter_map(|(key, value)| Some((key.to_owned(), text(value?))))
+            .collect();
+        let migration = record.migration;
+        if let Some(migration) = migration.as_ref().filter(|_| !running) {
+            result.insert(RESULT_PLACE.into(), migration.place.into());
+            let downtime = migration.facts().downtime_usec;
+            result.insert(RESULT_DOWNTIME.into(), downtime.into());
+        }
         Facts {
             id: record.id,
             cancellable: running && record.kind.is_cancellable() && !*self.cancelled.borrow(),
@@ -138,11 +165,12 @@ impl Job {
             machine: record.machine.to_string(),
             state: record.state,
             phase: record.phase,
-            progress: if running { record.progress } else { 1.0 },
-            result: result
-                .into_iter()
-                .filter_map(|(key, value)| Some((key.to_owned(), text(value?))))
-                .collect::<Dictionary>(),
+            progress: match (running, migration) {
+                (false, _) => 1.0,
+                (true, Some(migration)) => migration.share(),
+                (true, None) => record.progress,
+            },
+            result,
         }
     }
 
@@ -164,6 +192,21 @@ impl Job {
         self.publisher.send(Change::Job(id));
     }
 
+    /// Changes what it knows of its migration, which it then has.
+    pub(crate) fn migration(&self, change: impl FnOnce(&mut Migration)) {
+        change(self.lock().migration.get_or_insert_default());
+    }
+
+    /// Notes how far its migration is; whether that is news.
+    pub(crate) fn note_progress(&self, progress: Progress) -> bool {
+        let record = &mut *self.lock();
+        record.phase = progress.phase.clone();
+        let migration = record.migration.get_or_insert_default();
+        let news = migration.progress != progress;
+        migration.progress = progress;
+        news
+    }
+
     /// Asks it to end early.
     ///
     /// # Errors
@@ -182,6 +225,11 @@ impl Job {
         }
         self.cancelled.send_replace(true);
         Ok(())
+    }
+
+    /// Whether it is to end early.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        *self.cancelled.borrow()
     }
 
     /// Waits until it is to end early; for ever if nobody wants that.
@@ -276,6 +324,7 @@ impl Jobs {
             error: None,
             message: None,
             ended: None,
+            migration: None,
         };
         let job = Job::new(record, self.publisher.clone());
         table.jobs.insert(table.last, Arc::clone(&job));

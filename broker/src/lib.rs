@@ -11,6 +11,7 @@
 //! | [`service`] | the D-Bus objects, and telling what changed |
 //! | [`broker`] | all machines and jobs of a host |
 //! | [`machine`] | one machine: start, supervision, adoption |
+//! | [`migration`] | machines that leave, arrive, go into files and come out of them |
 //! | [`launch`] | processes as children or as systemd units |
 //! | [`visit`] | declared machines that systemd starts |
 //! | [`definition`] | what a machine is, from TOML or a dictionary |
@@ -31,6 +32,7 @@ pub mod jobs;
 pub mod launch;
 pub mod machine;
 pub mod metrics;
+pub mod migration;
 pub mod name;
 pub mod policy;
 pub mod process;

@@ -17,6 +17,7 @@ use broker::host::Host;
 use broker::launch::Launcher;
 use broker::launch::systemd::Systemd;
 use broker::metrics::{self, Metrics};
+use broker::migration::{Uri, peer};
 use broker::policy::Policy;
 use broker::publish;
 use broker::service::{self, ManagerObject};
@@ -65,6 +66,13 @@ struct Options {
     /// /etc/godwit/machines with --system]
     #[arg(long, value_name = "DIR")]
     config_dir: Option<PathBuf>,
+    /// Where machines of other brokers may come in: tcp://HOST:PORT or unix:/PATH
+    #[arg(long, value_name = "URI")]
+    migration_listen: Vec<Uri>,
+    /// Secret that this broker and those that it trusts have, for tcp: 16 bytes or more in a file
+    /// that nobody else may read
+    #[arg(long, value_name = "FILE")]
+    migration_key: Option<PathBuf>,
     /// Folder with the programs godwit-vmm, godwit-blk and so on [default: this program's]
     #[arg(long, value_name = "DIR")]
     program_dir: Option<PathBuf>,
@@ -183,7 +191,11 @@ async fn serve(options: Options) -> Result<()> {
     let metrics_path = folder.join("metrics");
     let metrics_listener = listen(&metrics_path)?;
     let bus_path = folder.join("bus");
+    let migration_key = options.migration_key.as_deref().map(|path| {
+        peer::read_key(path).with_context(|| format!("--migration-key {}", path.display()))
+    });
     let host = Host {
+        migration_key: migration_key.transpose()?,
         folder,
         programs,
         launcher,
@@ -216,6 +228,7 @@ async fn serve(options: Options) -> Result<()> {
                 changes,
             ));
             broker.take_up().await;
+            open_doors(&broker, &options.migration_listen).await?;
             connection
                 .request_name_with_flags(api::SERVICE, RequestNameFlags::DO_NOT_QUEUE)
                 .await
@@ -232,6 +245,7 @@ async fn serve(options: Options) -> Result<()> {
                 .context("no connection to the own bus")?;
             tokio::spawn(service::publish(Arc::clone(&broker), connection, changes));
             broker.take_up().await;
+            open_doors(&broker, &options.migration_listen).await?;
             // From here on somebody can call.
             let listener = listen(&bus_path)?;
             tokio::spawn(bus.listen(listener));
@@ -251,6 +265,18 @@ async fn wait(
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
+}
+
+/// Lets machines of other brokers come in.
+async fn open_doors(broker: &Arc<Broker>, uris: &[Uri]) -> Result<()> {
+    for uri in uris {
+        let listener = peer::Listener::bind(uri, broker.migration_key())
+            .await
+            .with_context(|| format!("--migration-listen {uri}"))?;
+        tracing::info!(uri = %listener.uri, "machines may come");
+        tokio::spawn(peer::serve(Arc::clone(broker), listener));
+    }
+    Ok(())
 }
 
 /// Keeps logs short, for ever: who writes to them is not trusted with the disk.

@@ -18,6 +18,10 @@ pub enum Action {
     OpenConsole,
     /// Replace the process of a device.
     RestartDevice,
+    /// Move a machine away, and decide where it is.
+    Migrate,
+    /// Await a machine from another broker.
+    ReceiveMigration,
 }
 
 impl Action {
@@ -28,6 +32,8 @@ impl Action {
             Self::Manage => "org.godwit.Vmm1.manage",
             Self::OpenConsole => "org.godwit.Vmm1.open-console",
             Self::RestartDevice => "org.godwit.Vmm1.restart-device",
+            Self::Migrate => "org.godwit.Vmm1.migrate",
+            Self::ReceiveMigration => "org.godwit.Vmm1.receive-migration",
         }
     }
 }
@@ -85,8 +91,14 @@ impl Policy {
         if answer.is_authorized {
             Ok(())
         } else if answer.is_challenge {
+            let advice = if caller.interactive {
+                "and no polkit agent runs that could ask for it: start pkttyagent, or be root"
+            } else {
+                "which this call does not allow to ask for: allow interactive authorization"
+            };
             Err(Error::InteractiveAuthorizationRequired(format!(
-                "{verb} {machine} needs a confirmation: allow interactive authorization"
+                "{verb} {machine} needs a confirmation, {advice} ({})",
+                action.id()
             )))
         } else {
             Err(denied("polkit does not allow it"))

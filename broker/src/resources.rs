@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _}
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::definition::{DeviceKind, Disk};
+use crate::definition::{Definition, DeviceKind, Disk};
 use crate::tap;
 
 const KVM: &str = "/dev/kvm";
@@ -111,6 +111,46 @@ fn file(
         inode: metadata.ino(),
     };
     Ok((file.into(), identity))
+}
+
+/// What a machine needs and this host does not have, as far as that can be known without taking
+/// anything.
+pub(crate) fn missing(definition: &Definition) -> Vec<String> {
+    let mut missing = Vec::new();
+    let mut note = |result: Result<(), ResourceError>| {
+        missing.extend(result.err().map(|error| error.to_string()));
+    };
+    note(kvm().map(drop));
+    note(readable("kernel", &definition.kernel).map(drop));
+    if let Some(initrd) = &definition.initrd {
+        note(readable("initrd", initrd).map(drop));
+    }
+    for device in &definition.devices {
+        if let DeviceKind::Disk(disk) = &device.kind {
+            note(file("disk", &disk.path, disk.read_only).map(drop));
+        }
+    }
+    if definition.hugepages.is_none()
+        && let Some(free) = available_memory()
+        && free < definition.memory
+    {
+        missing.push(format!(
+            "it has {} MiB of memory, {} are free here",
+            definition.memory >> 20,
+            free >> 20
+        ));
+    }
+    missing
+}
+
+/// Bytes of memory that can be had without swapping; nothing if the kernel does not say.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    kib.checked_mul(1024)
 }
 
 /// What a device process is handed.

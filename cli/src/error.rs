@@ -19,6 +19,8 @@ pub mod status {
     pub const MACHINE_FAILED: u8 = 9;
     pub const TIMED_OUT: u8 = 10;
     pub const CANCELLED: u8 = 11;
+    pub const NOT_MOVED: u8 = 12;
+    pub const UNDECIDED: u8 = 13;
     pub const INTERRUPTED: u8 = 130;
 }
 
@@ -283,6 +285,8 @@ fn of_name(name: &str) -> u8 {
         "MachineFailed" | "DeviceFailed" => status::MACHINE_FAILED,
         "TimedOut" => status::TIMED_OUT,
         "Cancelled" => status::CANCELLED,
+        "NotMigratable" | "MigrationFailed" | "DestinationUnreachable" => status::NOT_MOVED,
+        "Undecided" => status::UNDECIDED,
         _ => status::FAILED,
     }
 }
@@ -320,7 +324,7 @@ mod tests {
 
     #[test]
     fn each_error_of_the_broker_has_its_status() {
-        let table: [(Make, u8); 17] = [
+        let table: [(Make, u8); 21] = [
             (ApiError::NoSuchMachine, 4),
             (ApiError::NoSuchDevice, 4),
             (ApiError::NoSuchJob, 4),
@@ -337,6 +341,10 @@ mod tests {
             (ApiError::DeviceFailed, 9),
             (ApiError::TimedOut, 10),
             (ApiError::Cancelled, 11),
+            (ApiError::NotMigratable, 12),
+            (ApiError::MigrationFailed, 12),
+            (ApiError::DestinationUnreachable, 12),
+            (ApiError::Undecided, 13),
             (ApiError::Internal, 1),
         ];
         for (make, status) in table {
@@ -363,7 +371,7 @@ mod tests {
         let help = <crate::options::Options as clap::CommandFactory>::command()
             .render_long_help()
             .to_string();
-        for status in (0..=11).chain([130]) {
+        for status in (0..=13).chain([130]) {
             assert!(help.contains(&format!("\n  {status:<4} ")), "{status}");
         }
     }

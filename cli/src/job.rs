@@ -31,6 +31,7 @@ use crate::view;
 /// Steps of the progress bar.
 const STEPS: u64 = 1000;
 const INTERFACE: &str = "org.godwit.Vmm1.Job";
+const MIGRATION: &str = "org.godwit.Vmm1.Job.Migration";
 /// When to look without a signal.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// A job that takes less has no progress bar.
@@ -74,7 +75,13 @@ impl Job {
     pub async fn look(&self) -> Result<view::Job> {
         let interface = InterfaceName::from_static_str(INTERFACE).what(&self.what)?;
         let properties = self.properties.get_all(interface).await.what(&self.what)?;
-        view::Job::read(&properties).what(&self.what)
+        let mut job = view::Job::read(&properties).what(&self.what)?;
+        if job.kind == "migrate" {
+            let interface = InterfaceName::from_static_str(MIGRATION).what(&self.what)?;
+            let properties = self.properties.get_all(interface).await.what(&self.what)?;
+            job.migration = Some(view::Migration::read(&properties).what(&self.what)?);
+        }
+        Ok(job)
     }
 
     /// Asks it to end.
@@ -262,10 +269,14 @@ impl Bar {
             self.bar
                 .set_draw_target(indicatif::ProgressDrawTarget::stderr());
         }
-        let phase = match job.phase.as_str() {
+        let mut phase = match job.phase.as_str() {
             "" => self.what.clone(),
             phase => format!("{}: {phase}", self.what),
         };
+        if let Some(migration) = &job.migration {
+            let (left, rate) = (migration.bytes_remaining >> 20, migration.link_rate >> 20);
+            phase.push_str(&format!(", {left} MiB left, {rate} MiB/s"));
+        }
         self.bar.set_message(phase);
         self.bar.set_position(position(job.progress));
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use crate::value::{Disk, Escape, HugePages, Net, Size, VhostUser};
+use crate::value::{Disk, Escape, HugePages, Milliseconds, Net, Size, VhostUser};
 
 /// Makes, watches and ends virtual machines whose devices are processes of their own.
 ///
@@ -39,6 +39,8 @@ Exit status:
   9    the machine or a device failed
   10   it took too long
   11   it was cancelled
+  12   the machine did not move, and is where it was
+  13   the machine is paused here and may run elsewhere: decide
   130  interrupted; what was waited for goes on";
 
 /// Options of every verb.
@@ -104,6 +106,21 @@ pub enum Verb {
     /// Forgets machines that are off; their files stay
     #[command(visible_alias = "rm")]
     Remove(Names),
+    /// Moves a machine while it runs: to another host, or to new processes of this one
+    ///
+    /// Returns when it runs there. Whatever fails before leaves it running where it was. The other
+    /// host's broker must listen (--migration-listen), and see the machine's disks under the same
+    /// paths unless it was told otherwise.
+    Migrate(Migrate),
+    /// Says where a machine is after a migration whose end nobody heard of
+    ///
+    /// Look at the destination first: if it runs there it is forgotten here with --there. If its
+    /// process there has ended, or the host is gone for good, --here lets it run on here.
+    Decide(Decide),
+    /// Writes a running machine into a new folder; its disks are not in it
+    Snapshot(Snapshot),
+    /// Makes a machine of a snapshot and lets it run on
+    Restore(Restore),
     /// Attaches to a machine's console; ^] leaves it
     Console(Console),
     /// Lists, shows, awaits and cancels jobs
@@ -284,6 +301,79 @@ pub struct Wait {
     pub timeout: Option<u64>,
 }
 
+/// Moves a machine while it runs.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  godwit migrate web tcp://other:4747 --max-downtime 20ms
+  godwit migrate web local:        # to the programs that are installed now")]
+pub struct Migrate {
+    /// The machine
+    pub name: String,
+    /// tcp://HOST:PORT or unix:/PATH of a broker that listens, or local:
+    pub uri: String,
+    /// It is stopped when the stop is predicted to be shorter, as 20ms or 1s [default: 300ms]
+    #[arg(long, value_name = "TIME")]
+    pub max_downtime: Option<Milliseconds>,
+    /// Connections for memory, 1 to 16 [default: 2]
+    #[arg(long, value_name = "N")]
+    pub channels: Option<u32>,
+    /// Slows a guest down that writes faster than its memory can be sent
+    #[arg(long)]
+    pub auto_converge: bool,
+    /// Gives up after so many seconds of a guest that is too fast [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub patience: Option<u64>,
+    /// Writes what took how long on both hosts, for Perfetto and other viewers of traces
+    #[arg(long, value_name = "FILE", conflicts_with = "no_wait")]
+    pub trace: Option<PathBuf>,
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+/// Says where a machine is.
+#[derive(Debug, Args)]
+#[group(id = "place", required = true, args = ["there", "here"])]
+pub struct Decide {
+    /// The machine
+    pub name: String,
+    /// It runs at the destination: it is forgotten here
+    #[arg(long)]
+    pub there: bool,
+    /// It does not run at the destination and never will: it goes on here
+    #[arg(long)]
+    pub here: bool,
+}
+
+/// Writes a running machine into a new folder.
+#[derive(Debug, Args)]
+pub struct Snapshot {
+    /// The machine
+    pub name: String,
+    /// The folder, which must not be there yet
+    pub folder: PathBuf,
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+/// Makes a machine of a snapshot.
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// The folder
+    pub folder: PathBuf,
+    /// Name of the machine; by default the one that it had
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Leaves the machine paused
+    #[arg(long)]
+    pub paused: bool,
+    /// Keeps the machine when it has ended, so that it can be started again
+    #[arg(long)]
+    pub keep: bool,
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
 /// Attaches to a machine's console; ^] leaves it.
 #[derive(Debug, Args)]
 pub struct Console {
@@ -462,6 +552,11 @@ mod tests {
         assert!(parse("stop vm1 --no-wait --timeout 3").is_err());
         assert!(parse("console vm1 --read-only --force").is_err());
         assert!(parse("top --interval 0").is_err());
-        assert!(parse("migrate vm1 tcp://other").is_err());
+        assert!(parse("decide vm1").is_err());
+        assert!(parse("decide vm1 --here --there").is_err());
+        assert!(parse("decide vm1 --here").is_ok());
+        assert!(parse("migrate vm1 local: --max-downtime 20ms --channels 4").is_ok());
+        assert!(parse("migrate vm1 local: --max-downtime soon").is_err());
+        assert!(parse("migrate vm1 local: --no-wait --trace f").is_err());
     }
 }

@@ -53,6 +53,28 @@ impl fmt::Display for Size {
     }
 }
 
+/// A short time, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Milliseconds(pub u64);
+
+impl FromStr for Milliseconds {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let unit = match &text[digits.len()..] {
+            "ms" => 1,
+            "s" => 1000,
+            unit => return Err(bad(format!("{unit:?} is no unit: give ms or s, as 20ms"))),
+        };
+        let number: u64 = digits
+            .parse()
+            .map_err(|_| bad(format!("{digits:?} is no number")))?;
+        let time = number.checked_mul(unit).filter(|&time| time > 0);
+        time.map(Self).ok_or_else(|| bad("give at least 1ms"))
+    }
+}
+
 /// Size of huge pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum HugePages {
@@ -262,6 +284,15 @@ fn unknown(key: &str, of: &str, there_are: &str) -> BadValue {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn short_times_have_units() {
+        assert_eq!("20ms".parse(), Ok(Milliseconds(20)));
+        assert_eq!("2s".parse(), Ok(Milliseconds(2000)));
+        for text in ["20", "ms", "0ms", "1h", "-1s", "99999999999999999999s", ""] {
+            assert!(text.parse::<Milliseconds>().is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn sizes_have_units_both_ways() {

@@ -4,6 +4,7 @@
 //! are microseconds since 1970, sizes are bytes, and what there is not is `null` or empty.
 
 use api::{Dictionary, Error};
+use migration::report::Report;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use zbus::{OwnedObjectPath, OwnedVariant, Variant};
@@ -59,6 +60,30 @@ pub struct Job {
     pub cancellable: bool,
     /// What came of it; empty while it works.
     pub result: Map<String, Value>,
+    /// How its machine moves, if it does.
+    pub migration: Option<Migration>,
+}
+
+/// How a machine moves.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Migration {
+    pub uri: String,
+    /// Where the machine is: `source`, `destination`, `undecided`, `nowhere`.
+    pub place: String,
+    pub bytes_sent: u64,
+    pub bytes_remaining: u64,
+    /// Bytes a second that the guest writes.
+    pub dirty_rate: u64,
+    /// Bytes a second that are sent.
+    pub link_rate: u64,
+    pub iteration: u64,
+    pub max_downtime_usec: u64,
+    pub predicted_downtime_usec: u64,
+    pub downtime_usec: u64,
+    /// Percent of its time that the guest loses.
+    pub throttle: u32,
+    /// All that was measured; `null` before the end.
+    pub report: Value,
 }
 
 impl Machine {
@@ -106,6 +131,36 @@ impl Device {
     }
 }
 
+impl Migration {
+    /// Of the properties of a job that moves a machine.
+    ///
+    /// # Errors
+    /// A property is missing or of another type.
+    pub fn read(properties: &Dictionary) -> Result<Self, Error> {
+        let from = Properties(properties);
+        Ok(Self {
+            uri: from.text("URI")?,
+            place: from.text("Place")?,
+            bytes_sent: from.long("BytesSent")?,
+            bytes_remaining: from.long("BytesRemaining")?,
+            dirty_rate: from.long("DirtyRate")?,
+            link_rate: from.long("LinkRate")?,
+            iteration: from.long("Iteration")?,
+            max_downtime_usec: from.long("MaxDowntimeUSec")?,
+            predicted_downtime_usec: from.long("PredictedDowntimeUSec")?,
+            downtime_usec: from.long("DowntimeUSec")?,
+            throttle: from.number("Throttle")?,
+            report: serde_json::from_str(&from.text("Report")?).unwrap_or_default(),
+        })
+    }
+
+    /// What was measured, if the machine was stopped.
+    pub fn report(&self) -> Option<Report> {
+        let report: Report = serde_json::from_value(self.report.clone()).ok()?;
+        (report.blackout_us > 0).then_some(report)
+    }
+}
+
 impl Job {
     /// Of the properties of a job.
     ///
@@ -126,6 +181,7 @@ impl Job {
                 Some(Value::Object(result)) => result,
                 _ => Map::new(),
             },
+            migration: None,
         })
     }
 

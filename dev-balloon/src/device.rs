@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use device_kit::{
-    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, HostError, Kit,
-    OptionError, QueueIndex, StateError,
+    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast,
+    HostError, Kit, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -111,9 +111,22 @@ impl Device for BalloonDevice {
         Ok(())
     }
 
+    fn acquire(&self, _patience: Duration) -> Result<(), OptionError> {
+        Ok(())
+    }
+
+    fn release(&self) -> Result<(), OptionError> {
+        Ok(())
+    }
+
     /// What is in the balloon is known at any time.
     fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
         Ok(())
+    }
+
+    /// Its frame is a few dozen bytes.
+    fn forecast(&self) -> Forecast {
+        Forecast::default()
     }
 
     fn save(&self) -> Result<SavedState, StateError> {

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use device_kit::{
-    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Health, HostError,
-    Kit, OptionError, QueueIndex, StateError,
+    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast, Health,
+    HostError, Kit, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -176,9 +177,22 @@ impl Device for Blk {
         }
     }
 
+    fn acquire(&self, patience: Duration) -> Result<(), OptionError> {
+        self.shared.image.lock(patience)
+    }
+
+    fn release(&self) -> Result<(), OptionError> {
+        self.shared.image.unlock()
+    }
+
     /// Nothing is made ahead: the state is one field.
     fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
         Ok(())
+    }
+
+    /// Its frame is a few dozen bytes.
+    fn forecast(&self) -> Forecast {
+        Forecast::default()
     }
 
     fn save(&self) -> Result<SavedState, StateError> {

@@ -1,4 +1,4 @@
-//! The raw image: opened, examined and locked before the sandbox.
+//! The raw image: opened and examined before the sandbox, locked while the machine is here.
 #![expect(unsafe_code, reason = "ioctl and locks on the image")]
 
 use std::fs::{File, OpenOptions};
@@ -14,9 +14,6 @@ use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
 use crate::config::{Lock, Options, SECTOR};
 
-/// How long a lock that another process holds is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
-
 nix::ioctl_read!(block_device_size, 0x12, 114, u64);
 nix::ioctl_read_bad!(
     block_device_sector,
@@ -28,6 +25,9 @@ nix::ioctl_read_bad!(
 #[derive(Debug)]
 pub(crate) struct Image {
     file: File,
+    /// The option that named it, and its value.
+    named: (&'static str, String),
+    locked: Lock,
     sectors: u64,
     block_size: u32,
     read_only: bool,
@@ -59,11 +59,76 @@ impl Image {
                 ("--blk-fd", fd.to_string(), file)
             }
         };
-        examine(file, options).map_err(|problem| OptionError {
+        let named = (option, value.clone());
+        examine(file, named, options).map_err(|problem| OptionError {
             option,
             value,
             problem,
         })
+    }
+
+    /// Takes an open-file-description lock on the whole image, if it is to be locked: it lives as
+    /// long as the open file does, and ends with this process however that ends.
+    ///
+    /// A process that was killed may hold its lock a moment longer than it lives: the kernel takes
+    /// its io_uring instances apart, and with them their hold on the image, when it finds the time.
+    /// So a lock that is taken is asked for again for as long as `patience`.
+    pub(crate) fn lock(&self, patience: Duration) -> Result<(), OptionError> {
+        let kind = if self.read_only {
+            libc::F_RDLCK
+        } else {
+            libc::F_WRLCK
+        };
+        let deadline = Instant::now() + patience;
+        let answer = loop {
+            match self.set_lock(kind) {
+                Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                answer => break answer,
+            }
+        };
+        answer.map_err(|error| {
+            self.problem(match error {
+                Errno::EAGAIN | Errno::EACCES => {
+                    "is locked by another process; stop the machine that uses it, or use \
+                     --read-only in both"
+                        .to_owned()
+                }
+                error => {
+                    format!("cannot be locked: {error}; use --lock=off where nothing else uses it")
+                }
+            })
+        })
+    }
+
+    /// Gives the lock up.
+    pub(crate) fn unlock(&self) -> Result<(), OptionError> {
+        self.set_lock(libc::F_UNLCK)
+            .map_err(|error| self.problem(format!("cannot be unlocked: {error}; end this process")))
+    }
+
+    fn set_lock(&self, kind: libc::c_int) -> Result<(), Errno> {
+        if self.locked == Lock::Off {
+            return Ok(());
+        }
+        let range = libc::flock {
+            l_type: i16::try_from(kind).unwrap_or_default(),
+            l_whence: 0,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        fcntl(&self.file, FcntlArg::F_OFD_SETLK(&range)).map(drop)
+    }
+
+    fn problem(&self, problem: String) -> OptionError {
+        let (option, value) = self.named.clone();
+        OptionError {
+            option,
+            value,
+            problem,
+        }
     }
 
     /// The descriptor, for io_uring.
@@ -120,7 +185,7 @@ fn cannot_open(value: &str, read_only: bool, error: &io::Error) -> OptionError {
     }
 }
 
-fn examine(file: File, options: &Options) -> Result<Image, String> {
+fn examine(file: File, named: (&'static str, String), options: &Options) -> Result<Image, String> {
     let read_only = options.read_only;
     check_mode(&file, read_only)?;
     let metadata = file
@@ -141,9 +206,6 @@ fn examine(file: File, options: &Options) -> Result<Image, String> {
              truncated, or no raw image"
         ));
     }
-    if options.lock == Lock::On {
-        lock(&file, read_only)?;
-    }
     let can = |mode| !read_only && (kind.is_block_device() || probe(&file, size, mode));
     Ok(Image {
         sectors: size / SECTOR,
@@ -151,6 +213,8 @@ fn examine(file: File, options: &Options) -> Result<Image, String> {
         read_only,
         discard: can(FallocateFlags::FALLOC_FL_PUNCH_HOLE),
         write_zeroes: can(FallocateFlags::FALLOC_FL_ZERO_RANGE),
+        named,
+        locked: options.lock,
         file,
     })
 }
@@ -183,47 +247,6 @@ fn block_device(file: &File) -> Result<(u64, u32), Errno> {
     Ok((size, sector.unwrap_or(512)))
 }
 
-/// Takes an open-file-description lock on the whole image: it lives as long as the open file does,
-/// and ends with this process however that ends.
-///
-/// A process that was killed may hold its lock a moment longer than it lives: the kernel takes its
-/// io_uring instances apart, and with them their hold on the image, when it finds the time. So a
-/// lock that is taken is asked for again for [`LOCK_PATIENCE`].
-fn lock(file: &File, read_only: bool) -> Result<(), String> {
-    let kind = if read_only {
-        libc::F_RDLCK
-    } else {
-        libc::F_WRLCK
-    };
-    let range = libc::flock {
-        l_type: i16::try_from(kind).unwrap_or_default(),
-        l_whence: 0,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    let answer = loop {
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&range)) {
-            Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < deadline => {
-                thread::sleep(Duration::from_millis(1));
-            }
-            answer => break answer,
-        }
-    };
-    match answer {
-        Ok(_) => Ok(()),
-        Err(Errno::EAGAIN | Errno::EACCES) => Err(
-            "is locked by another process; stop the machine that uses it, or use --read-only in \
-             both"
-                .to_owned(),
-        ),
-        Err(error) => Err(format!(
-            "cannot be locked: {error}; use --lock=off where nothing else uses it"
-        )),
-    }
-}
-
 /// Whether the file system can do this, tried past the end of the image where nothing is.
 fn probe(file: &File, size: u64, mode: FallocateFlags) -> bool {
     let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -244,6 +267,8 @@ mod tests {
 
     use super::*;
     use crate::config::{Serial, Source};
+
+    const LONG: Duration = Duration::from_secs(60);
 
     fn options(path: &Path, read_only: bool) -> Options {
         Options {
@@ -268,16 +293,20 @@ mod tests {
     #[test]
     fn a_second_writer_is_refused_and_readers_share() {
         let file = image(4096);
-        let first = Image::open(&options(file.path(), false)).unwrap();
-        let error = Image::open(&options(file.path(), false))
-            .unwrap_err()
-            .to_string();
+        let open = |read_only| Image::open(&options(file.path(), read_only)).unwrap();
+        let (writer, other, reader) = (open(false), open(false), open(true));
+        writer.lock(LONG).unwrap();
+        let error = other.lock(Duration::ZERO).unwrap_err().to_string();
         assert!(error.contains("is locked by another process"), "{error}");
-        assert!(Image::open(&options(file.path(), true)).is_err());
-        drop(first);
-        let _reader = Image::open(&options(file.path(), true)).unwrap();
-        let _other = Image::open(&options(file.path(), true)).unwrap();
-        assert!(Image::open(&options(file.path(), false)).is_err());
+        assert!(reader.lock(Duration::ZERO).is_err());
+        writer.unlock().unwrap();
+        reader.lock(LONG).unwrap();
+        open(true).lock(LONG).unwrap();
+        assert!(other.lock(Duration::ZERO).is_err());
+        drop(reader);
+        other.lock(LONG).unwrap();
+        drop(other);
+        writer.lock(LONG).unwrap();
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The network device, as the kit drives it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use device_kit::{
-    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, HostError, Kit,
-    MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
+    Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device, Forecast,
+    HostError, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -15,6 +16,9 @@ use crate::metrics::Metrics;
 use crate::saved_state::NetState;
 use crate::shared::Shared;
 use crate::worker::NetWorker;
+
+/// More than the state's bytes.
+const MOST_STATE: u64 = 2048;
 
 /// A virtio network card whose other end is a tap.
 #[derive(Debug)]
@@ -102,9 +106,25 @@ impl Device for NetDevice {
         }
     }
 
+    /// A tap may be open in two processes for a moment: a queue that nobody reads only waits.
+    fn acquire(&self, _patience: Duration) -> Result<(), OptionError> {
+        Ok(())
+    }
+
+    fn release(&self) -> Result<(), OptionError> {
+        Ok(())
+    }
+
     /// The state is under two kilobytes and always at hand.
     fn transition(&self, _from: DeviceState, _to: DeviceState) -> Result<(), StateError> {
         Ok(())
+    }
+
+    fn forecast(&self) -> Forecast {
+        Forecast {
+            bytes: MOST_STATE,
+            ..Forecast::default()
+        }
     }
 
     fn save(&self) -> Result<NetState, StateError> {

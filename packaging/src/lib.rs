@@ -11,6 +11,7 @@ use thiserror::Error;
 /// Programs, which go to `bin`.
 pub const PROGRAMS: &[&str] = &[
     "godwit",
+    "godwit-balloon",
     "godwit-blk",
     "godwit-broker",
     "godwit-launch",

@@ -12,11 +12,13 @@
 //! | [`remote`] | devices in other processes: vhost-user |
 //! | [`platform`] | what a PC has besides PCI: serial, RTC, power, reset |
 //! | [`boot`] | kernels, ACPI tables, start of a vCPU |
+//! | [`costs`] | what must not be done while a machine stands still, counted |
 //! | [`migration`] | moving all of it to another core |
 //! | [`machine`] | all of it together, with its life |
 
 pub mod boot;
 pub mod bus;
+pub mod costs;
 pub mod hypervisor;
 pub mod interrupt;
 pub mod layout;

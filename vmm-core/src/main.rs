@@ -10,15 +10,19 @@ use clap::Parser as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use vmm_core::costs::LogLines;
 use vmm_core::machine::{Machine, Reason};
 
 use crate::options::Options;
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("GODWIT_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(tracing_subscriber::fmt::layer().with_writer(io::stderr))
+        .with(LogLines)
         .init();
     let mut options = Options::parse();
     let (status, why, end) = match options.take_end_file() {

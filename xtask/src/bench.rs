@@ -1,9 +1,11 @@
 //! `cargo xtask bench NAME`.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::Subcommand;
 use test_bench::{
-    Boot, BootPreset, Lifecycle, LifecyclePreset, Report, Switchover, SwitchoverPreset,
+    Boot, BootPreset, Bulk, Lifecycle, LifecyclePreset, Report, Switchover, SwitchoverPreset,
 };
 use test_framework::{network, programs};
 
@@ -19,6 +21,15 @@ pub enum Bench {
         preset: BootPreset,
         /// Runs of each.
         #[arg(long, default_value_t = 10)]
+        runs: usize,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// How fast memory is copied, and how much slower its guest is meanwhile.
+    Bulk {
+        /// Runs of each.
+        #[arg(long, default_value_t = 5)]
         runs: usize,
         /// Prints one JSON object instead of a table.
         #[arg(long)]
@@ -44,6 +55,12 @@ pub enum Bench {
         /// Moves of each.
         #[arg(long, default_value_t = 10)]
         runs: usize,
+        /// Writes the timeline of a typical move here, for Perfetto's viewer.
+        #[arg(long, value_name = "FILE")]
+        trace: Option<PathBuf>,
+        /// Draws the blackout of the same move here.
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
         /// Prints one JSON object instead of a table.
         #[arg(long)]
         json: bool,
@@ -51,10 +68,10 @@ pub enum Bench {
 }
 
 /// Runs a benchmark on release builds and prints what it says.
-pub fn bench(bench: &Bench) -> Result<()> {
+pub fn bench(bench: Bench) -> Result<()> {
     let built = cargo::build(true)?;
     programs::use_folder(built);
-    match *bench {
+    match bench {
         Bench::Boot { preset, runs, json } => {
             network::enter()?;
             print(&Boot { preset, runs }.run()?, json)
@@ -63,9 +80,22 @@ pub fn bench(bench: &Bench) -> Result<()> {
             network::enter()?;
             print(&Lifecycle { preset, runs }.run()?, json)
         }
-        Bench::Switchover { preset, runs, json } => {
+        Bench::Bulk { runs, json } => print(&Bulk { runs }.run()?, json),
+        Bench::Switchover {
+            preset,
+            runs,
+            trace,
+            svg,
+            json,
+        } => {
             network::enter()?;
-            print(&Switchover { preset, runs }.run()?, json)
+            let switchover = Switchover {
+                preset,
+                runs,
+                trace,
+                svg,
+            };
+            print(&switchover.run()?, json)
         }
     }
 }

@@ -55,7 +55,7 @@ fn main() -> ExitCode {
     let done = |result: anyhow::Result<()>| result.map(|()| ExitCode::SUCCESS);
     let result = match Cli::parse().command {
         Command::Demo => done(demo::demo()),
-        Command::Bench { bench } => done(bench::bench(&bench)),
+        Command::Bench { bench } => done(bench::bench(bench)),
         Command::Hosts { hosts } => hosts::hosts(&hosts),
         Command::Install(place) => done(install::install(place)),
         Command::Test { nextest } => done(check::test(&nextest)),

@@ -16,7 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("migration", &[]),
     ("device-kit", &["api", "migration"]),
     ("broker", &["api", "migration"]),
-    ("cli", &["api"]),
+    ("cli", &["api", "migration"]),
     ("vmm-core", &["api", "migration"]),
     ("dev-balloon", &["device-kit", "migration"]),
     ("dev-blk", &["device-kit", "migration"]),

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use toml::Spanned;
+use api::definition as keys;
 use toml::de::{DeTable, DeValue};
+use toml::{Spanned, Table};
 
-use super::DefinitionError;
 use super::node::{Node, Value};
+use super::{Definition, DefinitionError, Device, DeviceKind};
 
 /// Largest file that is read, in bytes.
 pub(super) const MAX_FILE: u64 = 1 << 20;
@@ -23,6 +24,76 @@ pub(super) fn parse(text: &str) -> Result<Node, DefinitionError> {
         line: None,
         value: table_of(text, table.into_inner()),
     })
+}
+
+/// A definition as text that [`parse`] takes, with every default filled in.
+pub(super) fn write(definition: &Definition) -> String {
+    let mut table = Table::new();
+    let mut put = |key: &str, value: toml::Value| {
+        table.insert(key.into(), value);
+    };
+    put(keys::KERNEL, definition.kernel.clone().into());
+    if let Some(initrd) = &definition.initrd {
+        put(keys::INITRD, initrd.clone().into());
+    }
+    put(keys::CMDLINE, definition.cmdline.clone().into());
+    put(keys::VCPUS, i64::from(definition.vcpus).into());
+    // At most a terabyte.
+    let memory = i64::try_from(definition.memory).unwrap_or(i64::MAX);
+    put(keys::MEMORY, memory.into());
+    if let Some(size) = &definition.hugepages {
+        put(keys::HUGEPAGES, size.clone().into());
+    }
+    put(keys::PREFAULT, definition.prefault.into());
+    put(keys::UUID, definition.uuid.clone().into());
+    let mut lists: BTreeMap<&str, Vec<toml::Value>> = BTreeMap::new();
+    for (list, entries) in definition.devices.iter().map(device) {
+        lists.entry(list).or_default().push(entries.into());
+    }
+    for (list, entries) in lists {
+        put(list, entries.into());
+    }
+    table.to_string()
+}
+
+fn device(device: &Device) -> (&'static str, Table) {
+    let mut table = Table::new();
+    let mut put = |key: &str, value: toml::Value| {
+        table.insert(key.into(), value);
+    };
+    put(keys::ID, device.id.to_string().into());
+    let list = match &device.kind {
+        DeviceKind::Disk(disk) => {
+            put(keys::PATH, disk.path.clone().into());
+            put(keys::READ_ONLY, disk.read_only.into());
+            put(keys::QUEUES, i64::from(disk.queues).into());
+            if !disk.serial.is_empty() {
+                put(keys::SERIAL, disk.serial.clone().into());
+            }
+            keys::DISK
+        }
+        DeviceKind::Net(net) => {
+            put(keys::TAP, net.tap.clone().into());
+            put(keys::MAC, net.mac.clone().into());
+            put(keys::QUEUE_PAIRS, i64::from(net.queue_pairs).into());
+            if let Some(mtu) = net.mtu {
+                put(keys::MTU, i64::from(mtu).into());
+            }
+            keys::NET
+        }
+        DeviceKind::VhostUser(other) => {
+            put(keys::TYPE, other.kind.clone().into());
+            put(keys::SOCKET, other.socket.clone().into());
+            if let Some(queues) = other.queues {
+                put(keys::QUEUES, i64::from(queues).into());
+            }
+            if let Some(tag) = &other.tag {
+                put(keys::TAG, tag.clone().into());
+            }
+            keys::VHOST_USER
+        }
+    };
+    (list, table)
 }
 
 /// The line on which `span` begins, from 1.

@@ -215,6 +215,12 @@ impl Definition {
         Ok((name, definition))
     }
 
+    /// As the text of a file that [`Self::from_toml`] takes, with every default filled in. When
+    /// it is started is not in it.
+    pub fn to_toml(&self) -> String {
+        file::write(self)
+    }
+
     /// As a dictionary, with every default filled in.
     pub fn to_dictionary(&self) -> Dictionary {
         dictionary::show(self)

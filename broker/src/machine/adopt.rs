@@ -2,34 +2,28 @@
 //! of a start that was cut short is ended.
 
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::device::State as DeviceState;
 use api::machine::State;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
-use super::core::connect;
+use super::Machine;
 use super::device::RunningDevice;
+use super::instance::Instance;
 use super::state::MachineState;
 use super::supervisor::Supervisor;
-use super::{DeviceStatus, Live, Machine};
-use crate::console::Console;
 use crate::holders;
 use crate::host::Host;
-use crate::name::MachineName;
 use crate::process::{Ended, Process};
 
-/// How long a core that runs may take to answer.
-const DEADLINE: Duration = Duration::from_secs(30);
 /// How long a process that was killed may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Ends what is left of a machine whose start was cut short.
-pub(crate) async fn clean(host: &Host, name: &MachineName, state: Option<&MachineState>) {
+/// Ends what is left of a machine whose start was cut short, with its folder.
+pub(crate) async fn clean(host: &Host, place: &Path, state: Option<&MachineState>) {
     let devices = state.into_iter().flat_map(|state| &state.devices);
     let devices = devices.filter_map(|device| device.process.as_ref());
     for id in devices.chain(state.and_then(|state| state.core.as_ref())) {
@@ -38,7 +32,7 @@ pub(crate) async fn clean(host: &Host, name: &MachineName, state: Option<&Machin
         }
     }
     // A core that the broker had no time to write down holds its control socket.
-    let control = host.folder.machine(name).join("control");
+    let control = place.join("control");
     match holders::of(&control) {
         Ok(unknown) => {
             // One that has ended since is gone anyway.
@@ -49,9 +43,9 @@ pub(crate) async fn clean(host: &Host, name: &MachineName, state: Option<&Machin
                 kill(&process).await;
             }
         }
-        Err(error) => tracing::warn!(machine = %name, %error, "a core of it may be left"),
+        Err(error) => tracing::warn!(place = %place.display(), %error, "a core of it may be left"),
     }
-    host.folder.remove_machine(name);
+    host.folder.remove_place(place);
 }
 
 async fn kill(process: &Process) {
@@ -73,74 +67,35 @@ pub(crate) async fn adopt(
     machine: &Arc<Machine>,
     state: &MachineState,
 ) -> io::Result<()> {
-    let gone = |what: &str| io::Error::new(io::ErrorKind::NotFound, what.to_owned());
-    let id = state.core.as_ref().ok_or_else(|| gone("it has no core"))?;
     let (commands, inbox) = mpsc::channel(16);
-    let mut devices = Vec::new();
-    for (device, record) in state.definition.devices.iter().zip(&state.devices) {
-        let mut device = RunningDevice::adopt(device.clone(), record.image, record.reconnects);
-        if let Some(id) = &record.process {
-            device.process = host.launcher.adopt(id).await.ok().map(Arc::new);
-        }
-        devices.push(device);
-    }
-    let core = match host.launcher.adopt(id).await {
-        Ok(core) => Arc::new(core),
-        Err(_) => {
-            // It ended while nobody watched: what it said tells how.
-            let own = Process::new(std::process::id(), String::new())?;
-            machine.gone.send_replace(false);
-            let mut supervisor = Supervisor::new(host, machine, Arc::new(own), inbox);
-            supervisor.adopt_devices(devices);
-            supervisor.end(Ended::Unknown).await;
-            return Ok(());
-        }
+    let lives = match &state.core {
+        Some(id) => host.launcher.adopt(id).await.is_ok(),
+        None => false,
     };
-    let control = host.folder.machine(machine.name()).join("control");
-    let proxy = tokio::time::timeout(DEADLINE, connect(&control))
-        .await
-        .map_err(|_| gone("its core does not answer"))?
-        .map_err(io::Error::other)?;
-    let console = attach_console(&proxy, &host.folder.logs(machine.name())).await?;
+    if !lives {
+        // It ended while nobody watched: what it said tells how.
+        let own = Process::new(std::process::id(), String::new())?;
+        machine.gone.send_replace(false);
+        let mut supervisor = Supervisor::new(host, machine, Arc::new(own), inbox);
+        supervisor.adopt_devices(RunningDevice::adopt_all(host, state).await);
+        supervisor.end(Ended::Unknown).await;
+        return Ok(());
+    }
+    let place = host.folder.machine(&machine.name);
+    let mut instance = Instance::adopt(host, &machine.name, None, place, state).await?;
+    let proxy = instance.proxy.clone();
     let core_state = proxy.state().await.map_err(io::Error::other)?;
     machine.gone.send_replace(false);
+    machine.install(&mut instance, commands);
     machine.update(|inner| {
         inner.state = match core_state {
             api::core::State::Paused => State::Paused,
             api::core::State::Running | api::core::State::Ended => State::Running,
         };
-        inner.process = Some(core.id().clone());
-        inner.started_usec = state.started_usec;
-        for (status, device) in inner.devices.iter_mut().zip(&devices) {
-            let process = device.process.as_ref().map(|process| process.id().clone());
-            *status = DeviceStatus {
-                state: match process.is_some() || !device.is_ours() {
-                    true => DeviceState::Running,
-                    false => DeviceState::Restarting,
-                },
-                process,
-                reason: String::new(),
-                reconnects: device.reconnects,
-            };
-        }
-        inner.live = Some(Live {
-            core: proxy.clone(),
-            console,
-            commands,
-        });
     });
-    let mut supervisor = Supervisor::new(host, machine, core, inbox);
-    supervisor.adopt_devices(devices);
+    let mut supervisor = Supervisor::new(host, machine, instance.core, inbox);
+    supervisor.adopt_devices(instance.devices);
     supervisor.watch(&proxy);
     tokio::spawn(supervisor.run());
     Ok(())
-}
-
-async fn attach_console(core: &api::core::CoreProxy<'static>, logs: &Path) -> io::Result<Console> {
-    let (ours, theirs) = UnixStream::pair()?;
-    let console = Console::new(ours, &logs.join("console.log"))?;
-    core.attach_console(std::os::fd::OwnedFd::from(theirs).into())
-        .await
-        .map_err(io::Error::other)?;
-    Ok(console)
 }

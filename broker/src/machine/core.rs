@@ -12,6 +12,7 @@ use super::Machine;
 use crate::definition::{Definition, Device, DeviceKind};
 use crate::host::Host;
 use crate::launch::Program;
+use crate::migration::ends::Incoming;
 use crate::resources::{self, ResourceError};
 
 /// How long a call to a core may take, which has a deadline of its own for what it does.
@@ -73,6 +74,22 @@ pub(super) fn program(
         program.hand("--initrd-fd", file);
     }
     Ok(program)
+}
+
+/// Lets the core take a machine over instead of booting one.
+pub(super) fn expect(program: &mut Program, incoming: Incoming) {
+    let Incoming { from, ends, memory } = incoming;
+    let mut text = format!("{}={}", from.key(), program.pass(ends.control));
+    for ram in ends.ram {
+        text.push_str(&format!(",ram={}", program.pass(ram)));
+    }
+    for (id, state) in ends.states {
+        text.push_str(&format!(",state={id}:{}", program.pass(state)));
+    }
+    if let Some(memory) = memory {
+        text.push_str(&format!(",memory={}", program.pass(memory)));
+    }
+    program.args(["--incoming", &text]);
 }
 
 /// Tells the core of a device, whose back-end is at `endpoint`.

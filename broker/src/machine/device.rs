@@ -14,9 +14,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::Error;
+use api::device::State as DeviceState;
 use tokio::time::Instant;
 
-use super::Machine;
+use super::{DeviceStatus, Machine, MachineState};
 use crate::definition::{Device, DeviceKind};
 use crate::folder::last_words;
 use crate::host::Host;
@@ -51,6 +52,8 @@ pub(super) struct RunningDevice {
     /// Counts processes, so that the end of an old one is not taken for that of a new one.
     pub(super) generation: u64,
     pub(super) reconnects: u32,
+    /// Another process has the image open and locked, until the machine is here.
+    pub(super) shares_image: bool,
     resources: DeviceResources,
     restarts: VecDeque<Instant>,
 }
@@ -72,14 +75,42 @@ impl RunningDevice {
         Self::with(device, resources, reconnects)
     }
 
+    /// Those of a machine that is adopted, with their processes that still run.
+    pub(super) async fn adopt_all(host: &Host, state: &MachineState) -> Vec<Self> {
+        let mut devices = Vec::new();
+        for (device, record) in state.definition.devices.iter().zip(&state.devices) {
+            let mut device = Self::adopt(device.clone(), record.image, record.reconnects);
+            if let Some(id) = &record.process {
+                device.process = host.launcher.adopt(id).await.ok().map(Arc::new);
+            }
+            devices.push(device);
+        }
+        devices
+    }
+
     fn with(device: Device, resources: DeviceResources, reconnects: u32) -> Self {
         Self {
             device,
             process: None,
             generation: 0,
             reconnects,
+            shares_image: false,
             resources,
             restarts: VecDeque::new(),
+        }
+    }
+
+    /// What the bus shows of it.
+    pub(super) fn status(&self) -> DeviceStatus {
+        let process = self.process.as_ref().map(|process| process.id().clone());
+        DeviceStatus {
+            state: match process.is_some() || !self.is_ours() {
+                true => DeviceState::Running,
+                false => DeviceState::Restarting,
+            },
+            process,
+            reason: String::new(),
+            reconnects: self.reconnects,
         }
     }
 
@@ -147,6 +178,9 @@ impl RunningDevice {
                 }
                 if disk.read_only {
                     program.args(["--read-only"]);
+                }
+                if self.shares_image {
+                    program.args(["--lock", "off"]);
                 }
             }
             DeviceKind::Net(net) => {

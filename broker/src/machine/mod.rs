@@ -7,7 +7,8 @@
 //! ```
 //! | module | what |
 //! |---|---|
-//! | `start` | from a definition to running processes, or nothing |
+//! | `start` | from a definition to a running machine, or nothing |
+//! | `instance` | one generation of processes |
 //! | `core` | the core's command line, and the connection to it |
 //! | `supervisor` | the task: ends of processes, restarts, commands |
 //! | `device` | one device's process, and when it is tried again |
@@ -18,7 +19,8 @@
 pub(crate) mod adopt;
 mod core;
 mod device;
-mod start;
+mod instance;
+pub(crate) mod start;
 mod state;
 mod statistics;
 mod supervisor;
@@ -34,11 +36,12 @@ use api::machine::{Facts, State};
 use api::path;
 use tokio::sync::{mpsc, watch};
 
-pub(crate) use self::start::start;
+pub(crate) use self::instance::Instance;
 pub use self::state::MachineState;
 use self::supervisor::Command;
 use crate::console::Console;
 use crate::definition::{Definition, Device};
+use crate::host::Host;
 use crate::jobs::Job;
 use crate::name::MachineName;
 use crate::process::ProcessId;
@@ -106,6 +109,10 @@ pub struct Machine {
     gone: watch::Sender<bool>,
     /// Whether a job works on it.
     busy: watch::Sender<bool>,
+    /// Whether it moves within this host: another generation of processes may take its place.
+    leaving: watch::Sender<bool>,
+    /// It has not yet come here.
+    new: AtomicBool,
 }
 
 impl Machine {
@@ -137,6 +144,8 @@ impl Machine {
             }),
             gone: watch::Sender::new(true),
             busy: watch::Sender::new(false),
+            leaving: watch::Sender::new(false),
+            new: AtomicBool::new(false),
         })
     }
 
@@ -405,6 +414,51 @@ impl Machine {
         let command = Command::Restart { at, answer };
         live.commands.send(command).await.map_err(|_| ended())?;
         answered.await.map_err(|_| ended())?
+    }
+
+    /// Says whether it is forgotten unless it comes.
+    pub(crate) fn set_new(&self, new: bool) {
+        self.new.store(new, Ordering::Relaxed);
+    }
+
+    /// Whether it is forgotten unless it comes.
+    pub(crate) fn is_new(&self) -> bool {
+        self.new.load(Ordering::Relaxed)
+    }
+
+    /// Says whether another generation of processes may take the place of the present one.
+    pub(crate) fn set_leaving(&self, leaving: bool) {
+        self.leaving.send_replace(leaving);
+    }
+
+    /// Lets another generation of processes take the place of the present one.
+    ///
+    /// # Errors
+    /// The machine has ended; so has that generation.
+    pub(crate) async fn succeed(&self, host: &Host, instance: Instance) -> Result<(), Error> {
+        let ended = || Error::InvalidState(format!("{} has ended", self.name));
+        let commands = match self.live("moved") {
+            Ok(live) => live.commands,
+            Err(error) => {
+                instance.discard(host).await;
+                return Err(error);
+            }
+        };
+        let (answer, answered) = tokio::sync::oneshot::channel();
+        let instance = Box::new(instance);
+        let command = Command::Succeed { instance, answer };
+        if let Err(refused) = commands.send(command).await {
+            if let Command::Succeed { instance, .. } = refused.0 {
+                instance.discard(host).await;
+            }
+            return Err(ended());
+        }
+        answered.await.map_err(|_| ended())
+    }
+
+    /// Says why it is in its state.
+    pub(crate) fn set_reason(&self, reason: String) {
+        self.update(|inner| inner.reason = reason);
     }
 
     /// Waits until none of its processes is left.

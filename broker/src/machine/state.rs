@@ -1,6 +1,7 @@
 //! What a later broker needs to adopt a running machine.
 
 use std::io;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -8,10 +9,11 @@ use super::Machine;
 use super::device::RunningDevice;
 use crate::definition::Definition;
 use crate::folder;
-use crate::host::Host;
-use crate::name::MachineName;
 use crate::process::{Process, ProcessId};
 use crate::resources::FileIdentity;
+
+/// Its file's name.
+const STATE: &str = "state.json";
 
 /// A running machine. Fields are only added.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -57,9 +59,17 @@ impl MachineState {
         }
     }
 
-    /// Writes it where the next broker looks for it.
-    pub(super) fn save(&self, host: &Host, name: &MachineName) -> io::Result<()> {
-        folder::save(&host.folder.machine(name).join("state.json"), self)
+    /// Writes it into the folder of its processes, where the next broker looks for it.
+    pub(super) fn save(&self, place: &Path) -> io::Result<()> {
+        folder::save(&place.join(STATE), self)
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// It is not there, or of another form.
+    pub(crate) fn load(place: &Path) -> io::Result<Self> {
+        folder::load(&place.join(STATE))
     }
 }
 

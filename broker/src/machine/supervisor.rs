@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use super::device::RunningDevice;
+use super::instance::Instance;
 use super::state::MachineState;
 use super::{DeviceStatus, Machine};
 use crate::folder::{last_line, last_words};
@@ -36,6 +37,13 @@ const CORE_DEADLINE: Duration = Duration::from_millis(200);
 pub(super) enum Command {
     /// End the core's process at once.
     Kill,
+    /// The machine is another generation of processes from now on.
+    Succeed {
+        /// It.
+        instance: Box<Instance>,
+        /// Who waits until nothing is left of the former.
+        answer: oneshot::Sender<()>,
+    },
     /// Replace the process of a device.
     Restart {
         /// Which one.
@@ -121,6 +129,9 @@ impl Supervisor {
         if !paused {
             core.resume().await?;
         }
+        for device in &mut self.devices {
+            device.shares_image = false;
+        }
         self.machine.update(|inner| {
             inner.state = if paused {
                 State::Paused
@@ -191,6 +202,11 @@ impl Supervisor {
                 Some(command) = self.commands.recv() => {
                     match command {
                         Command::Kill => self.core.signal(Signal::SIGKILL),
+                        Command::Succeed { instance, answer } => {
+                            self.succeed(*instance).await;
+                            // A caller that does not wait is not told.
+                            let _ = answer.send(());
+                        }
                         Command::Restart { at, answer } => {
                             // A caller that does not wait is not told.
                             let _ = answer.send(self.replace(at).await);
@@ -200,10 +216,16 @@ impl Supervisor {
                 }
             };
             match event {
-                Event::CoreEnded(ended) => {
-                    self.end(ended).await;
-                    return;
-                }
+                Event::CoreEnded(ended) => match self.successor().await {
+                    Some((instance, answer)) => {
+                        self.succeed(*instance).await;
+                        let _ = answer.send(());
+                    }
+                    None => {
+                        self.end(ended).await;
+                        return;
+                    }
+                },
                 Event::CoreState(state) => self.machine.set_running_state(state),
                 Event::DeviceEnded {
                     at,
@@ -223,6 +245,67 @@ impl Supervisor {
                 }
             }
         }
+    }
+
+    /// The generation to which a machine goes whose core has ended, if it goes within this host.
+    async fn successor(&mut self) -> Option<(Box<Instance>, oneshot::Sender<()>)> {
+        let mut leaving = self.machine.leaving.subscribe();
+        loop {
+            tokio::select! {
+                biased;
+                Some(command) = self.commands.recv() => {
+                    // Nothing else can be done with it now.
+                    if let Command::Succeed { instance, answer } = command {
+                        return Some((instance, answer));
+                    }
+                }
+                // The sender lives as long as the machine.
+                _ = leaving.wait_for(|leaving| !*leaving) => return None,
+            }
+        }
+    }
+
+    /// Another generation of processes has the machine.
+    async fn succeed(&mut self, mut instance: Instance) {
+        for task in self.waiting.drain(..) {
+            task.abort();
+        }
+        // What the former generation has still said is of no interest.
+        (self.tell, self.events) = channel(64);
+        let former = self
+            .devices
+            .iter()
+            .filter_map(|device| device.process.as_ref());
+        for process in former.chain([&self.core]) {
+            process.signal(Signal::SIGTERM);
+        }
+        for at in 0..self.devices.len() {
+            self.drop_process(at).await;
+        }
+        if tokio::time::timeout(DEVICE_DEADLINE, self.core.ended())
+            .await
+            .is_err()
+        {
+            self.core.signal(Signal::SIGKILL);
+        }
+        let name = self.machine.name.clone();
+        self.host.folder.settle(&mut instance.place, &name);
+        let former = std::mem::take(&mut self.devices);
+        self.core = Arc::clone(&instance.core);
+        self.devices = std::mem::take(&mut instance.devices);
+        for (device, former) in self.devices.iter_mut().zip(former) {
+            device.reconnects = former.reconnects;
+            device.shares_image = false;
+        }
+        if let Ok(live) = self.machine.live("moved") {
+            self.machine.install(&mut instance, live.commands);
+        }
+        self.watch(&instance.proxy);
+        // Changes are told; what it is now is not.
+        if let Ok(state) = instance.proxy.state().await {
+            self.machine.set_running_state(state);
+        }
+        self.save();
     }
 
     fn update_device(&self, at: usize, change: impl FnOnce(&mut DeviceStatus)) {
@@ -431,7 +514,7 @@ impl Supervisor {
     fn save(&self) {
         let state = MachineState::new(&self.machine, Some(&self.core), &self.devices, true);
         let name = &self.machine.name;
-        if let Err(error) = state.save(&self.host, name) {
+        if let Err(error) = state.save(&self.host.folder.machine(name)) {
             tracing::error!(machine = %name, %error, "another broker could not adopt it");
         }
     }

@@ -1,8 +1,9 @@
-//! `org.godwit.Vmm1.Job`.
+//! `org.godwit.Vmm1.Job` and `org.godwit.Vmm1.Job.Migration`.
 
 use std::sync::Arc;
 
 use api::job::{Facts, OneJob};
+use api::job_migration::{self, OneMigration};
 use api::{Caller, Error};
 
 use crate::broker::Broker;
@@ -40,5 +41,26 @@ impl OneJob for JobObject {
 
     fn facts(&self) -> Facts {
         self.job.facts()
+    }
+}
+
+/// A migration, beside its job.
+#[derive(Debug)]
+pub struct MigrationObject {
+    job: Arc<Job>,
+}
+
+impl MigrationObject {
+    pub(super) fn new(job: &Arc<Job>) -> Self {
+        Self {
+            job: Arc::clone(job),
+        }
+    }
+}
+
+impl OneMigration for MigrationObject {
+    fn facts(&self) -> job_migration::Facts {
+        let record = self.job.record();
+        record.migration.unwrap_or_default().facts()
     }
 }

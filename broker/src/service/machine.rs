@@ -5,7 +5,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use api::machine::{FORCE, Facts, OneMachine, PAUSED, READ_ONLY, REPLAY, State};
-use api::{Caller, Error, only_flags};
+use api::{Caller, Dictionary, Error, only_flags};
 use zbus::{OwnedFd, OwnedObjectPath};
 
 use crate::broker::Broker;
@@ -92,6 +92,36 @@ impl OneMachine for MachineObject {
         only_flags(flags, 0)?;
         self.permit(&caller, Action::Create, "remove").await?;
         self.broker.remove(&self.machine).await
+    }
+
+    async fn migrate(
+        &self,
+        caller: Caller,
+        uri: &str,
+        options: Dictionary,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        only_flags(flags, 0)?;
+        self.permit(&caller, Action::Migrate, "migrate").await?;
+        self.broker.migrate(&self.machine, uri, options).await
+    }
+
+    async fn snapshot(
+        &self,
+        caller: Caller,
+        folder: &str,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        only_flags(flags, 0)?;
+        // It names a folder that the broker makes.
+        self.permit(&caller, Action::Create, "snapshot").await?;
+        self.broker.snapshot(&self.machine, folder).await
+    }
+
+    async fn decide(&self, caller: Caller, runs_there: bool, flags: u64) -> Result<(), Error> {
+        only_flags(flags, 0)?;
+        self.permit(&caller, Action::Migrate, "decide").await?;
+        self.broker.decide(&self.machine, runs_there).await
     }
 
     async fn open_console(

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use api::machine::PAUSED;
 use api::manager::{JobEntry, MachineEntry, Machines, START, TRANSIENT};
 use api::{Caller, Dictionary, Error, only_flags, path};
 use zbus::OwnedObjectPath;
@@ -44,6 +45,35 @@ impl Machines for ManagerObject {
             broker.start(&machine, false).await?;
         }
         Ok(path::machine(name))
+    }
+
+    async fn receive_migration(
+        &self,
+        caller: Caller,
+        name: &str,
+        options: Dictionary,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        only_flags(flags, 0)?;
+        self.broker
+            .permit(&caller, Action::ReceiveMigration, name, "receive")
+            .await?;
+        self.broker.receive(name, options).await
+    }
+
+    async fn restore_machine(
+        &self,
+        caller: Caller,
+        name: &str,
+        folder: &str,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        only_flags(flags, PAUSED | TRANSIENT)?;
+        self.broker
+            .permit(&caller, Action::Create, name, "restore")
+            .await?;
+        let (paused, transient) = (flags & PAUSED != 0, flags & TRANSIENT != 0);
+        self.broker.restore(name, folder, paused, transient).await
     }
 
     async fn get_machine(&self, name: &str) -> Result<OwnedObjectPath, Error> {

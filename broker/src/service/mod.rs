@@ -15,10 +15,11 @@ use zbus::fdo::ObjectManager;
 use zbus::{Connection, OwnedObjectPath};
 
 use self::device::DeviceObject;
-use self::job::JobObject;
+use self::job::{JobObject, MigrationObject};
 use self::machine::MachineObject;
 pub use self::manager::ManagerObject;
 use crate::broker::Broker;
+use crate::jobs::Job;
 use crate::machine::Machine;
 use crate::name::{DeviceId, MachineName};
 use crate::publish::Change;
@@ -27,6 +28,7 @@ type ManagerInterface = api::manager::Manager<ManagerObject>;
 type MachineInterface = api::machine::Machine<MachineObject>;
 type DeviceInterface = api::device::Device<DeviceObject>;
 type JobInterface = api::job::Job<JobObject>;
+type MigrationInterface = api::job_migration::JobMigration<MigrationObject>;
 
 /// The manager and its ObjectManager on a connection that is being made.
 pub fn manager(builder: Builder<'static>, manager: ManagerObject) -> Builder<'static> {
@@ -41,6 +43,7 @@ struct Published {
     connection: Connection,
     machines: HashMap<MachineName, api::machine::Facts>,
     devices: HashMap<(MachineName, DeviceId), (usize, api::device::Facts)>,
+    migrations: HashMap<u32, api::job_migration::Facts>,
 }
 
 /// Tells the bus what changed, for ever.
@@ -54,6 +57,7 @@ pub async fn publish(
         connection,
         machines: HashMap::new(),
         devices: HashMap::new(),
+        migrations: HashMap::new(),
     };
     while let Some(change) = changes.recv().await {
         let said = format!("{change:?}");
@@ -111,6 +115,9 @@ impl Published {
             Change::JobForgotten(id) => {
                 let server = self.connection.object_server();
                 server.remove::<JobInterface, _>(path::job(id)).await?;
+                // Most jobs have none.
+                let _ = server.remove::<MigrationInterface, _>(path::job(id)).await;
+                self.migrations.remove(&id);
                 Ok(())
             }
         }
@@ -231,13 +238,18 @@ impl Published {
         Ok(())
     }
 
-    async fn job_new(&self, id: u32) -> zbus::Result<()> {
+    async fn job_new(&mut self, id: u32) -> zbus::Result<()> {
         let Ok(job) = self.broker.jobs.get(id) else {
             return Ok(());
         };
         let server = self.connection.object_server();
         let object = JobObject::new(&self.broker, &job);
         server.at(path::job(id), api::job::Job(object)).await?;
+        if let Some(migration) = job.record().migration {
+            let object = api::job_migration::JobMigration(MigrationObject::new(&job));
+            server.at(path::job(id), object).await?;
+            self.migrations.insert(id, migration.facts());
+        }
         let emitter = self.manager_emitter()?;
         ManagerInterface::job_new(&emitter, id, path::job(id).into_inner()).await
     }
@@ -246,7 +258,7 @@ impl Published {
         zbus::object_server::SignalEmitter::new(&self.connection, path::MANAGER)
     }
 
-    async fn job(&self, id: u32, ended: bool) -> zbus::Result<()> {
+    async fn job(&mut self, id: u32, ended: bool) -> zbus::Result<()> {
         let Ok(job) = self.broker.jobs.get(id) else {
             return Ok(());
         };
@@ -264,6 +276,7 @@ impl Published {
             }
             job.cancellable_changed(emitter).await?;
         }
+        self.migration(id, &job).await?;
         if ended {
             let facts = job.facts();
             let state = facts.state.as_str();
@@ -272,6 +285,30 @@ impl Published {
             let at = at.into_inner();
             ManagerInterface::job_removed(&manager, id, at, &facts.machine, state).await?;
         }
+        Ok(())
+    }
+
+    async fn migration(&mut self, id: u32, job: &Job) -> zbus::Result<()> {
+        let Some(old) = self.migrations.get_mut(&id) else {
+            return Ok(());
+        };
+        let new = job.record().migration.unwrap_or_default().facts();
+        let old = std::mem::replace(old, new.clone());
+        let server = self.connection.object_server();
+        let interface = server
+            .interface::<_, MigrationInterface>(path::job(id))
+            .await?;
+        tell_changes!(interface, old, new,
+            place => place_changed,
+            bytes_sent => bytes_sent_changed,
+            bytes_remaining => bytes_remaining_changed,
+            dirty_rate => dirty_rate_changed,
+            link_rate => link_rate_changed,
+            iteration => iteration_changed,
+            predicted_downtime_usec => predicted_downtime_u_sec_changed,
+            downtime_usec => downtime_u_sec_changed,
+            throttle => throttle_changed,
+        );
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use migration::picture;
 use serde_json::Value;
 
 use super::{Column, table};
@@ -190,6 +191,9 @@ pub fn jobs(jobs: &[Job], legend: bool) -> String {
     table(legend, &columns, jobs.iter().map(row), "job")
 }
 
+/// Columns of the picture of a blackout.
+const PICTURE: usize = 40;
+
 /// One job with its result.
 pub fn job(job: &Job) -> String {
     let mut text = format!("job {}: {} of {}\n", job.id, job.kind, job.machine);
@@ -208,11 +212,32 @@ pub fn job(job: &Job) -> String {
         let value = value.as_str().map_or_else(|| value.to_string(), Into::into);
         line(key, &value);
     }
+    if let Some(migration) = &job.migration {
+        line("To", &migration.uri);
+        line("Sent", &mebibytes(migration.bytes_sent));
+        line("Left", &mebibytes(migration.bytes_remaining));
+        line("Rounds", &migration.iteration.to_string());
+        line("Rate", &format!("{}/s", mebibytes(migration.link_rate)));
+        line(
+            "Dirty rate",
+            &format!("{}/s", mebibytes(migration.dirty_rate)),
+        );
+        if let Some(report) = migration.report() {
+            text.push('\n');
+            text.push_str(&picture::text(&report, PICTURE));
+        }
+    }
     text
 }
 
 fn number(value: Option<u32>) -> String {
     value.map(|value| value.to_string()).unwrap_or_default()
+}
+
+fn mebibytes(bytes: u64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "shown to a person")]
+    let mebibytes = bytes as f64 / f64::from(1 << 20);
+    format!("{mebibytes:.1} MiB")
 }
 
 fn percent(part: f64) -> String {
@@ -312,6 +337,7 @@ mod tests {
             progress: 0.25,
             cancellable: false,
             result: serde_json::from_str(r#"{"Error": "E", "Message": "no tap"}"#).unwrap(),
+            migration: None,
         };
         let text = job(&shown);
         assert!(text.starts_with("job 3: start of vm1\n"), "{text}");

@@ -10,6 +10,7 @@ mod job;
 mod list;
 mod logs;
 mod man;
+mod migrate;
 mod reload;
 mod run;
 mod show;
@@ -44,6 +45,10 @@ pub async fn run(options: Options) -> Result<()> {
         Verb::Pause(names) => control::pause(&find(IfAbsent::Fail).await?, names).await,
         Verb::Resume(names) => control::resume(&find(IfAbsent::Fail).await?, names).await,
         Verb::Remove(names) => control::remove(&find(IfAbsent::Fail).await?, names).await,
+        Verb::Migrate(it) => migrate::migrate(&find(IfAbsent::Fail).await?, output, it).await,
+        Verb::Decide(it) => migrate::decide(&find(IfAbsent::Fail).await?, it).await,
+        Verb::Snapshot(it) => migrate::snapshot(&find(IfAbsent::Fail).await?, output, it).await,
+        Verb::Restore(it) => migrate::restore(&find(IfAbsent::Start).await?, output, it).await,
         Verb::Console(console) => console::run(&find(IfAbsent::Fail).await?, console).await,
         Verb::Job(job) => job::run(&find(IfAbsent::Fail).await?, output, job).await,
         Verb::Device(device) => device::run(&find(IfAbsent::Fail).await?, output, device).await,

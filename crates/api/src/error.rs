@@ -72,6 +72,14 @@ errors! {
     MachineFailed = "org.godwit.Vmm1.Error.MachineFailed",
     /// A device did not do its part.
     DeviceFailed = "org.godwit.Vmm1.Error.DeviceFailed",
+    /// The machine cannot move, or does not fit its destination.
+    NotMigratable = "org.godwit.Vmm1.Error.NotMigratable",
+    /// The machine did not move.
+    MigrationFailed = "org.godwit.Vmm1.Error.MigrationFailed",
+    /// The machine is paused where it was, and may run at the destination.
+    Undecided = "org.godwit.Vmm1.Error.Undecided",
+    /// Nobody, or nobody who is trusted, answers at the destination.
+    DestinationUnreachable = "org.godwit.Vmm1.Error.DestinationUnreachable",
     /// It was cancelled.
     Cancelled = "org.godwit.Vmm1.Error.Cancelled",
     /// Something took longer than it may.

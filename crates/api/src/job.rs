@@ -52,7 +52,8 @@ impl State {
 pub struct Facts {
     /// Its number.
     pub id: u32,
-    /// `start`, `power-off`, `terminate`, `restart-device`.
+    /// `start`, `power-off`, `terminate`, `restart-device`, `migrate`, `receive`, `snapshot`,
+    /// `restore`.
     pub kind: String,
     /// Name of its machine.
     pub machine: String,
@@ -98,7 +99,8 @@ impl<J: OneJob> Job<J> {
         self.0.facts().id
     }
 
-    /// What it is: `start`, `power-off`, `terminate` or `restart-device`.
+    /// What it is: `start`, `power-off`, `terminate`, `restart-device`, `migrate`, `receive`,
+    /// `snapshot` or `restore`. A `migrate` has `org.godwit.Vmm1.Job.Migration` too.
     #[zbus(property(emits_changed_signal = "const"))]
     async fn kind(&self) -> String {
         self.0.facts().kind

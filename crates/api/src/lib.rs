@@ -7,6 +7,7 @@
 //! | [`machine`] | `org.godwit.Vmm1.Machine` | the broker and its clients |
 //! | [`device`] | `org.godwit.Vmm1.Device` | the broker and its clients |
 //! | [`job`] | `org.godwit.Vmm1.Job` | the broker and its clients |
+//! | [`job_migration`] | `org.godwit.Vmm1.Job.Migration` | the broker and its clients |
 //! | [`core`] | `org.godwit.Core1` | a machine's core and who started it |
 //! | [`migration`] | `org.godwit.Core1.Migration` | the same two, moving the machine |
 //! | [`device1`] | `org.godwit.Device1` | a device process and its machine's core |
@@ -29,6 +30,7 @@ pub mod device1;
 mod error;
 mod guarded;
 pub mod job;
+pub mod job_migration;
 pub mod machine;
 pub mod manager;
 pub mod migration;

@@ -124,6 +124,28 @@ pub trait OneMachine: Send + Sync + 'static {
     fn resume(&self, caller: Caller, flags: u64) -> impl Future<Output = Result<(), Error>> + Send;
     /// See [`MachineProxy::remove`].
     fn remove(&self, caller: Caller, flags: u64) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`MachineProxy::migrate`].
+    fn migrate(
+        &self,
+        caller: Caller,
+        uri: &str,
+        options: Dictionary,
+        flags: u64,
+    ) -> impl Future<Output = Result<OwnedObjectPath, Error>> + Send;
+    /// See [`MachineProxy::snapshot`].
+    fn snapshot(
+        &self,
+        caller: Caller,
+        folder: &str,
+        flags: u64,
+    ) -> impl Future<Output = Result<OwnedObjectPath, Error>> + Send;
+    /// See [`MachineProxy::decide`].
+    fn decide(
+        &self,
+        caller: Caller,
+        runs_there: bool,
+        flags: u64,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
     /// See [`MachineProxy::open_console`].
     fn open_console(
         &self,
@@ -207,6 +229,48 @@ impl<M: OneMachine> Machine<M> {
     #[zbus(proxy(allow_interactive_auth))]
     async fn remove(&self, #[zbus(header)] header: Header<'_>, flags: u64) -> Result<(), Error> {
         self.0.remove(Caller::from(&header), flags).await
+    }
+
+    /// Moves it while it runs: to the broker that listens at `tcp://HOST:PORT` or `unix:PATH`, or
+    /// with `local:` to new processes of this host, which may be of another version. Options:
+    /// `max-downtime-ms` (t, 300), `channels` (t, 2), `auto-converge` (b), `patience-s` (t, 60: how
+    /// long a migration that does not converge goes on), `blackout-limit-ms` (t, 10000: a stop that
+    /// lasts longer is given up). The job has `org.godwit.Vmm1.Job.Migration` as well, and its result
+    /// says where the machine is. A machine that has moved to another broker is forgotten here.
+    #[zbus(out_args("job"))]
+    async fn migrate(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        uri: &str,
+        options: Dictionary,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        let caller = Caller::from(&header);
+        self.0.migrate(caller, uri, options, flags).await
+    }
+
+    /// Writes it into a new folder, from which RestoreMachine of the manager makes it again. It
+    /// stands still meanwhile and then goes on; its disks are not in it.
+    #[zbus(out_args("job"))]
+    async fn snapshot(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        folder: &str,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        self.0.snapshot(Caller::from(&header), folder, flags).await
+    }
+
+    /// Says where it is after a migration whose end nobody heard of: with `true` it runs at the
+    /// destination and is forgotten here, with `false` it does not and never will, and goes on here.
+    async fn decide(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        runs_there: bool,
+        flags: u64,
+    ) -> Result<(), Error> {
+        let caller = Caller::from(&header);
+        self.0.decide(caller, runs_there, flags).await
     }
 
     /// Opens its console, `serial0` or empty: a socket, both ways. One client may write at a

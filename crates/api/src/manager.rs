@@ -56,6 +56,22 @@ pub trait Machines: Send + Sync + 'static {
         definition: Dictionary,
         flags: u64,
     ) -> impl Future<Output = Result<OwnedObjectPath, Error>> + Send;
+    /// See [`ManagerProxy::receive_migration`].
+    fn receive_migration(
+        &self,
+        caller: Caller,
+        name: &str,
+        options: Dictionary,
+        flags: u64,
+    ) -> impl Future<Output = Result<OwnedObjectPath, Error>> + Send;
+    /// See [`ManagerProxy::restore_machine`].
+    fn restore_machine(
+        &self,
+        caller: Caller,
+        name: &str,
+        folder: &str,
+        flags: u64,
+    ) -> impl Future<Output = Result<OwnedObjectPath, Error>> + Send;
     /// See [`ManagerProxy::get_machine`].
     fn get_machine(
         &self,
@@ -99,6 +115,37 @@ impl<M: Machines> Manager<M> {
     ) -> Result<OwnedObjectPath, Error> {
         let caller = Caller::from(&header);
         self.0.create_machine(caller, name, definition, flags).await
+    }
+
+    /// Waits for the machine `name` to come from another broker. Options: `listen` (s, `tcp://…`
+    /// or `unix:…`: for this one machine; otherwise it must come to where this broker listens
+    /// anyway), `paths` (a{ss}: what the other host calls a kernel, disk, tap or socket, and what it
+    /// is called here), `timeout-s` (t, 600). The job ends when the machine is here.
+    #[zbus(out_args("job"))]
+    async fn receive_migration(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        name: &str,
+        options: Dictionary,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        let caller = Caller::from(&header);
+        self.0.receive_migration(caller, name, options, flags).await
+    }
+
+    /// Makes the machine again that Snapshot wrote into `folder`, under `name` or, when that is
+    /// empty, under its own, and lets it run. Flags: 1 leaves it paused, 2 forgets it when it has
+    /// ended.
+    #[zbus(out_args("job"))]
+    async fn restore_machine(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        name: &str,
+        folder: &str,
+        flags: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        let caller = Caller::from(&header);
+        self.0.restore_machine(caller, name, folder, flags).await
     }
 
     /// Where the machine of this name is.

@@ -82,7 +82,8 @@ impl<M: Mover> Migration<M> {
     }
 
     /// Waits until no migration is under way. How the last one ended, as JSON: `result` (`moved`,
-    /// `kept`, `undecided`), `reason`, `report`. A core whose machine has moved ends soon after.
+    /// `kept`, `undecided`; `arrived` at the destination and after a snapshot was restored),
+    /// `reason`, `report`. A core whose machine has moved ends soon after.
     async fn wait(&self) -> Result<String, Error> {
         self.0.wait().await
     }

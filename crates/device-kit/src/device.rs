@@ -4,12 +4,15 @@
 //!
 //! ```text
 //!  process start            Device::open       everything that options name is opened here
+//!                           Device::acquire    what only one process may have, unless --incoming
 //!                           Device::workers    io_uring instances and the like are made here
 //!  ── sandbox ──────────────────────────────── from here on nothing can be opened ────────────
 //!  front-end connects       features, accept_features, read_config, write_config
+//!  the first ring starts    Device::acquire, if it is not held
 //!  a ring starts            (its queue thread) Worker::start once, then Worker::process
 //!  a ring stops             no more Worker::process; Worker::ready until nothing is in flight
 //!  all rings are stopped    Device::save or Device::load
+//!  the machine moves away   Device::release
 //!  between any two of these  Device::transition, as the state of its life changes
 //!  front-end resets         Device::reset
 //!  front-end goes           rings stop as above; the device stays and waits for the next one
@@ -22,8 +25,10 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::balloon1::BalloonProcess;
+pub use migration::rings::Forecast;
 use migration::schema::Schema;
 use migration::state::DeviceState;
 use prometheus_client::registry::Registry;
@@ -82,6 +87,18 @@ pub trait Device: Sized + Send + Sync + 'static {
         writer: ConfigWriter,
     ) -> Result<(), ConfigError>;
 
+    /// Takes what only one process may have at a time: the lock of an image. Called when it is not
+    /// held; before the sandbox, or, for a machine that moves in, before its rings start. Who else
+    /// has it is waited for as long as `patience`.
+    ///
+    /// # Errors
+    /// Who else may have it, and what to do. Nothing runs then.
+    fn acquire(&self, patience: Duration) -> Result<(), OptionError>;
+
+    /// Gives it up, for the process that the machine moves to. Called when it is held; every ring
+    /// is stopped and drained.
+    fn release(&self) -> Result<(), OptionError>;
+
     /// It is about to go to another state of its life. To `PreCopy` a move may follow, and the
     /// costly part of saving belongs here; from `Stop` to a state that runs, rings are about to
     /// start; to `Stop` all have stopped. Must be brief but for that.
@@ -89,6 +106,10 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// # Errors
     /// When it cannot go there: the front-end's request fails, and with it the session.
     fn transition(&self, from: DeviceState, to: DeviceState) -> Result<(), StateError>;
+
+    /// What its part in a switchover will take, as far as it is known: bytes of state, and time of
+    /// its own besides that of its requests. Called while rings run; must not block.
+    fn forecast(&self) -> Forecast;
 
     /// What it was doing. Every ring is stopped and drained.
     fn save(&self) -> Result<Self::SavedState, StateError>;

@@ -1,5 +1,6 @@
 //! The feature bits that the kit itself offers, for every device.
 
+use migration::rings;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 /// VIRTIO_RING_F_INDIRECT_DESC.
@@ -20,7 +21,7 @@ pub(crate) const KIT_FEATURES: u64 =
 /// Features of the ring's form, which cannot change under a running ring.
 pub(crate) const RING_FEATURES: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1;
 
-/// Protocol features offered. Not offered: STATUS, which the protocol library does not carry.
+/// Protocol features offered, [`migration::rings::FEATURE`] among them. Not offered: STATUS, which the protocol library does not carry.
 pub(crate) const PROTOCOL: Protocol = Protocol::MQ
     .union(Protocol::LOG_SHMFD)
     .union(Protocol::REPLY_ACK)
@@ -29,4 +30,5 @@ pub(crate) const PROTOCOL: Protocol = Protocol::MQ
     .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
-    .union(Protocol::DEVICE_STATE);
+    .union(Protocol::DEVICE_STATE)
+    .union(Protocol::from_bits_retain(rings::FEATURE));

@@ -25,8 +25,8 @@ mod session;
 pub use api::Error as LinkError;
 pub use api::balloon1::{BalloonProcess, Status as BalloonStatus};
 pub use device::{
-    Assignment, Capabilities, ConfigError, ConfigWriter, Device, HostError, Interest, Kit,
-    MAX_QUEUE_SIZE, MAX_QUEUES, OptionError, Progress, Queues, Source, StateError, Worker,
+    Assignment, Capabilities, ConfigError, ConfigWriter, Device, Forecast, HostError, Interest,
+    Kit, MAX_QUEUE_SIZE, MAX_QUEUES, OptionError, Progress, Queues, Source, StateError, Worker,
     WorkerError,
 };
 pub use health::Health;

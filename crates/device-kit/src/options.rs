@@ -31,6 +31,11 @@ pub(crate) struct KitOptions {
     #[arg(long, value_enum, default_value_t = Switch::On, value_name = "on|off")]
     pub(crate) sandbox: Switch,
 
+    /// A machine moves in: what only one process may have, the lock of an image, is taken when the
+    /// machine starts here and not before
+    #[arg(long)]
+    pub(crate) incoming: bool,
+
     /// Serve org.godwit.Device1 (D-Bus, peer to peer) on the connected Unix socket that was handed
     /// over as descriptor N
     #[arg(long, value_name = "N")]

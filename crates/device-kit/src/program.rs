@@ -14,8 +14,8 @@ use std::collections::BTreeSet;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -49,6 +49,8 @@ use crate::session::{ConfigChange, Connection, Services, serve};
 
 /// Requests in flight at SIGTERM have this long to end.
 const LAST_REQUESTS: Duration = Duration::from_secs(1);
+/// A predecessor of this process that was killed may still have what only one process may have.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(5);
 /// A queue thread needs little; the address space of 64 of them is kept small.
 const STACK: usize = 256 << 10;
 /// The environment variable with the log level, in `tracing`'s syntax.
@@ -180,6 +182,9 @@ fn start<D: Device>(
         },
     )?;
     check_queues(&device)?;
+    if !options.incoming {
+        device.acquire(PREDECESSOR_PATIENCE)?;
+    }
     let workers = device.workers()?;
     let thread_of = threads_of_queues(&device, &workers)?;
     let front = open_front(&options)?;
@@ -211,6 +216,7 @@ fn start<D: Device>(
     }
     let services = Arc::new(Services {
         device: Arc::new(device),
+        held: Mutex::new(!options.incoming),
         queues: QueueThreads::new(mailboxes, thread_of),
         unit,
         prefault: Prefaulter::new(options.prefault, health.clone()),

@@ -74,6 +74,11 @@ impl StateChannel {
         self.cancel = cancel;
     }
 
+    /// How long a byte takes there and back, as far as the kernel knows.
+    pub(crate) fn round_trip(&self) -> Duration {
+        crate::round_trip::of(self.fd.as_fd())
+    }
+
     /// Whether a read would not wait: bytes have come, or the other end has closed.
     pub fn is_readable(&self) -> bool {
         let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];

@@ -7,6 +7,7 @@
 //! - [`channel`]: the pipe or socket that it travels on, with a deadline;
 //! - [`link`]: messages between two cores; [`wire`]: what they say; [`ram`]: how memory travels;
 //! - [`free_pages`]: which pages a balloon says need not travel;
+//! - [`rings`]: what a core says to a device process to start and stop it at once;
 //! - [`commit`]: who may run the machine, whatever happens;
 //! - [`report`]: what a migration took; [`picture`]: drawn.
 
@@ -18,6 +19,8 @@ pub mod link;
 pub mod picture;
 pub mod ram;
 pub mod report;
+pub mod rings;
+mod round_trip;
 pub mod schema;
 pub mod state;
 pub mod wire;

@@ -80,6 +80,11 @@ impl Link {
         self.channel.set_cancel(cancel);
     }
 
+    /// How long a message takes there and back, as far as the kernel knows; nothing on one host.
+    pub fn round_trip(&self) -> Duration {
+        self.channel.round_trip()
+    }
+
     /// Whether something has come, or the other side has closed.
     pub fn has_message(&self) -> bool {
         self.channel.is_readable()

@@ -27,6 +27,8 @@ const PREFACE: usize = 16;
 const HEADER: usize = 32;
 const PAGES: u32 = 1;
 const END: u32 = 2;
+/// Bytes of the pages of a record, at most.
+const MOST_BYTES: usize = RECORD_PAGES as usize * PAGE;
 /// Pages beyond this have no 64-bit address.
 const MAX_PAGE: u64 = 1 << 52;
 
@@ -88,7 +90,8 @@ pub struct RamWriter<W> {
     number: usize,
     records: u64,
     bytes: u64,
-    buffer: Vec<u8>,
+    /// Room for the longest record.
+    buffer: Box<[u8]>,
 }
 
 impl<W: Write> RamWriter<W> {
@@ -101,13 +104,12 @@ impl<W: Write> RamWriter<W> {
                 record: 0,
                 source,
             })?;
-        let most = usize::try_from(RECORD_PAGES).unwrap_or(64) * PAGE;
         Ok(Self {
             channel,
             number,
             records: 0,
             bytes: PREFACE as u64,
-            buffer: Vec::with_capacity(HEADER + most),
+            buffer: vec![0; HEADER + MOST_BYTES].into(),
         })
     }
 
@@ -136,56 +138,54 @@ impl<W: Write> RamWriter<W> {
             record,
             source,
         };
-        self.buffer.clear();
-        self.buffer.resize(HEADER, 0);
         let mut sent = Sent::default();
+        let mut end = HEADER;
         for at in 0..RECORD_PAGES {
             if bits >> at & 1 == 0 {
                 continue;
             }
-            let start = self.buffer.len();
-            self.buffer.resize(start + PAGE, 0);
-            read(first + at, &mut self.buffer[start..]).map_err(failed)?;
-            if self.buffer[start..] == ZERO {
-                self.buffer.truncate(start);
+            let page = &mut self.buffer[end..end + PAGE];
+            read(first + at, page).map_err(failed)?;
+            if *page == ZERO {
                 if !is_new(first + at) {
                     sent.zero |= 1 << at;
                 }
             } else {
                 sent.content |= 1 << at;
+                end += PAGE;
             }
         }
         if sent.content | sent.zero == 0 {
             return Ok(sent);
         }
-        self.seal(PAGES, [first, sent.content, sent.zero])?;
+        self.seal(end, PAGES, [first, sent.content, sent.zero])?;
         Ok(sent)
     }
 
     /// Ends the channel; returns the bytes written in all.
     pub fn end(mut self) -> Result<u64, RamError> {
-        self.buffer.clear();
-        self.buffer.resize(HEADER, 0);
-        self.seal(END, [self.records, 0, 0])?;
+        self.seal(HEADER, END, [self.records, 0, 0])?;
         Ok(self.bytes)
     }
 
-    fn seal(&mut self, kind: u32, words: [u64; 3]) -> Result<(), RamError> {
-        self.buffer[..4].copy_from_slice(&kind.to_le_bytes());
+    /// Sends the first `length` bytes of the buffer, with this header.
+    fn seal(&mut self, length: usize, kind: u32, words: [u64; 3]) -> Result<(), RamError> {
+        let record = &mut self.buffer[..length];
+        record[..4].copy_from_slice(&kind.to_le_bytes());
         for (at, word) in (8..).step_by(8).zip(words) {
-            self.buffer[at..at + 8].copy_from_slice(&word.to_le_bytes());
+            record[at..at + 8].copy_from_slice(&word.to_le_bytes());
         }
-        let crc = crc32c::crc32c(&self.buffer[8..]) ^ kind;
-        self.buffer[4..8].copy_from_slice(&crc.to_le_bytes());
+        let crc = crc32c::crc32c(&record[8..]) ^ kind;
+        record[4..8].copy_from_slice(&crc.to_le_bytes());
         self.channel
-            .write_all(&self.buffer)
+            .write_all(record)
             .map_err(|source| RamError::Io {
                 channel: self.number,
                 record: self.records,
                 source,
             })?;
         self.records += 1;
-        self.bytes += self.buffer.len() as u64;
+        self.bytes += length as u64;
         Ok(())
     }
 }
@@ -215,6 +215,7 @@ pub struct RamReader<R> {
     channels: usize,
     records: u64,
     bytes: u64,
+    /// Room for the pages of the longest record so far.
     buffer: Vec<u8>,
 }
 
@@ -253,10 +254,12 @@ impl<R: Read> RamReader<R> {
             0
         };
         // At most 64 pages.
+        let length = pages as usize * PAGE;
         let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.resize(pages as usize * PAGE, 0);
-        self.read(&mut buffer)?;
-        if crc32c::crc32c_append(crc32c::crc32c(&header[8..]), &buffer) ^ kind != crc {
+        buffer.resize(buffer.len().max(length), 0);
+        let content_bytes = &mut buffer[..length];
+        self.read(content_bytes)?;
+        if crc32c::crc32c_append(crc32c::crc32c(&header[8..]), content_bytes) ^ kind != crc {
             return Err(RamError::Corrupted {
                 channel: self.number,
                 record: self.records,
@@ -265,7 +268,7 @@ impl<R: Read> RamReader<R> {
         let goes_on = match kind {
             PAGES => {
                 self.check(first, content, zero, memory)?;
-                self.apply(first, content, zero, &buffer, memory)?;
+                self.apply(first, content, zero, content_bytes, memory)?;
                 true
             }
             END if first == self.records => false,
@@ -273,7 +276,7 @@ impl<R: Read> RamReader<R> {
             _ => return Err(self.impossible("its kind is unknown")),
         };
         self.records += 1;
-        self.bytes += (HEADER + buffer.len()) as u64;
+        self.bytes += (HEADER + length) as u64;
         self.buffer = buffer;
         Ok(goes_on)
     }
@@ -467,14 +470,15 @@ mod tests {
     fn hostile_records_are_refused() {
         let forge = |words: [u64; 3]| {
             let mut bytes = preface(0).to_vec();
+            let length = HEADER + words[1].count_ones() as usize * PAGE;
             let mut writer = RamWriter {
                 channel: &mut bytes,
                 number: 0,
                 records: 0,
                 bytes: 0,
-                buffer: vec![0; HEADER + words[1].count_ones() as usize * PAGE],
+                buffer: vec![0; length].into(),
             };
-            writer.seal(PAGES, words).unwrap();
+            writer.seal(length, PAGES, words).unwrap();
             load(&bytes).map(drop).unwrap_err().to_string()
         };
         assert!(forge([1, 1, 0]).contains("cannot be one"));

@@ -23,6 +23,49 @@ pub struct Span {
     pub bytes: u64,
 }
 
+/// What was done in the blackout that belongs before it, each kind counted; and what has to be done
+/// in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Costs {
+    /// Tables of guest memory that devices were told.
+    pub memory_tables: u64,
+    /// Memory slots of KVM that were changed.
+    pub memory_slots: u64,
+    /// Eventfds that were tied to interrupts, or untied.
+    pub interrupts: u64,
+    /// Eventfds that were tied to doorbells, or untied.
+    pub doorbells: u64,
+    /// Tables of interrupt routes that KVM was given.
+    pub routes: u64,
+    /// Rings whose place or eventfds devices were told.
+    pub rings: u64,
+    /// Lines that were logged.
+    pub log_lines: u64,
+    /// Messages to devices.
+    pub messages: u64,
+    /// Page faults of the core.
+    pub page_faults: u64,
+}
+
+impl Costs {
+    /// What was added since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Costs) -> Costs {
+        Costs {
+            memory_tables: self.memory_tables - before.memory_tables,
+            memory_slots: self.memory_slots - before.memory_slots,
+            interrupts: self.interrupts - before.interrupts,
+            doorbells: self.doorbells - before.doorbells,
+            routes: self.routes - before.routes,
+            rings: self.rings - before.rings,
+            log_lines: self.log_lines - before.log_lines,
+            messages: self.messages - before.messages,
+            page_faults: self.page_faults - before.page_faults,
+        }
+    }
+}
+
 /// One host's timeline.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Side {
@@ -30,6 +73,9 @@ pub struct Side {
     pub origin_us: u64,
     /// In the order in which they ended.
     pub spans: Vec<Span>,
+    /// What the blackout cost.
+    #[serde(default)]
+    pub costs: Costs,
 }
 
 impl Side {
@@ -86,6 +132,7 @@ impl Recorder {
             side: Side {
                 origin_us: micros(wall.unwrap_or_default()),
                 spans: Vec::with_capacity(512),
+                costs: Costs::default(),
             },
         }
     }
@@ -108,6 +155,11 @@ impl Recorder {
             end_us: since(end),
             bytes,
         });
+    }
+
+    /// The blackout has cost this.
+    pub fn set_costs(&mut self, costs: Costs) {
+        self.side.costs = costs;
     }
 
     /// The timeline so far.

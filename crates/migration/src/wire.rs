@@ -5,7 +5,7 @@
 //! Hello (definition) ─────────────────▶
 //!                    ◀───────────────── Refused (every reason) | Welcome
 //! Wiring, Alive …    ─────────────────▶                         memory on its own channels
-//!                    ◀───────────────── Ready                   (barrier A)
+//!                    ◀───────────────── Ready, for each Wiring  (barrier A)
 //! Stopping           ─────────────────▶                         devices begin to load
 //! Core               ─────────────────▶                         devices' states on theirs
 //!                    ◀───────────────── Loaded                  (barrier E)
@@ -55,6 +55,22 @@ pub struct CpuFeatures {
     pub bits: u32,
 }
 
+/// The time stamp counter of vCPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tsc {
+    /// Its frequency, in kHz.
+    pub khz: u32,
+    /// Whether it can be given another one.
+    pub scales: bool,
+}
+
+/// Whether KVM takes two frequencies of a counter, in kHz, for the same (`tsc_tolerance_ppm`).
+#[must_use]
+pub fn same_frequency(a: u32, b: u32) -> bool {
+    const TOLERANCE_PPM: u64 = 250;
+    u64::from(a.abs_diff(b)) * 1_000_000 <= u64::from(a) * TOLERANCE_PPM
+}
+
 /// A device of the machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unit {
@@ -82,6 +98,9 @@ pub struct Definition {
     pub cpus: u32,
     /// What they can do.
     pub cpu_features: Vec<CpuFeatures>,
+    /// Their time stamp counter, if KVM tells.
+    #[serde(default)]
+    pub tsc: Option<Tsc>,
     /// First guest-physical address and bytes of each memory region.
     pub memory: Vec<(u64, u64)>,
     /// Devices, in the order of their PCI addresses.
@@ -133,14 +152,16 @@ pub enum ToSource {
         /// Everything that does not fit.
         reasons: Vec<String>,
     },
-    /// Barrier A: memory mapped, devices there, rings wired.
+    /// Barrier A: all is in place for what the last Wiring said. Answers each.
     Ready,
     /// Barrier E: everything is loaded and verified.
     Loaded,
-    /// The machine runs here.
+    /// The machine is here, and runs if it ran.
     Running {
         /// How that went.
         timeline: Side,
+        /// Why it is paused, if it should run.
+        problem: Option<String>,
     },
     /// The machine does not run here and never will.
     Discarded {
@@ -222,6 +243,15 @@ impl Definition {
                 ));
             }
         }
+        if let (Some(there), Some(here)) = (source.tsc, self.tsc)
+            && !(here.scales || same_frequency(there.khz, here.khz))
+        {
+            reasons.push(format!(
+                "the time stamp counter runs at {} kHz at the source and at {} kHz at the \
+                 destination, which cannot scale it",
+                there.khz, here.khz
+            ));
+        }
         self.units_fit(source, &mut reasons);
         reasons
     }
@@ -292,6 +322,10 @@ mod tests {
                 register: "ebx".into(),
                 bits: 0b101,
             }],
+            tsc: Some(Tsc {
+                khz: 2_000_000,
+                scales: false,
+            }),
             memory: vec![(0, 1 << 30)],
             units: vec![Unit {
                 id: "disk0".into(),
@@ -315,6 +349,24 @@ mod tests {
         more.units[0].features = !0;
         more.schemas[0].1 = 2;
         assert_eq!(more.obstacles(&definition()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_counter_of_another_frequency_must_be_scaled() {
+        let (mut here, mut there) = (definition(), definition());
+        let tsc = |khz, scales| Some(Tsc { khz, scales });
+        there.tsc = tsc(2_000_500, false);
+        assert!(here.obstacles(&there).is_empty(), "within the tolerance");
+        there.tsc = tsc(3_000_000, true);
+        assert_eq!(
+            here.obstacles(&there),
+            [
+                "the time stamp counter runs at 3000000 kHz at the source and at 2000000 kHz at the \
+              destination, which cannot scale it"
+            ]
+        );
+        here.tsc = tsc(2_000_000, true);
+        assert!(here.obstacles(&there).is_empty());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! All times are of one run on one machine; only ratios of the same run prove anything.
 
 mod boot;
+mod bulk;
 mod lifecycle;
 mod machine;
 mod peer;
@@ -11,6 +12,7 @@ mod statistics;
 mod switchover;
 
 pub use boot::{Boot, BootPreset};
+pub use bulk::Bulk;
 pub use lifecycle::{Lifecycle, LifecyclePreset};
 pub use report::{Goal, Report};
 pub use statistics::Summary;

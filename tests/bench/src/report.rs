@@ -30,17 +30,20 @@ pub struct Report {
     pub notes: Vec<String>,
 }
 
-/// Something to be reached: a value that may not be above a limit.
+/// Something to be reached: a value that may not be beyond a limit.
 #[derive(Clone, Debug, Serialize)]
 pub struct Goal {
     /// What.
     pub name: String,
     /// As measured.
     pub value: f64,
-    /// At most this.
+    /// At most this, or at least.
     pub goal: f64,
     /// Unit of both.
     pub unit: &'static str,
+    /// Whether more is better.
+    #[serde(skip)]
+    pub at_least: bool,
     /// Whether it was reached.
     pub met: bool,
 }
@@ -53,7 +56,17 @@ impl Goal {
             value,
             goal,
             unit,
+            at_least: false,
             met: value <= goal,
+        }
+    }
+
+    /// `value` may be at least `goal`.
+    pub fn at_least(name: impl Into<String>, value: f64, goal: f64, unit: &'static str) -> Self {
+        Self {
+            at_least: true,
+            met: value >= goal,
+            ..Self::at_most(name, value, goal, unit)
         }
     }
 }
@@ -124,13 +137,15 @@ impl fmt::Display for Report {
             value,
             goal,
             unit,
+            at_least,
             met,
         } in &self.goals
         {
             let met = if *met { "met" } else { "NOT met" };
+            let most = if *at_least { "at least" } else { "at most" };
             writeln!(
                 f,
-                "goal {name}: {value:.2} {unit}, at most {goal} {unit}: {met}"
+                "goal {name}: {value:.2} {unit}, {most} {goal} {unit}: {met}"
             )?;
         }
         self.notes
@@ -155,6 +170,7 @@ mod tests {
         report.compare("a to b", "a", "b");
         report.compare("a to absent", "a", "absent");
         report.goals.push(Goal::at_most("a", 2.0, 1.0, "ms"));
+        report.goals.push(Goal::at_least("b", 4.0, 3.0, "ms"));
         let json = serde_json::to_value(&report).unwrap();
         let keys: Vec<_> = json
             .as_object()
@@ -169,10 +185,9 @@ mod tests {
         assert_eq!(json["summary"]["a"]["unit"], "ms");
         assert_eq!(json["ratios"], serde_json::json!({ "a to b": 0.5 }));
         assert_eq!(json["goals"][0]["met"], false);
-        assert!(
-            report
-                .to_string()
-                .contains("goal a: 2.00 ms, at most 1 ms: NOT met")
-        );
+        assert_eq!(json["goals"][1]["met"], true);
+        let table = report.to_string();
+        assert!(table.contains("goal a: 2.00 ms, at most 1 ms: NOT met"));
+        assert!(table.contains("goal b: 4.00 ms, at least 3 ms: met"));
     }
 }

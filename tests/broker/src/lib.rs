@@ -5,6 +5,7 @@ mod manner;
 use std::collections::HashMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -36,22 +37,61 @@ const LOOK: Duration = Duration::from_millis(10);
 pub struct Broker {
     process: Option<Process>,
     folder: TempDir,
+    options: Vec<(&'static str, String)>,
     manner: Manner,
 }
 
 impl Broker {
     /// Starts one, as [`Manner::of_tests`] says.
     pub fn start() -> Result<Self> {
-        let mut broker = Self {
+        let mut broker = Self::new()?;
+        broker.start_again()?;
+        Ok(broker)
+    }
+
+    fn new() -> Result<Self> {
+        let broker = Self {
             process: None,
             folder: TempDir::new().context("no folder for a broker")?,
+            options: Vec::new(),
             manner: Manner::of_tests()?,
         };
         let left = broker.manner.leftovers()?;
         ensure!(left.is_empty(), "an earlier test left {left:?}");
         fs::create_dir(broker.folder.path().join("config"))?;
+        Ok(broker)
+    }
+
+    /// Starts one to which machines may come, by [`Self::unix`] and [`Self::tcp`], from who has
+    /// the same `key`.
+    pub fn start_with_doors(key: &str) -> Result<Self> {
+        let mut broker = Self::new()?;
+        let file = broker.folder.path().join("key");
+        let mut options = fs::OpenOptions::new();
+        let file_of_key = options.write(true).create_new(true).mode(0o600).open(&file);
+        file_of_key?.write_all(key.as_bytes())?;
+        broker.options = vec![
+            ("--migration-listen", broker.unix()),
+            ("--migration-listen", "tcp://127.0.0.1:0".into()),
+            ("--migration-key", file.display().to_string()),
+        ];
         broker.start_again()?;
         Ok(broker)
+    }
+
+    /// Where machines may come by a Unix socket.
+    pub fn unix(&self) -> String {
+        format!("unix:{}", self.folder.path().join("door").display())
+    }
+
+    /// Where machines may come by TCP.
+    pub fn tcp(&self) -> Result<String> {
+        let said = self.stderr();
+        let words = said.split_whitespace();
+        let uri = words
+            .filter_map(|word| word.strip_prefix("uri="))
+            .next_back();
+        Ok(uri.with_context(|| said.clone())?.to_owned())
     }
 
     /// How it starts processes, and where it is called.
@@ -66,6 +106,9 @@ impl Broker {
             .option("--config-dir", self.config());
         for option in self.manner.options() {
             launch = launch.arg(option);
+        }
+        for (option, value) in &self.options {
+            launch = launch.option(option, value);
         }
         let mut process = launch.start()?;
         let end = Instant::now() + DEADLINE;
@@ -222,10 +265,9 @@ impl Broker {
 impl Drop for Broker {
     fn drop(&mut self) {
         self.process = None;
-        for place in fs::read_dir(self.run().join("machines"))
-            .into_iter()
-            .flatten()
-        {
+        let places = ["machines", "incoming"];
+        let places = places.map(|part| fs::read_dir(self.run().join(part)));
+        for place in places.into_iter().flatten().flatten() {
             let Ok(place) = place else { continue };
             let text = fs::read_to_string(place.path().join("state.json")).unwrap_or_default();
             let state: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
@@ -320,23 +362,46 @@ pub async fn device(
         .await?)
 }
 
-/// Waits for a job to end well.
-pub async fn done(connection: &Connection, job: OwnedObjectPath) -> Result<()> {
-    let builder = JobProxy::builder(connection).path(job);
-    let job = builder
+/// A job, whose properties are asked for each time.
+pub async fn job(connection: &Connection, path: OwnedObjectPath) -> Result<JobProxy<'static>> {
+    let builder = JobProxy::builder(connection).path(path);
+    Ok(builder
         .cache_properties(zbus::proxy::CacheProperties::No)
         .build()
-        .await?;
+        .await?)
+}
+
+/// Waits for the end of a job, however it ends: its state and result.
+pub async fn ended(
+    connection: &Connection,
+    path: OwnedObjectPath,
+) -> Result<(api::job::State, Dictionary)> {
+    let job = job(connection, path).await?;
     let end = Instant::now() + DEADLINE;
     loop {
         match job.state().await? {
             api::job::State::Running => {}
-            api::job::State::Done => return Ok(()),
-            other => bail!("the job is {}: {:?}", other.as_str(), job.result().await?),
+            state => return Ok((state, job.result().await?)),
         }
         ensure!(Instant::now() < end, "the job does not end");
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Waits for a job to end well.
+pub async fn done(connection: &Connection, path: OwnedObjectPath) -> Result<()> {
+    match ended(connection, path).await? {
+        (api::job::State::Done, _) => Ok(()),
+        (other, result) => bail!("the job is {}: {result:?}", other.as_str()),
+    }
+}
+
+/// A text in a dictionary, or nothing.
+pub fn text(dictionary: &Dictionary, key: &str) -> String {
+    let text = dictionary
+        .get(key)
+        .and_then(|value| value.downcast_ref::<&str>().ok());
+    text.unwrap_or_default().to_owned()
 }
 
 /// Makes a machine and waits until it runs.

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use device_kit::{
-    Assignment, BalloonProcess, Capabilities, Chain, ConfigError, ConfigWriter, Device, HostError,
-    Interest, Kit, OptionError, Progress, Queue, QueueError, QueueFault, QueueIndex, Queues,
-    Source, StateError, Worker, WorkerError,
+    Assignment, BalloonProcess, Capabilities, Chain, ConfigError, ConfigWriter, Device, Forecast,
+    HostError, Interest, Kit, OptionError, Progress, Queue, QueueError, QueueFault, QueueIndex,
+    Queues, Source, StateError, Worker, WorkerError,
 };
 use migration::state::DeviceState;
 
@@ -107,6 +108,14 @@ impl Device for Counter {
         })
     }
 
+    fn acquire(&self, _patience: Duration) -> Result<(), OptionError> {
+        Ok(())
+    }
+
+    fn release(&self) -> Result<(), OptionError> {
+        Ok(())
+    }
+
     fn transition(&self, from: DeviceState, to: DeviceState) -> Result<(), StateError> {
         let script = &self.shared.script;
         if !from.runs() && to.runs() {
@@ -119,6 +128,15 @@ impl Device for Counter {
             script.at(Point::Stop)?;
         }
         Ok(())
+    }
+
+    fn forecast(&self) -> Forecast {
+        let script = &self.shared.script;
+        Forecast {
+            bytes: self.state_bytes as u64,
+            stop: script.time(Point::Stop) + script.time(Point::Save),
+            start: script.time(Point::Load) + script.time(Point::Start),
+        }
     }
 
     fn save(&self) -> Result<SavedState, StateError> {

@@ -102,6 +102,16 @@ impl Script {
         Ok(())
     }
 
+    /// How long the script lets this point take.
+    pub(crate) fn time(&self, point: Point) -> Duration {
+        let steps = self.read().map(|text| parse(&text).unwrap_or_default());
+        let takes = |(at, action)| match action {
+            Action::Take(time) if at == point => time,
+            _ => Duration::ZERO,
+        };
+        steps.unwrap_or_default().into_iter().map(takes).sum()
+    }
+
     fn read(&self) -> io::Result<String> {
         let Some(file) = &self.0 else {
             return Ok(String::new());

@@ -80,16 +80,12 @@ fn suite() -> Result<Vec<(String, PathBuf)>> {
     Ok(programs)
 }
 
-/// Runs those tests of the broker that can be told how it is started, but for `skipped` ones.
-fn passes(manner: &str, names: &[&str], skipped: &[&str]) -> Result<()> {
+/// Runs programs of the broker's tests, with options for the harness.
+fn passes(manner: &str, names: &[&str], options: &str) -> Result<()> {
     let mut host = installed(manner)?;
     let suite = suite()?;
     // The tests start brokers of their own.
     host.run("systemctl mask --runtime --now godwit-broker")?;
-    let skipped: String = skipped
-        .iter()
-        .map(|test| format!(" --skip {test}"))
-        .collect();
     for name in names {
         let (_, program) = suite
             .iter()
@@ -99,7 +95,7 @@ fn passes(manner: &str, names: &[&str], skipped: &[&str]) -> Result<()> {
         let output = host.run_for(
             &format!(
                 "install -m755 /share/{name} /usr/bin/broker-test &&
-                 GODWIT_TEST_BROKER={manner} /usr/bin/broker-test --test-threads=1{skipped}"
+                 GODWIT_TEST_BROKER={manner} /usr/bin/broker-test --test-threads=1 {options}"
             ),
             DEADLINE,
         )?;
@@ -111,34 +107,48 @@ fn passes(manner: &str, names: &[&str], skipped: &[&str]) -> Result<()> {
 }
 
 /// Debian's Python is not in a host, and what is shipped is compared where it lies.
-const ELSEWHERE: [&str; 1] = ["python_drives_a_machine_and_its_console"];
+const ELSEWHERE: &str = "python_drives_a_machine_and_its_console";
 
 #[test]
 fn machines_live_in_units() -> Result<()> {
-    passes("units", &["life"], &[])
+    passes("units", &["life"], "--skip a_killed --skip a_device")
 }
 
 #[test]
-fn machines_live_on_the_system_bus() -> Result<()> {
-    passes("system-bus", &["life"], &[])
+fn machines_in_units_survive_what_is_killed() -> Result<()> {
+    passes("units", &["life"], "a_killed a_device")
 }
 
 #[test]
 fn clients_networks_and_refusals_with_units() -> Result<()> {
-    passes(
-        "units",
-        &["clients", "cycles", "network", "refused"],
-        &ELSEWHERE,
-    )
+    let others = ["clients", "cycles", "network", "refused"];
+    passes("units", &others, &format!("--skip {ELSEWHERE}"))
+}
+
+/// Who may call on the system bus is polkit's to say: see `the_service_of_a_system`.
+#[test]
+fn machines_live_on_the_system_bus() -> Result<()> {
+    passes("system-bus", &["life"], "lives survive declared transient")?;
+    let options = format!("--skip {ELSEWHERE} --skip another_user_is_refused");
+    passes("system-bus", &["clients", "refused"], &options)
 }
 
 #[test]
-fn clients_networks_and_refusals_on_the_system_bus() -> Result<()> {
-    // Who may call there is polkit's to say: see below.
-    let skipped = [ELSEWHERE[0], "another_user_is_refused"];
-    passes(
-        "system-bus",
-        &["clients", "cycles", "network", "refused"],
-        &skipped,
-    )
+fn the_service_of_a_system() -> Result<()> {
+    let mut host = installed("service")?;
+    let script = host.share().join("service.sh");
+    fs::write(script, include_str!("service.sh"))?;
+    let guest = test_guest::program().display();
+    let output = host.run_for(&format!("bash /share/service.sh '{guest}'"), DEADLINE)?;
+    let said: Vec<_> = output.stdout.lines().collect();
+    let expected = [
+        "activated",
+        "declared machine runs",
+        "polkit decides",
+        "the living survive",
+        "failures say why",
+        "nothing is left",
+    ];
+    assert_eq!(said, expected, "{}", output.stderr);
+    Ok(())
 }

@@ -165,12 +165,7 @@ impl Side {
         let disks = spec.disks.iter().map(|(image, queues)| {
             let queues = queues.to_string();
             let image = image.display().to_string();
-            // Both sides have it open for a while.
-            let options = vec![
-                ("--blk-file", image),
-                ("--num-queues", queues),
-                ("--lock", "off".to_owned()),
-            ];
+            let options = vec![("--blk-file", image), ("--num-queues", queues)];
             ("blk", options)
         });
         let nics = spec.nics.iter().map(|(tap, pairs)| {
@@ -187,6 +182,9 @@ impl Side {
             let mut launch = Launch::new(&program(&format!("godwit-{kind}"))?);
             let number = launch.inherit(listener.into());
             launch = launch.option("--fd", number.to_string());
+            if matches!(from, Origin::Other(..)) {
+                launch = launch.arg("--incoming");
+            }
             for (option, value) in options {
                 launch = launch.option(option, value);
             }

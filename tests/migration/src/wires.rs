@@ -34,6 +34,10 @@ pub enum Fault {
     CutBack(usize),
     /// What the destination says after so many bytes comes so much later.
     Late(usize, Duration),
+    /// The message of the source with this name comes so much later.
+    Delay(&'static str, Duration),
+    /// The same, and a bit of it is flipped.
+    Spoil(&'static str, Duration),
 }
 
 /// One side's ends.
@@ -154,6 +158,18 @@ fn pass(mut from: UnixStream, mut to: UnixStream, fault: Option<Fault>) {
                 bytes.copy_within(early..count, 0);
                 passed += early;
                 count -= early;
+                count
+            }
+            Some(Fault::Delay(name, time) | Fault::Spoil(name, time)) => {
+                let found = bytes[..count]
+                    .windows(name.len())
+                    .position(|window| window == name.as_bytes());
+                if let Some(at) = found {
+                    thread::sleep(time);
+                    if let Some(Fault::Spoil(..)) = fault {
+                        bytes[at] ^= 0x10;
+                    }
+                }
                 count
             }
             Some(Fault::Flip(at)) => {

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use api::core::State;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use test_framework::machine::{DEADLINE, make_image};
 use test_guest::{BlkMode, Idle, NetMode, Workload};
 use test_machine::{network, work};
-use test_migration::{Fault, Kind, Moved, Side, Spec, beat_on, finish, warm_up};
+use test_migration::{Fault, Kind, Moved, Outcome, Side, Spec, beat_on, finish, warm_up};
 
 /// A guest that dirties memory and says that it lives.
 fn busy() -> Workload {
@@ -155,6 +155,54 @@ fn only_what_was_used_is_sent_and_the_report_says_what_it_took() -> Result<()> {
     Ok(())
 }
 
+/// What a side did in the blackout of a move: what it must do, and what it should have done before.
+fn costs(outcome: &Outcome, side: &str) -> Result<(u64, Vec<(String, u64)>)> {
+    let costs = outcome["report"][side]["costs"].as_object();
+    let mut messages = None;
+    let mut others = Vec::new();
+    for (name, count) in costs.context("no costs")? {
+        let count = count.as_u64().context("no number")?;
+        match name.as_str() {
+            "messages" => messages = Some(count),
+            // Pages come in.
+            "page_faults" => {}
+            _ => others.push((name.clone(), count)),
+        }
+    }
+    Ok((messages.context("no messages")?, others))
+}
+
+#[test]
+fn all_is_wired_ahead_and_queues_cost_nothing_in_the_blackout() -> Result<()> {
+    network("move1", 4)?;
+    let mut counted = Vec::new();
+    for queues in [1, 4] {
+        let folder = TempDir::new()?;
+        let mut spec = Spec::of(Workload {
+            blk: BlkMode::Loop,
+            net: NetMode::Loop,
+            ..busy()
+        });
+        spec.disks = vec![disk(&folder, "a", queues)?, disk(&folder, "b", queues)?];
+        spec.nics = vec![("move1".into(), queues.min(2))];
+        let mut side = Side::boot(&spec)?;
+        warm_up(&mut side)?;
+        let Moved { side, outcome } = side.move_on(&spec)?;
+        for at in ["source", "destination"] {
+            let (messages, others) = costs(&outcome, at)?;
+            let any = others.iter().find(|(_, count)| *count > 0);
+            ensure!(any.is_none(), "{any:?} at the {at} in {outcome:#}");
+            ensure!(others.len() == 7, "{others:?}");
+            counted.push((at, messages));
+        }
+        finish(side)?;
+    }
+    // Stop, save, its end, locks; load, its end, start: of three devices.
+    assert_eq!(counted[..2], [("source", 4 * 3), ("destination", 3 * 3)]);
+    assert_eq!(counted[..2], counted[2..]);
+    Ok(())
+}
+
 #[test]
 fn a_paused_machine_moves_and_stays_paused() -> Result<()> {
     let folder = TempDir::new()?;
@@ -247,6 +295,7 @@ fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
     side.snapshot(&spec, folder.path())?;
     // Its disk stays as it is, since the first machine does not go on.
     side.terminate()?;
+    drop(side);
     let mut again = Side::restore(&spec, folder.path())?;
     assert_eq!(again.state()?, State::Paused);
     again.resume()?;

@@ -17,6 +17,7 @@ use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Vm;
+use crate::costs;
 use crate::interrupt::{Gsi, InterruptError, IrqLine, MsiMessage, MsiRouter};
 use crate::layout::FIRST_MSI_GSI;
 
@@ -64,6 +65,7 @@ impl Interrupts {
                 wanted: entries.len(),
                 free: self.most as usize,
             })?;
+        costs::ROUTES.add();
         self.vm
             .set_gsi_routing(&table)
             .map_err(refused("route interrupts"))
@@ -145,12 +147,14 @@ impl MsiRouter for Interrupts {
     }
 
     fn attach(&self, gsi: Gsi, event: &EventFd) -> Result<(), InterruptError> {
+        costs::INTERRUPTS.add();
         self.vm
             .register_irqfd(event, gsi.0)
             .map_err(refused("attach an interrupt's eventfd"))
     }
 
     fn detach(&self, gsi: Gsi, event: &EventFd) -> Result<(), InterruptError> {
+        costs::INTERRUPTS.add();
         self.vm
             .unregister_irqfd(event, gsi.0)
             .map_err(refused("detach an interrupt's eventfd"))

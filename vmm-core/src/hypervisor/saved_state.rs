@@ -3,6 +3,7 @@
 //! KVM's own structures are its ABI and go as bytes; absent ones were not to be had
 //! from the KVM that saved.
 
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
     Xsave, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
     kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
@@ -62,4 +63,10 @@ pub struct VcpuSavedState {
     pub events: kvm_vcpu_events,
     /// Model-specific registers: index, value.
     pub msrs: Vec<(u32, u64)>,
+    /// Frequency of the time stamp counter, in kHz.
+    #[serde(default)]
+    pub tsc_khz: Option<u32>,
+    /// What a guest that runs guests has told the processor of them.
+    #[serde(default)]
+    pub nested: Option<Box<KvmNestedStateBuffer>>,
 }

@@ -23,6 +23,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_userspace_m
 use kvm_ioctls::VmFd;
 
 use super::{HypervisorError, Vm, refused};
+use crate::costs;
 use crate::memory::{LayoutChange, LayoutListener, Region};
 
 const PAGE: u64 = 4096;
@@ -77,6 +78,7 @@ impl MemorySlots {
             memory_size: size,
             userspace_addr: region.host(),
         };
+        costs::MEMORY_SLOTS.add();
         // SAFETY: the region is mapped, and this object keeps it mapped as long as the
         // slot exists.
         unsafe { self.vm.set_user_memory_region(slot) }.map_err(refused("change a memory slot"))

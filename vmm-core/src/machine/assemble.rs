@@ -12,6 +12,8 @@ use std::sync::mpsc::channel;
 use std::thread::{self, ScopedJoinHandle};
 
 use api::core::State;
+use kvm_ioctls::Cap;
+use migration::wire::Tsc;
 use tokio::sync::watch;
 
 use super::config::{ImageSource, KvmSource, MachineConfig};
@@ -127,6 +129,10 @@ impl Machine {
             let cpuid = guest_cpuid(&kvm, id, config.cpus)?;
             vcpus.push(Vcpu::new(&kvm, &vm, id, &cpuid, &msrs)?);
         }
+        let tsc = vcpus.first().and_then(Vcpu::tsc_khz).map(|khz| Tsc {
+            khz,
+            scales: kvm.check_extension(Cap::TscControl),
+        });
         let vcpu_events: Arc<dyn VcpuEvents> = Arc::new(events.clone());
         let vcpus = VcpuSet::start(vcpus, &buses, &vcpu_events)?;
         let mut pristine = (vm.save()?, vcpus.each(VCPU_DEADLINE, |vcpu| vcpu.save())?);
@@ -151,6 +157,7 @@ impl Machine {
             units,
             config.cpus,
             features,
+            tsc,
             config.incoming,
         );
         let mover = moving.watcher(ram.file());

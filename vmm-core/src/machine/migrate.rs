@@ -13,7 +13,7 @@ use migration::channel::Cancel;
 use migration::commit::Source;
 use migration::link::LinkError;
 use migration::report::Report;
-use migration::wire::CpuFeatures;
+use migration::wire::{CpuFeatures, Tsc};
 use tokio::sync::{oneshot, watch};
 
 use super::event::{Command, CurrentMigration, Event, Events};
@@ -94,6 +94,7 @@ pub(super) struct Moving {
     pub(super) units: Vec<Arc<Unit>>,
     pub(super) cpus: u32,
     pub(super) cpu_features: Vec<CpuFeatures>,
+    pub(super) tsc: Option<Tsc>,
     pub(super) core_writes: CoreWrites,
     pub(super) status: watch::Sender<Status>,
     pub(super) incoming: Option<Incoming>,
@@ -118,6 +119,7 @@ impl Moving {
         units: Vec<Arc<Unit>>,
         cpus: u32,
         cpu_features: Vec<CpuFeatures>,
+        tsc: Option<Tsc>,
         incoming: Option<Incoming>,
     ) -> Self {
         Self {
@@ -127,8 +129,12 @@ impl Moving {
             units,
             cpus,
             cpu_features,
+            tsc,
             core_writes: CoreWrites::default(),
-            status: watch::channel(Status::default()).0,
+            status: watch::Sender::new(Status {
+                active: incoming.is_some(),
+                ..Status::default()
+            }),
             incoming,
             active: false,
         }
@@ -174,8 +180,18 @@ impl Moving {
 }
 
 impl Machine {
-    /// Waits for a machine from another core, which is then this one.
+    /// Waits for a machine from another core or from files, which is then this one.
     pub(super) fn arrive(&mut self, incoming: Incoming) -> Result<(), Reason> {
+        self.receive(incoming)?;
+        self.moving.end(Outcome {
+            result: Verdict::Arrived,
+            reason: None,
+            report: Report::default(),
+        });
+        Ok(())
+    }
+
+    fn receive(&mut self, incoming: Incoming) -> Result<(), Reason> {
         let failed = |error: &MigrationError| match error {
             MigrationError::Link(LinkError::Cancelled) => Reason::Terminated,
             error => Reason::Internal(format!("the machine did not arrive: {}", chain(error))),
@@ -226,6 +242,7 @@ impl Machine {
         define(
             moving.cpus,
             &moving.cpu_features,
+            moving.tsc,
             &self.memory,
             &moving.units,
         )
@@ -370,6 +387,10 @@ impl Host for Machine {
         }
     }
 
+    fn stay_paused(&mut self) {
+        self.state.send_replace(State::Paused);
+    }
+
     fn ran(&self) -> bool {
         self.is(State::Running)
     }
@@ -386,9 +407,13 @@ impl NewHost for Machine {
         }
         self.vm.restore(&core.vm)?;
         let vcpus = core.vcpus;
+        let khz = vcpus.first().and_then(|vcpu| vcpu.tsc_khz);
+        if let (Some(tsc), Some(khz)) = (&mut self.moving.tsc, khz) {
+            tsc.khz = khz;
+        }
         self.vcpus.each(VCPU_DEADLINE, move |vcpu| {
             match vcpus.get(vcpu.id() as usize) {
-                Some(state) => vcpu.restore(state),
+                Some(state) => vcpu.restore(state).map(|()| vcpu.was_stopped()),
                 None => Ok(()),
             }
         })?;

@@ -253,6 +253,10 @@ impl Machine {
             return Ok(());
         }
         self.each_device(VirtioPciDevice::resume)?;
+        self.vcpus.each(VCPU_DEADLINE, |vcpu| {
+            vcpu.was_stopped();
+            Ok(())
+        })?;
         self.vcpus.run();
         self.state.send_replace(State::Running);
         Ok(())

@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 use super::MigrationError;
 use super::setup::MigrateOptions;
 
-/// What a switchover takes besides memory: the stop, the link's round trips, waking threads.
-const FIXED: Duration = Duration::from_micros(1500);
-/// What each vCPU adds: saved, sent and restored on its own thread.
+/// What the cores themselves add, and each vCPU: state is saved, sent and restored.
+const CORE: Duration = Duration::from_micros(500);
 const PER_VCPU: Duration = Duration::from_micros(250);
-/// What each device adds: all go at once, but share processors.
-const PER_DEVICE: Duration = Duration::from_micros(500);
+/// Times that the link is crossed and back: the core's state, and the commit.
+const LINK_TURNS: u32 = 2;
+/// Times that all devices are asked and answer, one after the other: stop, save, its end, locks;
+/// start.
+const DEVICE_TURNS: u32 = 5;
 /// A rate before anything was measured, in bytes a second.
 const FIRST_RATE: u64 = 100 << 20;
 /// A round that sends less says nothing about the rate.
@@ -32,6 +34,19 @@ pub struct Measured {
     pub dirtied: u64,
 }
 
+/// What else a switchover consists of, as it is at the moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Around {
+    /// The link, there and back.
+    pub link: Duration,
+    /// All devices asked something at once: until the last has answered.
+    pub devices: Duration,
+    /// The slowest device's own time to stop, and the slowest one's to start.
+    pub transitions: Duration,
+    /// Bytes of the devices' states.
+    pub state_bytes: u64,
+}
+
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -47,7 +62,8 @@ pub enum Decision {
 #[derive(Debug)]
 pub struct Convergence {
     options: MigrateOptions,
-    fixed: Duration,
+    vcpus: u32,
+    around: Around,
     rate: u64,
     dirty_rate: u64,
     last: Option<Duration>,
@@ -57,11 +73,12 @@ pub struct Convergence {
 }
 
 impl Convergence {
-    /// For a machine of so many vCPUs and devices.
-    pub fn new(options: MigrateOptions, vcpus: u32, devices: u32) -> Self {
+    /// For a machine of so many vCPUs.
+    pub fn new(options: MigrateOptions, vcpus: u32) -> Self {
         Self {
             options,
-            fixed: FIXED + PER_VCPU * vcpus + PER_DEVICE * devices,
+            vcpus,
+            around: Around::default(),
             rate: FIRST_RATE,
             dirty_rate: 0,
             last: None,
@@ -83,10 +100,20 @@ impl Convergence {
         self.dirty_rate = per_second(round.dirtied);
     }
 
+    /// Takes note of what is measured besides.
+    pub fn found(&mut self, around: Around) {
+        self.around = around;
+    }
+
     /// How long the blackout would be with `remaining` bytes of memory left.
     pub fn predict(&self, remaining: u64) -> Duration {
-        let memory = u128::from(remaining) * 1_000_000 / u128::from(self.rate);
-        self.fixed + Duration::from_micros(u64::try_from(memory).unwrap_or(u64::MAX))
+        let around = &self.around;
+        let bytes = remaining.saturating_add(around.state_bytes);
+        let moved = u128::from(bytes) * 1_000_000 / u128::from(self.rate);
+        Duration::from_micros(u64::try_from(moved).unwrap_or(u64::MAX))
+            .saturating_add(CORE + PER_VCPU * self.vcpus)
+            .saturating_add(around.link * LINK_TURNS + around.devices * DEVICE_TURNS)
+            .saturating_add(around.transitions)
     }
 
     /// What to do when `remaining` bytes are dirty.
@@ -147,7 +174,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn convergence(options: MigrateOptions) -> Convergence {
-        let mut convergence = Convergence::new(options, 1, 1);
+        let mut convergence = Convergence::new(options, 1);
         convergence.measured(Measured {
             sent: 100 * MIB,
             time: Duration::from_secs(1),
@@ -158,11 +185,21 @@ mod tests {
 
     #[test]
     fn what_is_left_is_predicted_at_the_measured_rate() {
-        let convergence = convergence(MigrateOptions::default());
-        assert_eq!(convergence.predict(0), Duration::from_micros(2250));
+        let mut convergence = convergence(MigrateOptions::default());
+        assert_eq!(convergence.predict(0), Duration::from_micros(750));
         assert_eq!(
             convergence.predict(50 * MIB),
-            Duration::from_micros(502_250)
+            Duration::from_micros(500_750)
+        );
+        convergence.found(Around {
+            link: Duration::from_micros(100),
+            devices: Duration::from_micros(1000),
+            transitions: Duration::from_millis(200),
+            state_bytes: 10 * MIB,
+        });
+        assert_eq!(
+            convergence.predict(50 * MIB),
+            Duration::from_micros(600_000 + 750 + 200 + 5000 + 200_000)
         );
         assert_eq!(
             (convergence.rate(), convergence.dirty_rate()),

@@ -2,7 +2,7 @@
 
 use kvm_bindings::CpuId;
 use migration::schema::Schema;
-use migration::wire::{CpuFeatures, Definition, Unit as UnitDefinition};
+use migration::wire::{CpuFeatures, Definition, Tsc, Unit as UnitDefinition};
 
 use super::saved_state::{CoreState, WiringState};
 use super::unit::Unit;
@@ -56,6 +56,7 @@ pub fn cpu_features(cpuid: &CpuId) -> Vec<CpuFeatures> {
 pub fn define(
     cpus: u32,
     cpu_features: &[CpuFeatures],
+    tsc: Option<Tsc>,
     memory: &Memory,
     units: &[impl AsRef<Unit>],
 ) -> Definition {
@@ -63,6 +64,7 @@ pub fn define(
     Definition {
         cpus,
         cpu_features: cpu_features.to_vec(),
+        tsc,
         memory: regions.iter().map(|r| (r.gpa(), r.size())).collect(),
         units: units
             .iter()

@@ -1,11 +1,11 @@
 //! The destination, on the main thread of a machine that was made and has not run.
 //!
 //! ```text
-//! Hello ─▶ obstacles? ─▶ Welcome ─▶ threads for memory and devices, Ready (▮A)
-//! Wiring ─▶ PCI, interrupts, doorbells in place        (any number of times)
+//! Hello ─▶ obstacles? ─▶ Welcome
+//! Wiring ─▶ PCI, interrupts, doorbells, rings in place ─▶ Ready (▮A)    (any number of times)
 //! Stopping ─▶ every device loads from its socket
 //! Core ─▶ vCPUs, chips, PCI ─▶ wait for devices and memory ─▶ Loaded (▮E)
-//! Commit ─▶ devices start ▮F ─▶ vCPUs run ─▶ Running
+//! Commit ─▶ devices take their locks and start ▮F ─▶ vCPUs run ─▶ Running
 //! ```
 //! Whatever fails before *Commit* makes the destination discard itself: it says so, and never runs.
 
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use migration::channel::Cancel;
 use migration::commit::{Destination, DestinationInput};
 use migration::link::{Link, LinkError};
-use migration::report::Recorder;
+use migration::report::{Costs, Recorder};
 use migration::wire::{Blob, Definition, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
 
 use super::barrier::{self, Arrival, Barrier};
@@ -27,6 +27,7 @@ use super::setup::Sockets;
 use super::switchover::StateSockets;
 use super::unit::{Crew, Unit};
 use super::{ANSWER_DEADLINE, BLACKOUT_DEADLINE, LAST_WORD_DEADLINE, MigrationError};
+use crate::costs;
 use crate::memory::Memory;
 
 /// How long a destination waits for its source to come at all.
@@ -78,6 +79,7 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
         loading: None,
         memory: None,
         running: false,
+        before: Costs::default(),
     };
     let result = incoming
         .negotiate(&definition, shared_memory, sockets.ram.len())
@@ -104,6 +106,8 @@ struct Incoming {
     memory: Option<RamReceiver>,
     /// Whether the machine ran at the source.
     running: bool,
+    /// What had been done when the blackout began.
+    before: Costs,
 }
 
 impl Incoming {
@@ -129,7 +133,6 @@ impl Incoming {
     }
 
     fn serve(&mut self, host: &mut impl NewHost) -> Result<(), MigrationError> {
-        self.say(&ToSource::Ready)?;
         loop {
             if let Some(memory) = &mut self.memory {
                 memory.check()?;
@@ -139,6 +142,7 @@ impl Incoming {
                 (Destination::Receiving, ToDestination::Wiring(blob)) => self.wire(&blob)?,
                 (Destination::Receiving, ToDestination::Alive) => {}
                 (Destination::Receiving, ToDestination::Stopping) if self.loading.is_none() => {
+                    self.before = costs::now();
                     let states = self.states.clone();
                     let load = move |number, unit: &Unit| states.load(number, unit);
                     self.loading = Some(self.crew.each(load));
@@ -153,13 +157,15 @@ impl Incoming {
         }
     }
 
-    /// Puts PCI, interrupts and doorbells in place while the source still runs.
+    /// Puts PCI, interrupts, doorbells and rings in place while the source still runs.
     fn wire(&mut self, blob: &Blob) -> Result<(), MigrationError> {
         let begin = Instant::now();
         let wiring: WiringState = from_blob(blob)?;
         restore_devices(&self.units, wiring.devices)?;
         self.recorder.note("core", "wire", begin, 0);
-        Ok(())
+        let wired = self.crew.each(|_, unit| Ok(unit.pci.wire_ahead()?));
+        self.meet(Barrier::A, "wire", &wired)?;
+        self.say(&ToSource::Ready)
     }
 
     /// Loads everything that is left, up to barrier E.
@@ -177,14 +183,7 @@ impl Incoming {
             said: "its state",
             expected: "that it stops",
         })?;
-        barrier::wait(
-            Barrier::E,
-            "load",
-            self.crew.names(),
-            &loading,
-            BLACKOUT_DEADLINE,
-            &mut self.recorder,
-        )?;
+        self.meet(Barrier::E, "load", &loading)?;
         if let Some(memory) = self.memory.take() {
             let begin = Instant::now();
             let bytes = memory.wait(BLACKOUT_DEADLINE)?;
@@ -197,24 +196,28 @@ impl Incoming {
     /// The machine is here: devices, then vCPUs, then the word.
     fn start(&mut self, host: &mut impl NewHost) -> Result<(), MigrationError> {
         self.state = self.state.on(DestinationInput::Commit).0;
-        if self.running {
-            let resumed = self.crew.each(|_, unit| Ok(unit.pci.resume()?));
-            barrier::wait(
-                Barrier::F,
-                "resume",
-                self.crew.names(),
-                &resumed,
-                BLACKOUT_DEADLINE,
-                &mut self.recorder,
-            )?;
-        }
+        let running = self.running;
+        let started = self.crew.each(move |_, unit| unit.take_up(running));
+        let started = self.meet(Barrier::F, "start", &started);
         let begin = Instant::now();
-        host.run(self.running);
+        host.run(running && started.is_ok());
         self.recorder.note("core", "run", begin, 0);
+        let problem = started.err().map(|error| crate::machine::chain(&error));
+        if let Some(problem) = &problem {
+            tracing::error!(
+                problem,
+                "the machine is here and stays paused; resume it when that is mended"
+            );
+            let stopped = self.crew.each(|_, unit| Ok(unit.pci.stop()?));
+            if let Err(error) = self.meet(Barrier::F, "stop", &stopped) {
+                tracing::error!(%error, "a device of a paused machine does not stop");
+            }
+        }
+        self.recorder.set_costs(costs::now().since(&self.before));
         let timeline = self.recorder.side().clone();
-        // The machine runs, whether the source hears it or not; it stays paused if it does not.
-        if let Err(error) = self.say(&ToSource::Running { timeline }) {
-            tracing::warn!(%error, "the source was not told that the machine runs here");
+        // The machine is here, whether the source hears it or not; it stays paused if it does not.
+        if let Err(error) = self.say(&ToSource::Running { timeline, problem }) {
+            tracing::warn!(%error, "the source was not told that the machine is here");
         }
         Ok(())
     }
@@ -241,6 +244,17 @@ impl Incoming {
                 .link
                 .send(&ToSource::Discarded { reason }, LAST_WORD_DEADLINE);
         }
+    }
+
+    fn meet<T>(
+        &mut self,
+        barrier: Barrier,
+        what: &'static str,
+        arrivals: &Receiver<Arrival<T>>,
+    ) -> Result<Vec<T>, MigrationError> {
+        let names = self.crew.names();
+        let within = BLACKOUT_DEADLINE;
+        barrier::wait(barrier, what, names, arrivals, within, &mut self.recorder)
     }
 
     fn say(&mut self, message: &ToSource) -> Result<(), MigrationError> {

@@ -83,6 +83,23 @@ pub enum MigrationError {
         #[source]
         source: Box<MigrationError>,
     },
+    /// The machine is here, and not all of its devices.
+    #[error("{why}; the machine stays paused, resume it when this is mended")]
+    StaysPaused {
+        /// What ended the migration.
+        why: String,
+        /// What keeps it from going on.
+        #[source]
+        source: Box<MigrationError>,
+    },
+    /// The machine is at its destination, and does not run.
+    #[error(
+        "the machine is at its destination and stays paused, resume it there when this is mended: {why}"
+    )]
+    PausedThere {
+        /// What the other side says.
+        why: String,
+    },
     /// The link between the cores failed.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -141,6 +158,16 @@ pub enum MigrationError {
 }
 
 impl MigrationError {
+    /// Whether a back-end has said that it cannot, and why.
+    pub(super) fn is_declined(&self) -> bool {
+        let cause = match self {
+            Self::VhostUser(error) => Some(error),
+            Self::Transport(TransportError::Device(error)) => error.cause().downcast_ref(),
+            _ => None,
+        };
+        matches!(cause, Some(VhostUserError::Declined { .. }))
+    }
+
     /// What it means for the commit.
     pub fn input(&self) -> SourceInput {
         match self {

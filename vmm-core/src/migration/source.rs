@@ -12,13 +12,14 @@ use std::time::{Duration, Instant};
 use migration::channel::Cancel;
 use migration::link::Link;
 use migration::report::{Recorder, Report, Round, micros};
+use migration::rings::Forecast;
 use migration::wire::{Blob, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
 use tokio::sync::watch;
 
-use super::barrier::Barrier;
-use super::converge::{Convergence, Decision, Measured};
+use super::barrier::{self, Barrier};
+use super::converge::{Around, Convergence, Decision, Measured};
 use super::error::system;
-use super::ram::{CoreWrites, DirtyTracker, RamSender};
+use super::ram::{CoreWrites, DirtyTracker, RamSender, WORD_PAGES};
 use super::saved_state::{DeviceWiring, WiringState, to_blob};
 use super::setup::{MigrateOptions, Sockets};
 use super::status::{Progress, Status};
@@ -30,6 +31,10 @@ use super::{
 use crate::hypervisor::{MemorySlots, Throttle};
 use crate::memory::Memory;
 use migration::wire::Definition;
+
+/// Words of pages that are given to the channels at once: 4 MiB of memory, so that the other side
+/// hears something in time on a slow link too.
+const PIECE_WORDS: usize = 16;
 
 /// The running machine, as far as the source's thread has to do with it.
 pub struct View {
@@ -84,16 +89,14 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
         link: Link::new(sockets.control, cancel.clone()),
         recorder: Recorder::start(),
         report: Report::default(),
-        convergence: Convergence::new(
-            options,
-            view.definition.cpus,
-            u32::try_from(view.units.len()).unwrap_or(u32::MAX),
-        ),
+        convergence: Convergence::new(options, view.definition.cpus),
+        around: Around::default(),
         view,
         options,
         cancel,
         status,
         ready: false,
+        unready: 0,
         wiring: None,
         alive: Instant::now(),
         began: Instant::now(),
@@ -154,8 +157,11 @@ struct Source {
     recorder: Recorder,
     report: Report,
     convergence: Convergence,
-    /// Barrier A is passed.
+    around: Around,
+    /// Barrier A was passed once.
     ready: bool,
+    /// How often the other side was told what it has not said to be ready for.
+    unready: u32,
     /// What the other side was told last.
     wiring: Option<Blob>,
     /// When the other side heard something last.
@@ -199,6 +205,7 @@ impl Source {
             let sender = RamSender::start(channels, &view.memory.guest(), &self.cancel)?;
             *memory = Some(MovingMemory { tracker, sender });
         }
+        self.look_around(&crew)?;
         self.tell_wiring()?;
         Ok(crew)
     }
@@ -223,7 +230,7 @@ impl Source {
             self.report.predicted_us = micros(predicted);
             self.note_progress(memory.as_ref(), remaining, predicted);
             match (decision, memory.as_mut()) {
-                (Decision::Stop, _) | (_, None) if self.ready => return Ok(()),
+                (Decision::Stop, _) | (_, None) if self.unready == 0 => return Ok(()),
                 (Decision::Stop, memory) | (_, memory @ None) => {
                     self.await_ready()?;
                     if let Some(memory) = memory {
@@ -249,8 +256,11 @@ impl Source {
             if first {
                 memory.tracker.without_holes(page, &mut words)?;
             }
-            memory.sender.send(page, &words)?;
-            self.listen()?;
+            for (number, words) in words.chunks(PIECE_WORDS).enumerate() {
+                let offset = (number * PIECE_WORDS) as u64 * WORD_PAGES;
+                memory.sender.send(page + offset, words)?;
+                self.listen()?;
+            }
             let remaining = memory.tracker.pending_bytes();
             let sent = memory.sender.sent();
             self.progress("copying", |progress| {
@@ -276,6 +286,27 @@ impl Source {
         self.tell_wiring()
     }
 
+    /// Finds out what a switchover would take besides memory. Once: a device that is busy must not
+    /// hold up the copying.
+    fn look_around(&mut self, crew: &Crew) -> Result<(), MigrationError> {
+        let begin = Instant::now();
+        let asked = crew.each(|_, unit| Ok(unit.remote.forecast()?));
+        let (names, within) = (crew.names(), ANSWER_DEADLINE);
+        let recorder = &mut self.recorder;
+        let forecasts = barrier::wait(Barrier::A, "forecast", names, &asked, within, recorder)?;
+        let slowest = |time: fn(&Forecast) -> Duration| forecasts.iter().map(time).max();
+        let stop = slowest(|forecast| forecast.stop).unwrap_or_default();
+        let start = slowest(|forecast| forecast.start).unwrap_or_default();
+        self.around.link = self.link.round_trip();
+        self.around.devices = begin.elapsed();
+        self.around.transitions = stop.saturating_add(start);
+        self.around.state_bytes = forecasts
+            .iter()
+            .fold(0, |sum, forecast| forecast.bytes.saturating_add(sum));
+        self.convergence.found(self.around);
+        Ok(())
+    }
+
     /// Waits a moment for barrier A; meanwhile more gets dirty, so it is not longer.
     fn await_ready(&mut self) -> Result<(), MigrationError> {
         if self.began.elapsed() >= READY_DEADLINE {
@@ -293,7 +324,7 @@ impl Source {
     fn listen(&mut self) -> Result<(), MigrationError> {
         while self.link.has_message() {
             match self.link.receive(ANSWER_DEADLINE)? {
-                ToSource::Ready if !self.ready => self.pass_a(),
+                ToSource::Ready if self.unready > 0 => self.pass_a(),
                 other => return Err(unexpected(other, "nothing")),
             }
         }
@@ -304,8 +335,11 @@ impl Source {
     }
 
     fn pass_a(&mut self) {
-        self.ready = true;
-        self.recorder.note("core", Barrier::A.name(), self.began, 0);
+        self.unready -= 1;
+        if self.unready == 0 && !self.ready {
+            self.ready = true;
+            self.recorder.note("core", Barrier::A.name(), self.began, 0);
+        }
     }
 
     /// Says how devices are wired, if that has changed.
@@ -322,6 +356,7 @@ impl Source {
         if self.wiring.as_ref() != Some(&blob) {
             self.say(&ToDestination::Wiring(blob.clone()))?;
             self.wiring = Some(blob);
+            self.unready += 1;
         }
         self.listen()
     }

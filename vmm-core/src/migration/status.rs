@@ -45,6 +45,8 @@ pub struct Outcome {
 pub enum Verdict {
     /// It runs at the destination.
     Moved,
+    /// It came here.
+    Arrived,
     /// It is here, as it was.
     Kept,
     /// It is paused here, and maybe runs at the destination: somebody must decide.

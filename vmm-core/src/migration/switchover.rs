@@ -1,10 +1,11 @@
 //! The blackout, on the machine's main thread.
 //!
 //! ```text
-//!  main     Stopping ▮B vCPUs ▮C     ▮D ─ last pages ─ core ─ rest of the pages ▮E Commit … Running
+//!  main     Stopping ▮B vCPUs ▮C     ▮D ─ last pages ─ core ─ rest of the pages ▮E locks, Commit … Running
 //!  devices                    stop ─┘└─ save, each to its twin ─┘
 //! ```
-//! Until *Commit* is sent every failure goes back: devices, then vCPUs, as before. Afterwards
+//! Until *Commit* is sent every failure goes back: devices with their locks, then vCPUs, as before;
+//! without its locks the machine stays paused. Afterwards
 //! only the other side's word, or a person's, does: see [`migration::commit`].
 
 use std::io;
@@ -28,6 +29,7 @@ use super::source::{MovingMemory, View, say_last, unexpected};
 use super::status::Status;
 use super::unit::{Crew, Unit, arrive};
 use super::{BLACKOUT_DEADLINE, MigrationError};
+use crate::costs;
 use crate::remote::vhost_user::StateDirection;
 
 /// What the switchover needs of the machine whose main thread it runs on.
@@ -40,6 +42,8 @@ pub trait Host {
     fn save_core(&mut self, devices: Vec<DeviceWiring>) -> Result<CoreState, MigrationError>;
     /// Lets vCPUs run, if the machine ran.
     fn run(&mut self);
+    /// The machine ran, and is paused from now on.
+    fn stay_paused(&mut self);
     /// Whether the machine ran when the switchover began.
     fn ran(&self) -> bool;
 }
@@ -78,19 +82,21 @@ impl Switchover {
     /// Moves the machine over, or leaves everything as it was.
     pub fn run(mut self, host: &mut impl Host) -> Ended {
         let begin = Instant::now();
+        let before = costs::now();
         self.end = begin + self.limit;
         self.status
             .send_modify(|status| status.progress.phase = "switchover");
         let (mut state, _) = Source::Copying.on(SourceInput::Stop);
         let result = self.blackout(host, &mut state);
         self.report.blackout_us = micros(begin.elapsed());
-        let error = result.err();
-        if let Some(error) = &error {
+        self.recorder.set_costs(costs::now().since(&before));
+        let mut error = result.err();
+        if let Some(why) = error.take() {
             let before = state;
-            let (next, word) = state.on(error.input());
+            let (next, word) = state.on(why.input());
             state = next;
             if word == Some(SourceWord::Abort) {
-                say_last(&mut self.link, error);
+                say_last(&mut self.link, &why);
             }
             if state == Source::Committed {
                 // Nothing but the other side's word says what became of it.
@@ -104,8 +110,15 @@ impl Switchover {
                     ?before,
                     "the migration is given up, the machine goes on here"
                 );
-                self.go_back(host);
+                error = self
+                    .go_back(host)
+                    .err()
+                    .map(|problem| MigrationError::StaysPaused {
+                        why: crate::machine::chain(&why),
+                        source: Box::new(problem),
+                    });
             }
+            error = error.or(Some(why));
         }
         self.report.source = self.recorder.side().clone();
         Ended {
@@ -157,7 +170,9 @@ impl Switchover {
             self.recorder
                 .note("core", "memory", begin, self.report.memory_bytes);
         }
-        self.await_loaded(state)?;
+        self.await_loaded()?;
+        self.let_go()?;
+        self.decide(state)?;
         self.commit(state)
     }
 
@@ -186,13 +201,27 @@ impl Switchover {
     }
 
     /// Barrier E: the other side has everything.
-    fn await_loaded(&mut self, state: &mut Source) -> Result<(), MigrationError> {
+    fn await_loaded(&mut self) -> Result<(), MigrationError> {
         let begin = Instant::now();
         match self.link.receive(self.left())? {
             ToSource::Loaded => {}
             other => return Err(unexpected(other, "that it has loaded everything")),
         }
         self.recorder.note("core", Barrier::E.name(), begin, 0);
+        Ok(())
+    }
+
+    /// Devices give up what only one process may have.
+    fn let_go(&mut self) -> Result<(), MigrationError> {
+        let released = self.crew.each(|_, unit| unit.let_go());
+        let (names, within) = (self.crew.names(), self.left());
+        let recorder = &mut self.recorder;
+        barrier::wait(Barrier::E, "release", names, &released, within, recorder)?;
+        Ok(())
+    }
+
+    /// The last moment to give up.
+    fn decide(&mut self, state: &mut Source) -> Result<(), MigrationError> {
         // Too late to cancel from here on. What was cancelled before is seen here.
         let cancel = Cancel::new().map_err(system("an eventfd"))?;
         if self.cancel.is_cancelled() {
@@ -210,44 +239,56 @@ impl Switchover {
         let begin = Instant::now();
         self.say(&ToDestination::Commit)?;
         match self.link.receive(BLACKOUT_DEADLINE)? {
-            ToSource::Running { timeline } => {
+            ToSource::Running { timeline, problem } => {
+                *state = state.on(SourceInput::Running).0;
                 self.report.destination = timeline;
                 self.report
                     .destination
                     .spans
                     .truncate(migration::report::MAX_SPANS);
+                if let Some(why) = problem {
+                    return Err(MigrationError::PausedThere { why });
+                }
             }
             other => return Err(unexpected(other, "that the machine runs")),
         }
         self.recorder.note("core", "commit", begin, 0);
-        *state = state.on(SourceInput::Running).0;
         Ok(())
     }
 
-    /// The machine goes on here: devices, then vCPUs, then whatever takes longer.
-    fn go_back(&mut self, host: &mut impl Host) {
+    /// The machine goes on here: devices with what only they may have, then vCPUs, then whatever
+    /// takes longer. Without all of its devices it stays paused.
+    fn go_back(&mut self, host: &mut impl Host) -> Result<(), MigrationError> {
         let begin = Instant::now();
         self.cancel.cancel();
         self.states.cut();
-        if host.ran() {
-            // In line behind whatever each device still does.
-            let resumed = self.crew.each(|_, unit| Ok(unit.pci.resume()?));
-            let resumed = barrier::wait(
-                Barrier::F,
-                "resume",
-                self.crew.names(),
-                &resumed,
-                BLACKOUT_DEADLINE,
-                &mut self.recorder,
-            );
-            if let Err(error) = resumed {
-                tracing::error!(%error, "a device did not come back after a migration was given up");
-            }
+        let running = host.ran();
+        // In line behind whatever each device still does.
+        let started = self.crew.each(move |_, unit| unit.take_up(running));
+        let started = self.meet_again("start", &started);
+        if started.is_ok() {
             host.run();
+        } else if running {
+            let stopped = self.crew.each(|_, unit| Ok(unit.pci.stop()?));
+            if let Err(error) = self.meet_again("stop", &stopped) {
+                tracing::error!(%error, "a device of a paused machine does not stop");
+            }
+            host.stay_paused();
         }
         self.memory = None;
         self.view.stop_logs();
         self.recorder.note("core", "go back", begin, 0);
+        started
+    }
+
+    fn meet_again(
+        &mut self,
+        what: &'static str,
+        arrivals: &Receiver<Arrival<()>>,
+    ) -> Result<(), MigrationError> {
+        let (names, within) = (self.crew.names(), BLACKOUT_DEADLINE);
+        let recorder = &mut self.recorder;
+        barrier::wait(Barrier::F, what, names, arrivals, within, recorder).map(drop)
     }
 
     /// What is left of the time that the blackout may last.

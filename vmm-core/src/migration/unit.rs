@@ -24,6 +24,36 @@ pub struct Unit {
     pub remote: Arc<VhostUserDevice>,
 }
 
+impl Unit {
+    /// The machine is here: what only one process may have is taken, and the device runs if the
+    /// machine does. Fails only if somebody else has that: the machine must not run then. A back-end
+    /// that does not work is its owner's to mend, as at any other time.
+    pub fn take_up(&self, running: bool) -> Result<(), MigrationError> {
+        let started = match running {
+            true => self.pci.resume().map_err(MigrationError::from),
+            false => Ok(()),
+        };
+        let taken = started.and_then(|()| Ok(self.remote.hold(true)?));
+        match taken {
+            Err(error) if !error.is_declined() => {
+                let error = crate::machine::chain(&error);
+                tracing::error!(
+                    device = self.id,
+                    error,
+                    "it does not start; restart its process"
+                );
+                Ok(())
+            }
+            taken => taken,
+        }
+    }
+
+    /// The machine goes: what only one process may have is given up.
+    pub fn let_go(&self) -> Result<(), MigrationError> {
+        Ok(self.remote.hold(false)?)
+    }
+}
+
 type Job = Box<dyn FnOnce(&Unit) + Send>;
 
 struct Worker {

@@ -287,12 +287,27 @@ impl Common {
     }
 
     fn activate(&mut self, msix: &Msix) -> Result<(), DeviceError> {
-        let mut activated = Vec::new();
+        let queues = self.enabled_queues(msix)?;
+        self.device.activate(self.driver_features, queues)?;
+        self.life = Life::Running;
+        Ok(())
+    }
+
+    /// Prepares the device to start, if the driver has started it.
+    pub(super) fn wire(&self, msix: &Msix) -> Result<(), DeviceError> {
+        if self.life != Life::Stopped {
+            return Ok(());
+        }
+        let queues = self.enabled_queues(msix)?;
+        self.device.wire(self.driver_features, queues)
+    }
+
+    fn enabled_queues(&self, msix: &Msix) -> Result<Vec<ActivatedQueue>, DeviceError> {
         let indices = (0..).map(QueueIndex);
         let enabled = indices.zip(&self.queues).filter(|(_, q)| q.enabled);
-        for (index, queue) in enabled {
+        let activated = |(index, queue): (QueueIndex, &Queue)| {
             queue.check().map_err(DeviceError::new)?;
-            activated.push(ActivatedQueue {
+            Ok(ActivatedQueue {
                 index,
                 size: queue.size,
                 descriptors: queue.descriptors,
@@ -303,11 +318,9 @@ impl Common {
                 call: msix
                     .event(queue_source(index.0.into()))
                     .map_err(DeviceError::new)?,
-            });
-        }
-        self.device.activate(self.driver_features, activated)?;
-        self.life = Life::Running;
-        Ok(())
+            })
+        };
+        enabled.map(activated).collect()
     }
 
     /// Stops the activated queues, if the device runs. Stopping twice is fine.

@@ -64,6 +64,11 @@ impl DeviceError {
     pub fn new(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self(cause.into())
     }
+
+    /// What was wrapped.
+    pub fn cause(&self) -> &(dyn Error + 'static) {
+        &*self.0
+    }
 }
 
 /// Hears of devices that do not work any more.
@@ -103,6 +108,9 @@ pub trait VirtioDevice: Send + Sync {
     fn read_config(&self, offset: u32, data: &mut [u8]);
     /// Takes a driver's write to the device configuration.
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), DeviceError>;
+    /// Prepares to start these queues, as far as it can be done before they run: how a machine that
+    /// moves in is wired ahead. It may be called many times, and means nothing by itself.
+    fn wire(&self, features: u64, queues: Vec<ActivatedQueue>) -> Result<(), DeviceError>;
     /// Starts the queues that the driver has enabled, with the features it accepted.
     fn activate(&self, features: u64, queues: Vec<ActivatedQueue>) -> Result<(), DeviceError>;
     /// Stops every activated queue, drained, and says where each goes on.

@@ -248,6 +248,12 @@ impl VirtioPciDevice {
         Ok(registers.common.resume(&registers.msix)?)
     }
 
+    /// Prepares the device to resume after [`Self::restore`], as far as it can be done ahead.
+    pub fn wire_ahead(&self) -> Result<(), TransportError> {
+        let registers = &*self.registers();
+        Ok(registers.common.wire(&registers.msix)?)
+    }
+
     /// As after power-on, with BARs back at their first addresses.
     pub fn reset(&self) -> Result<(), TransportError> {
         let registers = &mut *self.registers();

@@ -1,8 +1,8 @@
 //! The socket of a session: messages are taken from it until it ends.
 //!
-//! Every message goes to the protocol library but one, SET_BACKEND_REQ_FD, whose channel the
-//! library would wrap into a type that cannot send CONFIG_CHANGE_MSG. It is recognised by a look
-//! ahead. The look ahead also bounds the time that a message may take to arrive: the library
+//! Every message goes to the protocol library but those that it does not know ([`wired`]), and
+//! SET_BACKEND_REQ_FD, whose channel the library would wrap into a type that cannot send
+//! CONFIG_CHANGE_MSG. They are recognised by a look ahead. The look ahead also bounds the time that a message may take to arrive: the library
 //! retries for ever when a header comes in halves.
 
 use std::io::IoSliceMut;
@@ -20,19 +20,19 @@ use vhost::vhost_user::{
 };
 
 use super::error::SessionError;
-use super::{Services, Session};
+use super::{Services, Session, wired};
 use crate::device::Device;
 use crate::ending::chain;
 use crate::features::PROTOCOL;
 
 /// A message that has begun arrives within this time.
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(5);
-const HEADER: usize = 12;
+pub(super) const HEADER: usize = 12;
 
 const SET_BACKEND_REQ_FD: u32 = 21;
-const FLAG_REPLY: u32 = 4;
+pub(super) const FLAG_REPLY: u32 = 4;
 const FLAG_NEED_REPLY: u32 = 8;
-const VERSION_1: u32 = 1;
+pub(super) const VERSION_1: u32 = 1;
 
 /// The connection that is being served, for whoever must end it.
 #[derive(Clone, Debug, Default)]
@@ -98,6 +98,8 @@ fn messages<D: Device>(
         let request = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]);
         if request == SET_BACKEND_REQ_FD {
             session.backend_channel(&peek)?;
+        } else if wired::is_one(request) {
+            session.wired_rings(&peek)?;
         } else {
             library.handle_request()?;
         }
@@ -177,7 +179,9 @@ fn answer_success(stream: &UnixStream, request: u32) -> Result<(), SessionError>
 }
 
 /// Takes a header, which is known to be there, and the descriptors that came with it.
-fn take_message(stream: &UnixStream) -> Result<([u8; HEADER], Vec<OwnedFd>), SessionError> {
+pub(super) fn take_message(
+    stream: &UnixStream,
+) -> Result<([u8; HEADER], Vec<OwnedFd>), SessionError> {
     let mut header = [0; HEADER];
     let mut space = nix::cmsg_space!([RawFd; 32]);
     let mut parts = [IoSliceMut::new(&mut header)];

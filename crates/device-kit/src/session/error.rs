@@ -5,7 +5,7 @@ use std::io;
 use migration::state::{DeviceState, IllegalTransition};
 use thiserror::Error;
 
-use crate::device::{ConfigError, StateError};
+use crate::device::{ConfigError, OptionError, StateError};
 use crate::memory::MemoryError;
 use crate::queue::{InflightError, QueueIndex};
 use crate::queue_threads::ThreadGone;
@@ -72,6 +72,12 @@ pub(crate) enum SessionError {
     HalfMessage { got: usize },
     #[error("back-end channel: {0}")]
     Channel(&'static str),
+    #[error("a message about wired rings {0}")]
+    WiredRings(&'static str),
+    #[error("queue {queue} cannot be started: it runs, or has no addresses or no kick descriptor")]
+    NotWired { queue: QueueIndex },
+    #[error(transparent)]
+    Exclusive(#[from] OptionError),
     #[error("the connection failed")]
     Connection(#[source] io::Error),
     #[error("event descriptor of queue {queue} is unusable")]

@@ -38,7 +38,7 @@ impl From<SessionError> for ProtocolError {
 }
 
 impl<D: Device> Session<D> {
-    fn vring_at(&self, index: u32) -> std::result::Result<usize, SessionError> {
+    pub(super) fn vring_at(&self, index: u32) -> std::result::Result<usize, SessionError> {
         let count = self.services.queues.queue_count();
         usize::try_from(index)
             .ok()

@@ -18,45 +18,32 @@ mod connection;
 mod error;
 mod handler;
 mod lifecycle;
+mod services;
 mod transfer;
 mod vring;
+mod wired;
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use migration::schema::UnitId;
 use migration::state::DeviceState;
 
 pub use self::config_change::ConfigChange;
 pub(crate) use self::connection::{Connection, serve};
 use self::error::SessionError;
 use self::lifecycle::Lifecycle;
+pub(crate) use self::services::Services;
 use self::transfer::{Direction, Transfer, TransferError};
 use self::vring::Vring;
 use crate::device::Device;
 use crate::ending::chain;
 use crate::features::{EVENT_IDX, INDIRECT_DESC, LOG_ALL};
-use crate::health::Health;
-use crate::memory::{DirtyLog, Memory, Prefaulter};
-use crate::metrics::Metrics;
+use crate::memory::{DirtyLog, Memory};
 use crate::queue::{InflightFile, Queue, QueueIndex, RingLayout};
-use crate::queue_threads::QueueThreads;
 
 /// Requests that take longer than this to end when a ring stops are reported.
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
-
-/// What outlives a session.
-#[derive(Debug)]
-pub(crate) struct Services<D> {
-    pub(crate) device: Arc<D>,
-    pub(crate) queues: QueueThreads,
-    pub(crate) unit: UnitId,
-    pub(crate) prefault: Prefaulter,
-    pub(crate) metrics: Metrics,
-    pub(crate) config_change: ConfigChange,
-    pub(crate) health: Health,
-}
 
 /// One front-end being served.
 pub(crate) struct Session<D> {
@@ -118,6 +105,7 @@ impl<D: Device> Session<D> {
     }
 
     fn start_ring(&self, state: &mut State, at: usize) -> Result<(), SessionError> {
+        self.services.acquire()?;
         let running = if state.logging() {
             DeviceState::PreCopy
         } else {
@@ -146,11 +134,12 @@ impl<D: Device> Session<D> {
                 vring.running = true;
             }
             Err(error) => {
-                // The guest's doing: the ring stays without service, the front-end with one.
+                // The guest's doing: the ring stays without service, the front-end with one, until
+                // it is enabled anew.
                 tracing::warn!(%error, "ring cannot be started");
                 self.services.health.error(&error);
                 metrics.broken.inc();
-                vring.kick = None;
+                vring.enabled = false;
             }
         }
         self.settle(state)

@@ -234,6 +234,7 @@ pub(crate) mod tests {
                     span("core", "barrier E", 1900, 3000),
                     span("core", "commit", 3000, 5000),
                 ],
+                ..Side::default()
             },
             destination: Side {
                 origin_us: 1_000_000 + late,
@@ -243,6 +244,7 @@ pub(crate) mod tests {
                     span("core", "barrier F", 3200, 4100),
                     span("core", "run", 4100, 4600),
                 ],
+                ..Side::default()
             },
             ..Report::default()
         }

@@ -5,12 +5,16 @@
 //! of many devices and one of few, ours and QEMU with the same guest.
 
 pub(crate) mod gap;
-mod godwit;
+pub(crate) mod godwit;
 mod phases;
 mod presets;
 
-use anyhow::Result;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
 use clap::ValueEnum;
+use migration::picture;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -44,6 +48,10 @@ pub struct Switchover {
     pub preset: SwitchoverPreset,
     /// Moves of each.
     pub runs: usize,
+    /// Where the timeline of a move goes, for Perfetto's viewer.
+    pub trace: Option<PathBuf>,
+    /// Where a picture of it goes.
+    pub svg: Option<PathBuf>,
 }
 
 /// One move of one machine.
@@ -100,8 +108,35 @@ impl Switchover {
             summarise(&mut report, subject.name, moves);
         }
         judge(&mut report);
+        // The last of ours has the most devices.
+        let ours = moves
+            .iter()
+            .rfind(|moves| moves.iter().any(|m| m.report.is_some()));
+        if let Some(typical) = ours.and_then(|moves| typical(moves)) {
+            self.draw(typical)?;
+        }
         Ok(report)
     }
+
+    fn draw(&self, moved: &migration::report::Report) -> Result<()> {
+        let write = |path: &Path, text: String| {
+            fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))
+        };
+        if let Some(path) = &self.trace {
+            write(path, serde_json::to_string(&picture::trace(moved))?)?;
+        }
+        if let Some(path) = &self.svg {
+            write(path, picture::svg(moved))?;
+        }
+        Ok(())
+    }
+}
+
+/// The report of the move whose gap is in the middle.
+fn typical(moves: &[Move]) -> Option<&migration::report::Report> {
+    let mut sorted: Vec<_> = moves.iter().collect();
+    sorted.sort_by(|a, b| a.gap_ms.total_cmp(&b.gap_ms));
+    sorted.get(sorted.len() / 2)?.report.as_ref()
 }
 
 fn summarise(report: &mut Report, name: &str, moves: &[Move]) {

@@ -124,6 +124,11 @@ impl Vcpu {
         self.id
     }
 
+    /// The frequency of its time stamp counter, if KVM tells.
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.fd.get_tsc_khz().ok()
+    }
+
     /// Makes the vCPU start a kernel.
     pub fn enter_at(&self, entry: &EntryPoint) -> Result<(), HypervisorError> {
         let sregs = self

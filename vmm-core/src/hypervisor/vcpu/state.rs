@@ -1,6 +1,9 @@
 //! Saving and restoring one vCPU.
 
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{Msrs, Xsave, kvm_msr_entry, kvm_xsave};
+
+use migration::wire::same_frequency;
 
 use super::Vcpu;
 use crate::hypervisor::saved_state::VcpuSavedState;
@@ -40,13 +43,16 @@ impl Vcpu {
                 .get_vcpu_events()
                 .map_err(refused("tell a vCPU's events"))?,
             msrs: self.save_msrs()?,
+            tsc_khz: self.tsc_khz(),
+            nested: self.save_nested(),
         })
     }
 
     /// Takes a saved state over. The vCPU must be paused.
     ///
-    /// Control registers come before model-specific ones, those before the local APIC
-    /// (its base is one of them), its timer's deadline after it, events and run state last.
+    /// The counter's frequency comes before its value. Control registers come before what depends
+    /// on the modes that they switch on, and before model-specific ones, those before the local
+    /// APIC (its base is one of them), its timer's deadline after it, events and run state last.
     pub fn restore(&self, state: &VcpuSavedState) -> Result<(), HypervisorError> {
         if state.msrs.len() > MOST_MSRS {
             return Err(HypervisorError::InvalidState {
@@ -54,6 +60,7 @@ impl Vcpu {
                 why: format!("{} of them", state.msrs.len()),
             });
         }
+        self.set_tsc_frequency(state.tsc_khz)?;
         if let Some(xcrs) = &state.xcrs {
             self.fd
                 .set_xcrs(xcrs)
@@ -63,6 +70,11 @@ impl Vcpu {
         self.fd
             .set_sregs(&state.sregs)
             .map_err(refused("set a vCPU's control registers"))?;
+        if let Some(nested) = &state.nested {
+            self.fd
+                .set_nested_state(nested)
+                .map_err(refused("set the state of a guest's guest"))?;
+        }
         self.fd
             .set_regs(&state.regs)
             .map_err(refused("set a vCPU's registers"))?;
@@ -86,6 +98,28 @@ impl Vcpu {
         self.fd
             .set_mp_state(state.mp_state)
             .map_err(refused("set a vCPU's run state"))
+    }
+
+    /// Lets the guest know that it stood still, so that its watchdogs do not bark. A guest without
+    /// kvmclock has none that KVM could tell.
+    pub fn was_stopped(&self) {
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
+    fn set_tsc_frequency(&self, wanted: Option<u32>) -> Result<(), HypervisorError> {
+        match (wanted, self.tsc_khz()) {
+            (Some(wanted), Some(here)) if !same_frequency(wanted, here) => self
+                .fd
+                .set_tsc_khz(wanted)
+                .map_err(refused("scale the time stamp counter")),
+            _ => Ok(()),
+        }
+    }
+
+    fn save_nested(&self) -> Option<Box<KvmNestedStateBuffer>> {
+        let mut nested = Box::new(KvmNestedStateBuffer::empty());
+        // A KVM that runs no guests in guests has no such state.
+        self.fd.nested_state(&mut nested).ok().map(|_| nested)
     }
 
     fn save_msrs(&self) -> Result<Vec<(u32, u64)>, HypervisorError> {

@@ -1,9 +1,9 @@
 //! Messages to one back-end, each with a deadline.
 //!
-//! Most go through the `vhost` crate. Three do not: GET_CONFIG and SET_LOG_BASE, whose
+//! Most go through the `vhost` crate. These do not: GET_CONFIG and SET_LOG_BASE, whose
 //! answers differ in size between back-ends in the field (the crate would wait for bytes
-//! that never come), and GET_VRING_BASE, which is sent for all rings before the first
-//! answer is read.
+//! that never come), GET_VRING_BASE, which is sent for all rings before the first
+//! answer is read, and what the crate does not know ([`migration::rings`]).
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -12,13 +12,15 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use migration::rings::MAX_REASON;
 use vhost::VhostBackend;
-use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag};
+use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as ProtocolError, Frontend};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::watchdog::Watchdog;
 use super::{VhostUserError, config};
+use crate::costs;
 use crate::transport::MAX_QUEUES;
 
 const VERSION: u32 = 1;
@@ -88,6 +90,7 @@ impl Connection {
         message: &'static str,
         call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, VhostUserError> {
+        costs::MESSAGES.add();
         let guard = self.watchdog.guard(&self.socket, deadline);
         let result = call(&mut self.frontend);
         let late = guard.has_fired();
@@ -119,21 +122,48 @@ impl Connection {
     /// Sends several messages of one kind, then reads the answers, in order.
     pub(super) fn exchange(
         &mut self,
-        request: FrontendReq,
+        request: u32,
         message: &'static str,
         bodies: &[Vec<u8>],
         fd: Option<RawFd>,
     ) -> Result<Vec<Vec<u8>>, VhostUserError> {
         let guard = self.watchdog.guard(&self.socket, self.deadline);
-        let code = request as u32;
+        let mut send = |body: &Vec<u8>| {
+            costs::MESSAGES.add();
+            send(&self.socket, request, body, fd)
+        };
         let result = bodies
             .iter()
-            .try_for_each(|body| send(&self.socket, code, body, fd))
+            .try_for_each(&mut send)
             .map_err(ProtocolError::SocketError)
-            .and_then(|()| bodies.iter().map(|_| receive(&self.socket, code)).collect());
+            .and_then(|()| {
+                let answers = bodies.iter().map(|_| receive(&self.socket, request));
+                answers.collect()
+            });
         let late = guard.has_fired();
         drop(guard);
         result.map_err(|error| self.explain(message, self.deadline, late, error.into()))
+    }
+
+    /// Sends one of our own requests, whose answer is nothing, or why not.
+    pub(super) fn ask(
+        &mut self,
+        request: u32,
+        message: &'static str,
+        body: Vec<u8>,
+    ) -> Result<(), VhostUserError> {
+        let answers = self.exchange(request, message, &[body], None)?;
+        let Some(why) = answers.first().filter(|answer| !answer.is_empty()) else {
+            return Ok(());
+        };
+        let why = why.get(..MAX_REASON).unwrap_or(why);
+        // Somebody else's text, to be shown on one line.
+        let why = String::from_utf8_lossy(why).replace(char::is_control, " ");
+        Err(VhostUserError::Declined {
+            device: self.device.to_string(),
+            message,
+            why,
+        })
     }
 
     /// An answer that has the right form and says something impossible.

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use migration::rings::Forecast;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
@@ -162,6 +163,36 @@ impl VhostUserDevice {
         self.shared.settle(state, result)
     }
 
+    /// Has the back-end take what only one process may have, the lock of an image, or give it up
+    /// for the machine's twin while no ring runs. It is taken anyway before rings start.
+    pub fn hold(&self, hold: bool) -> Result<(), VhostUserError> {
+        let state = &mut *self.shared.state();
+        if state.wanted.is_some() {
+            return if hold {
+                Ok(())
+            } else {
+                Err(self.shared.rings_run())
+            };
+        }
+        let result = self
+            .shared
+            .with_session(state, |session, _| session.hold(hold));
+        self.shared.note(state, &result);
+        result
+    }
+
+    /// What the device's part in a switchover will take, as far as the back-end can say; nothing
+    /// where there is none now.
+    pub fn forecast(&self) -> Result<Forecast, VhostUserError> {
+        let state = &mut *self.shared.state();
+        let Phase::Connected(session) = &mut state.phase else {
+            return Ok(Forecast::default());
+        };
+        let result = session.forecast();
+        self.shared.note(state, &result);
+        result
+    }
+
     /// Lets the back-end save its state into `fd`, or load it from there, while no ring
     /// runs. It goes on in the background; [`Self::check_state`] waits for the end. A
     /// descriptor that comes back is to be used instead of the other end of `fd`.
@@ -236,6 +267,17 @@ impl VirtioDevice for VhostUserDevice {
         self.shared
             .write_config(offset, data)
             .map_err(DeviceError::new)
+    }
+
+    fn wire(&self, features: u64, mut queues: Vec<ActivatedQueue>) -> Result<(), DeviceError> {
+        queues.retain(|queue| queue.index.0 < self.shared.plan.served);
+        let state = &mut *self.shared.state();
+        let wanted = Wanted { features, queues };
+        state.touched = true;
+        let result = self
+            .shared
+            .with_session(state, |session, around| session.wire(&wanted, around));
+        self.shared.settle(state, result).map_err(DeviceError::new)
     }
 
     fn activate(&self, features: u64, mut queues: Vec<ActivatedQueue>) -> Result<(), DeviceError> {

@@ -66,6 +66,16 @@ pub enum VhostUserError {
         /// The message.
         message: &'static str,
     },
+    /// The back-end answered that it cannot, and why.
+    #[error("device {device}: {message} failed: {why}")]
+    Declined {
+        /// Which device.
+        device: String,
+        /// The message.
+        message: &'static str,
+        /// What the back-end says.
+        why: String,
+    },
     /// An answer that is none. The connection is given up.
     #[error("device {device}: impossible answer to {message}: {what}")]
     Nonsense {

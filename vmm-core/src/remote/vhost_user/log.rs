@@ -71,7 +71,12 @@ impl DirtyLog {
         body.extend(0u64.to_ne_bytes());
         let fd = Some(self.file.as_raw_fd());
         connection
-            .exchange(FrontendReq::SET_LOG_BASE, "SET_LOG_BASE", &[body], fd)
+            .exchange(
+                FrontendReq::SET_LOG_BASE as u32,
+                "SET_LOG_BASE",
+                &[body],
+                fd,
+            )
             .map(|_| ())
     }
 }

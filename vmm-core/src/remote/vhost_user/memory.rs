@@ -13,6 +13,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use super::VhostUserError;
 use super::connection::Connection;
 use super::negotiation::{Negotiated, TABLE_REGIONS};
+use crate::costs;
 use crate::memory::Region;
 
 /// Brings a back-end from the regions it has (none in a new session) to those there are.
@@ -22,6 +23,7 @@ pub(super) fn update(
     old: &[Region],
     new: &[Region],
 ) -> Result<(), VhostUserError> {
+    costs::MEMORY_TABLES.add();
     let slots = negotiated.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
     let room = if slots {
         negotiated.memory_slots

@@ -1,8 +1,11 @@
 //! Features: what the back-end has, and what of it the guest is offered.
 
+use migration::rings;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
+};
 use virtio_bindings::virtio_config::{
     VIRTIO_F_IN_ORDER, VIRTIO_F_ORDER_PLATFORM, VIRTIO_F_VERSION_1,
 };
@@ -28,6 +31,9 @@ const CONSOLE_F_SIZE: u32 = 0;
 const CONSOLE_F_MULTIPORT: u32 = 1;
 const FS_F_NOTIFICATION: u32 = 0;
 
+/// Rings of the back-end are wired ahead, and start and stop at once.
+pub(super) const WIRED_RINGS: Protocol = Protocol::from_bits_retain(rings::FEATURE);
+
 /// What this front-end speaks. Not STATUS: the field's back-ends have no handler for it.
 const SPOKEN: Protocol = Protocol::MQ
     .union(Protocol::LOG_SHMFD)
@@ -37,7 +43,8 @@ const SPOKEN: Protocol = Protocol::MQ
     .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
-    .union(Protocol::DEVICE_STATE);
+    .union(Protocol::DEVICE_STATE)
+    .union(WIRED_RINGS);
 
 /// Regions in a SET_MEM_TABLE (VU, «Memory region description»).
 pub(super) const TABLE_REGIONS: usize = 8;
@@ -78,8 +85,7 @@ pub(super) fn negotiate(connection: &mut Connection) -> Result<Negotiated, Vhost
     if features & PROTOCOL_FEATURES == 0 {
         return Ok(negotiated);
     }
-    let offered = connection.call("GET_PROTOCOL_FEATURES", |f| f.get_protocol_features())?;
-    let protocol = offered & SPOKEN;
+    let protocol = offered(connection)? & SPOKEN;
     negotiated.protocol = protocol;
     connection.call("SET_PROTOCOL_FEATURES", |f| {
         f.set_protocol_features(protocol)
@@ -93,6 +99,16 @@ pub(super) fn negotiate(connection: &mut Connection) -> Result<Negotiated, Vhost
         negotiated.memory_slots = usize::try_from(slots).unwrap_or(usize::MAX);
     }
     Ok(negotiated)
+}
+
+/// GET_PROTOCOL_FEATURES, with bits that the library does not know.
+fn offered(connection: &mut Connection) -> Result<Protocol, VhostUserError> {
+    const NAME: &str = "GET_PROTOCOL_FEATURES";
+    let request = FrontendReq::GET_PROTOCOL_FEATURES as u32;
+    let answers = connection.exchange(request, NAME, &[Vec::new()], None)?;
+    let bits = answers.first().and_then(|a| a.as_slice().try_into().ok());
+    bits.map(|bits| Protocol::from_bits_retain(u64::from_ne_bytes(bits)))
+        .ok_or_else(|| connection.nonsense(NAME, "it has not 8 bytes"))
 }
 
 /// Whether the back-end offers a network card's control queue.

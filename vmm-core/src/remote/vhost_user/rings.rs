@@ -1,5 +1,10 @@
 //! Rings of a back-end: set up without waiting, stopped with all answers awaited at once.
+//!
+//! A back-end of ours ([`migration::rings`]) is told ahead where rings are, and then starts and
+//! stops them by one message. Of any other, each ring is started and stopped by itself, and nothing
+//! is told ahead: some read their place in a ring when they hear its address.
 
+use migration::rings as ours;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::FrontendReq;
 use vhost::{VhostBackend, VringConfigData};
@@ -8,72 +13,164 @@ use super::VhostUserError;
 use super::connection::Connection;
 use super::memory::translate;
 use super::negotiation::{Negotiated, PROTOCOL_FEATURES};
+use crate::costs;
 use crate::memory::Region;
-use crate::transport::{ActivatedQueue, RingBase, StoppedQueue};
+use crate::transport::{ActivatedQueue, QueueIndex, RingBase, StoppedQueue};
 
 /// VRING_F_LOG: writes to the used ring are logged (VU, «Vring address description»).
 const RING_LOG: u32 = 1;
-
 /// Where a ring's parts are in this process, which is how back-ends know addresses.
-fn addresses(
-    device: &str,
-    regions: &[Region],
-    queue: &ActivatedQueue,
-    log: bool,
-) -> Result<VringConfigData, VhostUserError> {
-    let size = u64::from(queue.size);
-    let find = |area, address, len| {
-        translate(regions, address, len).ok_or_else(|| VhostUserError::RingOutside {
-            device: device.into(),
-            queue: queue.index.0,
-            area,
-            address,
-        })
-    };
-    Ok(VringConfigData {
-        queue_max_size: queue.size,
-        queue_size: queue.size,
-        flags: if log { RING_LOG } else { 0 },
-        desc_table_addr: find("a descriptor table", queue.descriptors, 16 * size)?,
-        avail_ring_addr: find("an available ring", queue.driver, 6 + 2 * size)?,
-        used_ring_addr: find("a used ring", queue.device, 6 + 8 * size)?,
-        log_addr: log.then_some(queue.device),
-    })
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    index: u16,
+    size: u16,
+    descriptors: u64,
+    driver: u64,
+    device: u64,
+    /// Guest-physical address of the used ring, if writes to it are logged.
+    log: Option<u64>,
 }
 
-/// Rings with their addresses, found before the back-end is told of any.
-pub(super) struct Located<'a>(Vec<(&'a ActivatedQueue, VringConfigData)>);
+impl Place {
+    fn addresses(&self) -> VringConfigData {
+        VringConfigData {
+            queue_max_size: self.size,
+            queue_size: self.size,
+            flags: if self.log.is_some() { RING_LOG } else { 0 },
+            desc_table_addr: self.descriptors,
+            avail_ring_addr: self.driver,
+            used_ring_addr: self.device,
+            log_addr: self.log,
+        }
+    }
+}
 
 /// Finds every ring in memory. A guest's mistake ends here, with nothing half done.
-pub(super) fn locate<'a>(
+pub(super) fn locate(
     device: &str,
     regions: &[Region],
-    queues: &'a [ActivatedQueue],
+    queues: &[ActivatedQueue],
     log: bool,
-) -> Result<Located<'a>, VhostUserError> {
+) -> Result<Vec<Place>, VhostUserError> {
+    let place = |queue: &ActivatedQueue| {
+        let size = u64::from(queue.size);
+        let find = |area, address, len| {
+            translate(regions, address, len).ok_or_else(|| VhostUserError::RingOutside {
+                device: device.into(),
+                queue: queue.index.0,
+                area,
+                address,
+            })
+        };
+        Ok(Place {
+            index: queue.index.0,
+            size: queue.size,
+            descriptors: find("a descriptor table", queue.descriptors, 16 * size)?,
+            driver: find("an available ring", queue.driver, 6 + 2 * size)?,
+            device: find("a used ring", queue.device, 6 + 8 * size)?,
+            log: log.then_some(queue.device),
+        })
+    };
+    queues.iter().map(place).collect()
+}
+
+/// Sets a ring up; one that is wired ahead gets its base later. Nothing is awaited.
+fn set_up(
+    connection: &mut Connection,
+    queue: &ActivatedQueue,
+    place: &Place,
+    base: Option<RingBase>,
+) -> Result<(), VhostUserError> {
+    let index = usize::from(place.index);
+    let addresses = place.addresses();
+    costs::RINGS.add();
+    connection.call("SET_VRING_NUM", |f| f.set_vring_num(index, place.size))?;
+    if let Some(RingBase(base)) = base {
+        connection.call("SET_VRING_BASE", |f| f.set_vring_base(index, base))?;
+    }
+    connection.call("SET_VRING_ADDR", |f| f.set_vring_addr(index, &addresses))?;
+    connection.call("SET_VRING_CALL", |f| f.set_vring_call(index, &queue.call))?;
+    connection.call("SET_VRING_KICK", |f| f.set_vring_kick(index, &queue.kick))
+}
+
+/// Wires rings of a back-end of ours ahead. [`Connection::sync`] awaits it.
+pub(super) fn wire(
+    connection: &mut Connection,
+    queues: &[ActivatedQueue],
+    places: &[Place],
+) -> Result<(), VhostUserError> {
     queues
         .iter()
-        .map(|queue| Ok((queue, addresses(device, regions, queue, log)?)))
-        .collect::<Result<_, _>>()
-        .map(Located)
+        .zip(places)
+        .try_for_each(|(queue, place)| set_up(connection, queue, place, None))
+}
+
+/// Lets wired rings run.
+pub(super) fn start_wired(
+    connection: &mut Connection,
+    queues: &[ActivatedQueue],
+) -> Result<(), VhostUserError> {
+    let bases = queues.iter().map(|queue| ours::RingBase {
+        index: queue.index.0,
+        base: queue.base.0,
+    });
+    let body = ours::encode(&bases.collect::<Vec<_>>());
+    connection.ask(ours::START, "START_RINGS", body)
+}
+
+/// Has a back-end of ours take what only one process may have, or give it up.
+pub(super) fn hold(connection: &mut Connection, hold: bool) -> Result<(), VhostUserError> {
+    let body = u32::from(hold).to_ne_bytes().to_vec();
+    connection.ask(ours::HOLD, "HOLD", body)
+}
+
+/// Asks a back-end of ours what a switchover will take.
+pub(super) fn forecast(connection: &mut Connection) -> Result<ours::Forecast, VhostUserError> {
+    const NAME: &str = "FORECAST";
+    let answers = connection.exchange(ours::FORECAST, NAME, &[Vec::new()], None)?;
+    let forecast = answers.first().and_then(|a| ours::Forecast::decode(a));
+    forecast.ok_or_else(|| connection.nonsense(NAME, "it has not 24 bytes"))
+}
+
+/// Stops all rings of a back-end of ours, drained.
+pub(super) fn stop_wired(
+    connection: &mut Connection,
+    queues: &[ActivatedQueue],
+) -> Result<Vec<StoppedQueue>, VhostUserError> {
+    const NAME: &str = "STOP_RINGS";
+    let answers = connection.exchange(ours::STOP, NAME, &[Vec::new()], None)?;
+    let rings = answers.first().and_then(|answer| ours::decode(answer));
+    let Some(rings) = rings else {
+        return Err(connection.nonsense(NAME, "no list of rings"));
+    };
+    let stopped = rings.iter().map(|ring| StoppedQueue {
+        index: QueueIndex(ring.index),
+        base: RingBase(ring.base),
+    });
+    let stopped: Vec<_> = stopped.collect();
+    match stopped
+        .iter()
+        .find(|s| queues.iter().all(|q| q.index != s.index))
+    {
+        Some(other) => {
+            Err(connection.nonsense(NAME, format!("ring {}, which did not run", other.index)))
+        }
+        None => Ok(stopped),
+    }
 }
 
 /// Sets rings up and lets them run. Nothing is awaited; [`Connection::sync`] does.
 pub(super) fn start(
     connection: &mut Connection,
     negotiated: &Negotiated,
-    rings: &Located<'_>,
+    queues: &[ActivatedQueue],
+    places: &[Place],
 ) -> Result<(), VhostUserError> {
-    for (queue, addresses) in &rings.0 {
-        let index = usize::from(queue.index.0);
-        connection.call("SET_VRING_NUM", |f| f.set_vring_num(index, queue.size))?;
-        connection.call("SET_VRING_BASE", |f| f.set_vring_base(index, queue.base.0))?;
-        connection.call("SET_VRING_ADDR", |f| f.set_vring_addr(index, addresses))?;
-        connection.call("SET_VRING_CALL", |f| f.set_vring_call(index, &queue.call))?;
-        connection.call("SET_VRING_KICK", |f| f.set_vring_kick(index, &queue.kick))?;
+    for (queue, place) in queues.iter().zip(places) {
+        set_up(connection, queue, place, Some(queue.base))?;
     }
     if negotiated.features & PROTOCOL_FEATURES != 0 {
-        for (queue, _) in &rings.0 {
+        for queue in queues {
             let index = usize::from(queue.index.0);
             connection.call("SET_VRING_ENABLE", |f| f.set_vring_enable(index, true))?;
         }
@@ -82,13 +179,10 @@ pub(super) fn start(
 }
 
 /// Tells running rings whether their used rings are logged.
-pub(super) fn set_log(
-    connection: &mut Connection,
-    rings: &Located<'_>,
-) -> Result<(), VhostUserError> {
-    for (queue, addresses) in &rings.0 {
-        let index = usize::from(queue.index.0);
-        connection.call("SET_VRING_ADDR", |f| f.set_vring_addr(index, addresses))?;
+pub(super) fn set_log(connection: &mut Connection, places: &[Place]) -> Result<(), VhostUserError> {
+    for place in places {
+        let (index, addresses) = (usize::from(place.index), place.addresses());
+        connection.call("SET_VRING_ADDR", |f| f.set_vring_addr(index, &addresses))?;
     }
     Ok(())
 }
@@ -107,7 +201,7 @@ pub(super) fn stop(
             body
         })
         .collect();
-    let answers = connection.exchange(FrontendReq::GET_VRING_BASE, NAME, &requests, None)?;
+    let answers = connection.exchange(FrontendReq::GET_VRING_BASE as u32, NAME, &requests, None)?;
     let mut stopped = Vec::with_capacity(queues.len());
     for (queue, answer) in queues.iter().zip(answers) {
         let &[a, b, c, d, e, f, g, h] = answer.as_slice() else {

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use migration::rings::Forecast;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -13,7 +14,8 @@ use super::channel::Channel;
 use super::connection::Connection;
 use super::inflight::Inflight;
 use super::log::DirtyLog;
-use super::negotiation::{self, LOG_ALL, Negotiated, PROTOCOL_FEATURES};
+use super::negotiation::{self, LOG_ALL, Negotiated, PROTOCOL_FEATURES, WIRED_RINGS};
+use super::rings::Place;
 use super::watchdog::Watchdog;
 use super::{VhostUserConfig, VhostUserError, memory, rings};
 use crate::memory::Region;
@@ -34,6 +36,27 @@ pub(super) struct Session {
     pub(super) channel: Option<Arc<Channel>>,
     /// Regions that the back-end has.
     told: Vec<Region>,
+    /// How the rings of a back-end of ours are wired.
+    wired: Option<Wired>,
+}
+
+/// What rings are wired with.
+#[derive(PartialEq, Eq)]
+struct Wired {
+    features: u64,
+    places: Vec<Place>,
+}
+
+/// What a session needs to know of its device to wire its rings.
+pub(super) struct Surroundings<'a> {
+    /// Memory as it is.
+    pub(super) regions: &'a [Region],
+    /// Where writes are logged.
+    pub(super) log: Option<&'a DirtyLog>,
+    /// Made if the back-end wants one.
+    pub(super) inflight: &'a mut Option<Inflight>,
+    /// Rings that the back-end serves.
+    pub(super) served: u16,
 }
 
 impl Session {
@@ -55,6 +78,7 @@ impl Session {
             negotiated,
             channel,
             told: Vec::new(),
+            wired: None,
         })
     }
 
@@ -83,44 +107,117 @@ impl Session {
         accepted & self.negotiated.features | protocol | if log { LOG_ALL } else { 0 }
     }
 
-    /// Starts the rings; the order is in the module's header. `inflight` is made if the
-    /// back-end wants one.
+    /// Tells the back-end everything that it needs to serve the rings, as far as it can be told
+    /// before they run; nothing that it knows already.
+    pub(super) fn wire(
+        &mut self,
+        wanted: &Wanted,
+        around: Surroundings<'_>,
+    ) -> Result<(), VhostUserError> {
+        if !self.is_ours() {
+            return self.set_memory(around.regions, around.log);
+        }
+        let wired = self.place(wanted, &around)?;
+        if self.wired.as_ref() == Some(&wired) {
+            return Ok(());
+        }
+        self.wired = None;
+        self.prepare(wanted, wired.features, around)?;
+        rings::wire(&mut self.connection, &wanted.queues, &wired.places)?;
+        self.connection.sync("the wiring of its rings")?;
+        self.wired = Some(wired);
+        Ok(())
+    }
+
+    /// Starts the rings; the order is in the module's header.
     pub(super) fn start(
         &mut self,
         wanted: &Wanted,
-        regions: &[Region],
-        log: Option<&DirtyLog>,
-        inflight: &mut Option<Inflight>,
-        served: u16,
+        around: Surroundings<'_>,
     ) -> Result<(), VhostUserError> {
-        let device = self.connection.device().to_string();
-        let rings = rings::locate(&device, regions, &wanted.queues, log.is_some())?;
-        let features = self.features(wanted.features, log.is_some());
+        if self.is_ours() {
+            self.wire(wanted, around)?;
+            return rings::start_wired(&mut self.connection, &wanted.queues);
+        }
+        let Wired { features, places } = self.place(wanted, &around)?;
+        self.prepare(wanted, features, around)?;
+        let queues = &wanted.queues;
+        rings::start(&mut self.connection, &self.negotiated, queues, &places)?;
+        self.connection.sync("the start of its rings")
+    }
+
+    fn place(&self, wanted: &Wanted, around: &Surroundings<'_>) -> Result<Wired, VhostUserError> {
+        let log = around.log.is_some();
+        let device = self.connection.device();
+        Ok(Wired {
+            features: self.features(wanted.features, log),
+            places: rings::locate(device, around.regions, &wanted.queues, log)?,
+        })
+    }
+
+    /// Features, memory, log and inflight: what comes before rings.
+    fn prepare(
+        &mut self,
+        wanted: &Wanted,
+        features: u64,
+        around: Surroundings<'_>,
+    ) -> Result<(), VhostUserError> {
         self.connection
             .call("SET_FEATURES", |f| f.set_features(features))?;
-        self.set_memory(regions, None)?;
-        self.set_log_base(log)?;
+        self.set_memory(around.regions, None)?;
+        self.set_log_base(around.log)?;
         let queue_size = wanted.queues.iter().map(|q| q.size).max();
         if let Some(queue_size) = queue_size
             && self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
         {
-            let inflight = match inflight {
+            let served = around.served;
+            let inflight = match around.inflight {
                 Some(inflight) if inflight.fits(served, queue_size) => inflight,
-                _ => inflight.insert(Inflight::get(&mut self.connection, served, queue_size)?),
+                inflight => {
+                    inflight.insert(Inflight::get(&mut self.connection, served, queue_size)?)
+                }
             };
             inflight.set(&mut self.connection)?;
         }
-        rings::start(&mut self.connection, &self.negotiated, &rings)?;
-        self.connection.sync("the start of its rings")
+        Ok(())
+    }
+
+    /// Whether the back-end is of ours: rings are wired ahead, and start and stop at once.
+    fn is_ours(&self) -> bool {
+        self.has(WIRED_RINGS)
+    }
+
+    /// Has the back-end take what only one process may have, or give it up. Others take it when
+    /// they start.
+    pub(super) fn hold(&mut self, hold: bool) -> Result<(), VhostUserError> {
+        if self.is_ours() {
+            rings::hold(&mut self.connection, hold)?;
+        }
+        Ok(())
+    }
+
+    /// What a switchover will take, as far as the back-end can say. Its answer also shows how long
+    /// one takes.
+    pub(super) fn forecast(&mut self) -> Result<Forecast, VhostUserError> {
+        if self.is_ours() {
+            return rings::forecast(&mut self.connection);
+        }
+        self.connection.sync("a question")?;
+        Ok(Forecast::default())
     }
 
     /// Stops the rings, drained.
     pub(super) fn stop(&mut self, wanted: &Wanted) -> Result<Vec<StoppedQueue>, VhostUserError> {
-        rings::stop(&mut self.connection, &wanted.queues)
+        if self.is_ours() {
+            rings::stop_wired(&mut self.connection, &wanted.queues)
+        } else {
+            rings::stop(&mut self.connection, &wanted.queues)
+        }
     }
 
     /// RESET_DEVICE, where the back-end has it; its rings are stopped already.
     pub(super) fn reset(&mut self) -> Result<(), VhostUserError> {
+        self.wired = None;
         if self.has(VhostUserProtocolFeatures::RESET_DEVICE) {
             self.connection
                 .call_acked("RESET_DEVICE", |f| f.reset_device())?;
@@ -139,13 +236,16 @@ impl Session {
         let Some(wanted) = wanted else {
             return Ok(());
         };
-        let device = self.connection.device().to_string();
-        let rings = rings::locate(&device, regions, &wanted.queues, log.is_some())?;
+        let device = self.connection.device();
+        let places = rings::locate(device, regions, &wanted.queues, log.is_some())?;
         let features = self.features(wanted.features, log.is_some());
+        self.wired = None;
         self.connection
             .call("SET_FEATURES", |f| f.set_features(features))?;
-        rings::set_log(&mut self.connection, &rings)?;
-        self.connection.sync("the change of its dirty log")
+        rings::set_log(&mut self.connection, &places)?;
+        self.connection.sync("the change of its dirty log")?;
+        self.wired = self.is_ours().then_some(Wired { features, places });
+        Ok(())
     }
 
     /// Tells the back-end where the log is, if there is one and it can write one.

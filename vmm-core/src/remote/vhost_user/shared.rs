@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::connection::Connection;
 use super::inflight::Inflight;
 use super::queues::QueuePlan;
-use super::session::{Session, Wanted};
+use super::session::{Session, Surroundings, Wanted};
 use super::{DirtyLog, VhostUserConfig, VhostUserError, Watchdog, device_config};
 use crate::memory::{Memory, Region};
 use crate::transport::{ActivatedQueue, DeviceNotifier, RingBase, StoppedQueue};
@@ -119,6 +119,12 @@ impl Shared {
         }
     }
 
+    pub(super) fn rings_run(&self) -> VhostUserError {
+        VhostUserError::RingsRun {
+            device: self.id().into(),
+        }
+    }
+
     pub(super) fn away(&self) -> VhostUserError {
         VhostUserError::Away {
             device: self.id().into(),
@@ -177,9 +183,7 @@ impl Shared {
         state: &'a mut State,
     ) -> Result<&'a mut Connection, VhostUserError> {
         if state.wanted.is_some() {
-            return Err(VhostUserError::RingsRun {
-                device: self.id().into(),
-            });
+            return Err(self.rings_run());
         }
         match &mut state.phase {
             Phase::Connected(session) if session.has(Protocol::DEVICE_STATE) => {
@@ -192,17 +196,28 @@ impl Shared {
 
     /// Starts what is wanted, if there is somebody to do it.
     pub(super) fn start(&self, state: &mut State) -> Result<(), VhostUserError> {
-        let Some(wanted) = &state.wanted else {
+        let Some(wanted) = state.wanted.take() else {
             return Ok(());
         };
+        let result = self.with_session(state, |session, around| session.start(&wanted, around));
+        state.wanted = Some(wanted);
+        result
+    }
+
+    /// Does something with the back-end's session, if there is one.
+    pub(super) fn with_session(
+        &self,
+        state: &mut State,
+        work: impl FnOnce(&mut Session, Surroundings<'_>) -> Result<(), VhostUserError>,
+    ) -> Result<(), VhostUserError> {
+        let around = Surroundings {
+            regions: &state.regions,
+            log: state.log.as_deref(),
+            inflight: &mut state.inflight,
+            served: self.plan.served,
+        };
         match &mut state.phase {
-            Phase::Connected(session) => session.start(
-                wanted,
-                &state.regions,
-                state.log.as_deref(),
-                &mut state.inflight,
-                self.plan.served,
-            ),
+            Phase::Connected(session) => work(session, around),
             Phase::Away => Ok(()),
             Phase::Failed(cause) => Err(VhostUserError::Failed {
                 device: self.id().into(),

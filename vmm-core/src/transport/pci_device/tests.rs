@@ -20,6 +20,7 @@ struct FakeDevice {
     notifier: Mutex<Option<Arc<dyn DeviceNotifier>>>,
     config: Mutex<Vec<u8>>,
     refuse: AtomicBool,
+    wired: Mutex<Vec<QueueIndex>>,
     resets: Mutex<usize>,
 }
 
@@ -55,6 +56,10 @@ impl VirtioDevice for FakeDevice {
                 *at = byte;
             }
         }
+        Ok(())
+    }
+    fn wire(&self, _: u64, queues: Vec<ActivatedQueue>) -> Result<(), DeviceError> {
+        *self.wired.lock().unwrap() = queues.iter().map(|queue| queue.index).collect();
         Ok(())
     }
     fn activate(&self, features: u64, queues: Vec<ActivatedQueue>) -> Result<(), DeviceError> {

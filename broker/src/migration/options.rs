@@ -1,0 +1,149 @@
+//! How a machine is to move, as the caller wants it.
+
+use std::collections::HashMap;
+
+use api::{Dictionary, Error};
+use serde::{Deserialize, Serialize};
+use zbus::OwnedVariant;
+
+/// Most channels for memory.
+const MAX_CHANNELS: u64 = migration::ram::MAX_CHANNELS as u64;
+/// Longest times that are taken, in milliseconds and seconds: a day.
+const MAX_MS: u64 = 86_400_000;
+const MAX_S: u64 = 86_400;
+
+/// How a machine is to move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Options {
+    /// Connections for memory.
+    pub(crate) channels: usize,
+    /// The stop begins when it is predicted to be shorter.
+    pub(crate) max_downtime_ms: u64,
+    /// A stop that lasts longer is given up.
+    pub(crate) blackout_limit_ms: u64,
+    /// How long a migration that does not converge goes on.
+    pub(crate) patience_s: u64,
+    /// A guest that is too fast is slowed down.
+    pub(crate) auto_converge: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            channels: 2,
+            max_downtime_ms: 300,
+            blackout_limit_ms: 10_000,
+            patience_s: 60,
+            auto_converge: false,
+        }
+    }
+}
+
+impl Options {
+    /// Of a caller's dictionary.
+    ///
+    /// # Errors
+    /// Something is unknown, of another type, or too much.
+    pub(crate) fn parse(dictionary: Dictionary) -> Result<Self, Error> {
+        let mut options = Self::default();
+        for (key, value) in dictionary {
+            match key.as_str() {
+                "channels" => {
+                    let channels = number(&key, &value, 1..=MAX_CHANNELS)?;
+                    options.channels = usize::try_from(channels).unwrap_or(1);
+                }
+                "max-downtime-ms" => options.max_downtime_ms = number(&key, &value, 1..=MAX_MS)?,
+                "blackout-limit-ms" => {
+                    options.blackout_limit_ms = number(&key, &value, 1..=MAX_MS)?;
+                }
+                "patience-s" => options.patience_s = number(&key, &value, 0..=MAX_S)?,
+                "auto-converge" => {
+                    options.auto_converge = bool::try_from(value).map_err(|_| {
+                        Error::InvalidArgs(format!("option {key} is not a boolean"))
+                    })?;
+                }
+                _ => {
+                    return Err(Error::InvalidArgs(format!(
+                        "{key} is no option of a migration: there are channels, max-downtime-ms, \
+                         blackout-limit-ms, patience-s, auto-converge"
+                    )));
+                }
+            }
+        }
+        Ok(options)
+    }
+
+    /// As a core takes them.
+    pub(crate) fn for_core(&self, shared_memory: bool) -> HashMap<String, OwnedVariant> {
+        HashMap::from([
+            ("max-downtime-ms".into(), self.max_downtime_ms.into()),
+            ("blackout-limit-ms".into(), self.blackout_limit_ms.into()),
+            ("patience-s".into(), self.patience_s.into()),
+            ("auto-converge".into(), self.auto_converge.into()),
+            ("shared-memory".into(), shared_memory.into()),
+        ])
+    }
+}
+
+/// A number, of whatever integer type the caller chose.
+pub(crate) fn number(
+    key: &str,
+    value: &OwnedVariant,
+    possible: std::ops::RangeInclusive<u64>,
+) -> Result<u64, Error> {
+    let number = value
+        .downcast_ref::<u64>()
+        .ok()
+        .or_else(|| value.downcast_ref::<u32>().ok().map(u64::from))
+        .or_else(|| u64::try_from(value.downcast_ref::<i32>().ok()?).ok())
+        .or_else(|| u64::try_from(value.downcast_ref::<i64>().ok()?).ok());
+    number
+        .filter(|number| possible.contains(number))
+        .ok_or_else(|| {
+            Error::InvalidArgs(format!(
+                "option {key}: give an integer from {} to {}",
+                possible.start(),
+                possible.end()
+            ))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(key: &str, value: impl Into<OwnedVariant>) -> Dictionary {
+        HashMap::from([(key.to_owned(), value.into())])
+    }
+
+    #[test]
+    fn options_are_read_whatever_their_integer_type() {
+        assert_eq!(
+            Options::parse(Dictionary::new()).unwrap(),
+            Options::default()
+        );
+        assert_eq!(Options::parse(one("channels", 4u32)).unwrap().channels, 4);
+        let options = Options::parse(one("max-downtime-ms", 20u64)).unwrap();
+        assert_eq!(options.max_downtime_ms, 20);
+        assert!(
+            Options::parse(one("auto-converge", true))
+                .unwrap()
+                .auto_converge
+        );
+    }
+
+    #[test]
+    fn impossible_ones_are_named() {
+        for (given, said) in [
+            (one("channels", 17u32), "option channels: give an integer"),
+            (one("channels", 0u32), "option channels: give an integer"),
+            (one("max-downtime-ms", true), "option max-downtime-ms"),
+            (one("auto-converge", 1u32), "auto-converge is not a boolean"),
+            (one("speed", 1u32), "speed is no option"),
+        ] {
+            let error = Options::parse(given).unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! What a broker does that was started in the middle of a migration: it asks the cores how it
+//! ended, as the one before would have.
+
+use std::sync::Arc;
+
+use api::Error;
+use api::machine::State;
+
+use super::Uri;
+use super::arrival;
+use super::mover::Mover;
+use super::record::{Outcome, Verdict};
+use super::source::{Leaving, undecided};
+use crate::broker::Broker;
+use crate::folder::{self, remove_file};
+use crate::jobs::{Job, Kind};
+use crate::machine::adopt::clean;
+use crate::machine::{Instance, Machine, MachineState};
+use crate::name::MachineName;
+
+/// Processes that wait for a machine, or have it already.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    state: MachineState,
+    instance: Instance,
+    arrived: bool,
+}
+
+impl Broker {
+    /// Finds processes that wait for a machine, and ends what is left of others.
+    pub(crate) async fn find_pending(self: &Arc<Self>) -> Vec<(MachineName, Pending)> {
+        let mut pending = Vec::new();
+        for place in folder::list(&self.host.folder.join("incoming")) {
+            let name = place.file_name().unwrap_or_default().to_string_lossy();
+            let Ok(name) = MachineName::new(&name) else {
+                continue;
+            };
+            let Ok(state) = MachineState::load(&place) else {
+                clean(&self.host, &place, None).await;
+                continue;
+            };
+            let instance = Instance::adopt(&self.host, &name, None, place.clone(), &state).await;
+            match instance {
+                Ok(instance) => {
+                    let arrived = has_arrived(&instance).await;
+                    let found = Pending {
+                        state,
+                        instance,
+                        arrived,
+                    };
+                    pending.push((name, found));
+                }
+                Err(error) => {
+                    tracing::info!(machine = %name, %error, "it did not arrive");
+                    clean(&self.host, &place, Some(&state)).await;
+                }
+            }
+        }
+        pending
+    }
+
+    /// Makes processes the machine that they have. What is left of those that had it is ended.
+    pub(crate) async fn settle(
+        self: &Arc<Self>,
+        name: &MachineName,
+        pending: Pending,
+    ) -> Option<Pending> {
+        if !pending.arrived {
+            return Some(pending);
+        }
+        let place = self.host.folder.machine(name);
+        if let Ok(former) = MachineState::load(&place) {
+            clean(&self.host, &place, Some(&former)).await;
+        }
+        let Pending {
+            mut state,
+            instance,
+            ..
+        } = pending;
+        state.complete = true;
+        if let Err(error) = self.keep(name, &state.definition, state.transient) {
+            tracing::error!(machine = %name, %error, "another broker would not know it when it is off");
+        }
+        if let Err(error) = instance.leave(&self.host, name, &state) {
+            tracing::error!(machine = %name, %error, "a machine that arrived is lost sight of");
+        }
+        None
+    }
+
+    /// Goes on with the job of a machine that moves, or comes.
+    pub(crate) async fn go_on(
+        self: Arc<Self>,
+        job: Arc<Job>,
+        machine: Arc<Machine>,
+        pending: Option<Pending>,
+    ) -> Result<(), Error> {
+        let record = job.record();
+        let migration = record.migration.unwrap_or_default();
+        match (record.kind, pending) {
+            (Kind::Migrate, pending) => {
+                let local = migration.uri.parse() == Ok(Uri::Local);
+                let leaving = Leaving {
+                    host: Arc::clone(&self.host),
+                    machine: Arc::clone(&machine),
+                    job: Arc::clone(&job),
+                };
+                let Ok(core) = machine.core("moved") else {
+                    return match machine.state() {
+                        State::Off => Ok(()),
+                        _ => Err(Error::MachineFailed(format!(
+                            "{} ended while no broker watched",
+                            machine.name()
+                        ))),
+                    };
+                };
+                let mover = Mover::of(&core).await?;
+                match pending {
+                    Some(pending) => leaving.end_local(&mover, pending.instance).await,
+                    None if local && has_arrived_at(&mover).await => {
+                        job.migration(|migration| {
+                            migration.place = api::job_migration::Place::Destination;
+                        });
+                        Ok(())
+                    }
+                    None => leaving.end_remote(&mover).await,
+                }
+            }
+            (_, Some(pending)) => {
+                let result =
+                    arrival::take_in(&self.host, &machine, &job, pending.instance, false).await;
+                self.received(&machine, &result);
+                result
+            }
+            (_, None) if matches!(machine.state(), State::Running | State::Paused) => Ok(()),
+            (_, None) => Err(Error::MigrationFailed(format!(
+                "{} did not arrive before the broker ended",
+                machine.name()
+            ))),
+        }
+    }
+
+    /// Makes the machines that are still on their way here known, each with its job.
+    pub(crate) async fn await_pending(self: &Arc<Self>, pending: Vec<(MachineName, Pending)>) {
+        for (name, found) in pending {
+            if self.machine(name.as_str()).is_err() {
+                let definition = found.state.definition.clone();
+                match self.insert(name.clone(), definition, found.state.transient, false) {
+                    Ok(machine) => {
+                        machine.set_new(true);
+                        machine.starts();
+                    }
+                    Err(error) => {
+                        tracing::error!(machine = %name, %error, "it cannot be awaited");
+                        found.instance.discard(&self.host).await;
+                        continue;
+                    }
+                }
+            }
+            self.pending().insert(name, found);
+        }
+    }
+
+    /// Ends what waits for machines of which no job is left, and says what became of those whose
+    /// migration nobody heard the end of.
+    pub(crate) async fn end_pending(self: &Arc<Self>) {
+        let left = std::mem::take(&mut *self.pending());
+        for (name, found) in left {
+            tracing::warn!(machine = %name, "no job is left that awaits it");
+            found.instance.discard(&self.host).await;
+            if let Ok(machine) = self.machine(name.as_str())
+                && machine.is_new()
+            {
+                machine.did_not_start(&Error::Cancelled("nobody awaits it".into()));
+                self.drop_machine(&name);
+                remove_file(&self.defined_path(&name));
+            }
+        }
+        for machine in self.machines() {
+            if machine.state() != State::Paused {
+                continue;
+            }
+            let Ok(core) = machine.core("asked") else {
+                continue;
+            };
+            let Ok(mover) = Mover::of(&core).await else {
+                continue;
+            };
+            if let Ok(Outcome {
+                result: Verdict::Undecided,
+                ..
+            }) = mover.now().await
+            {
+                machine.set_reason(undecided(machine.name().as_str()));
+            }
+        }
+    }
+}
+
+async fn has_arrived(instance: &Instance) -> bool {
+    match Mover::of(instance.core()).await {
+        Ok(mover) => has_arrived_at(&mover).await,
+        Err(_) => false,
+    }
+}
+
+async fn has_arrived_at(mover: &Mover) -> bool {
+    matches!(mover.now().await, Ok(outcome) if outcome.result == Verdict::Arrived)
+}

@@ -1,0 +1,467 @@
+//! Machines that move between brokers and within one, and go into files.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use api::Dictionary;
+use api::job::State as JobState;
+use api::machine::{MachineProxy, State};
+use test_broker::*;
+use test_framework::console::Console;
+use test_framework::machine::DEADLINE;
+use test_framework::network;
+use test_guest::{BlkMode, NetMode, Report, Workload, command};
+use zbus::{Connection, Variant};
+
+const KEY: &str = "a secret of two brokers\n";
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+
+/// A guest that works on its disks, dirties memory, and verifies both.
+fn busy() -> Workload {
+    Workload {
+        heartbeat: 20,
+        blk: BlkMode::Loop,
+        depth: 8,
+        span: 16,
+        dirty: 40,
+        poweroff: true,
+        ..Workload::default()
+    }
+}
+
+/// Waits for two heartbeats that come after this was called, of a clock that never went back.
+fn beats(console: &mut Console) -> Result<u64> {
+    let begin = Instant::now();
+    let mut fresh = 0;
+    loop {
+        let (at, (number, back)) =
+            console.report("a heartbeat", DEADLINE, |report| match *report {
+                Report::Beat { n, back, .. } => Some((n, back)),
+                _ => None,
+            })?;
+        ensure!(back == 0, "the guest's clock went back {back} times");
+        fresh += u32::from(at > begin);
+        if fresh == 2 {
+            return Ok(number);
+        }
+    }
+}
+
+/// Ends the guest's work, all of which must have been right.
+fn finish(console: &mut Console) -> Result<()> {
+    console.send(command::STOP)?;
+    let (_, ok) = console.report("the end of the work", DEADLINE, |report| match *report {
+        Report::Done { ok, .. } => Some(ok),
+        _ => None,
+    })?;
+    ensure!(
+        ok,
+        "the guest found something wrong: {:#?}",
+        console.history()
+    );
+    Ok(())
+}
+
+fn no_options() -> Dictionary {
+    Dictionary::new()
+}
+
+/// A stop as short as this is never predicted, so that the machine is copied and copied.
+fn never_stops() -> Dictionary {
+    HashMap::from([
+        ("max-downtime-ms".to_owned(), value(1u64)),
+        ("patience-s".to_owned(), value(600u64)),
+    ])
+}
+
+/// The machine of this name, if the broker has it.
+async fn find(bus: &Connection, name: &str) -> Result<Option<MachineProxy<'static>>> {
+    match manager(bus).await?.get_machine(name).await {
+        Ok(path) => machine(bus, path).await.map(Some),
+        Err(api::Error::NoSuchMachine(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Waits until a migration copies memory.
+async fn copies(bus: &Connection, at: &zbus::OwnedObjectPath) -> Result<()> {
+    let job = job(bus, at.clone()).await?;
+    until("a copy", async || Ok(job.phase().await? == "copying")).await
+}
+
+/// Waits until nothing of a machine is left at a broker.
+async fn nothing_left(broker: &Broker, bus: &Connection, name: &str) -> Result<()> {
+    until("an end of the machine", async || {
+        Ok(find(bus, name).await?.is_none() && broker.programs()?.is_empty())
+    })
+    .await?;
+    let left = broker.files();
+    let left: Vec<_> = left.iter().filter(|file| file.ends_with(name)).collect();
+    ensure!(left.is_empty(), "{left:?} are left");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_times_within_a_host_and_the_console_stays() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let images = [broker.image("a", 32)?, broker.image("b", 32)?];
+    let mut definition = with_disks(definition(&busy()), &images, 2);
+    definition.insert("vcpus".into(), value(2u32));
+    let vm = running(&bus, "vm", definition).await?;
+    let mut console = console(&vm).await?;
+    let mut last = beats(&mut console)?;
+    let mut process = vm.process().await?;
+    for _ in 0..10 {
+        let at = vm.migrate("local:", no_options(), 0).await?;
+        let (state, result) = ended(&bus, at).await?;
+        assert_eq!(state, JobState::Done, "{result:?}");
+        assert_eq!(text(&result, "Place"), "destination");
+        assert_eq!(vm.state().await?, State::Running);
+        let beat = beats(&mut console)?;
+        ensure!(beat > last, "heartbeat {beat} after {last}");
+        last = beat;
+        let now = vm.process().await?;
+        assert_ne!(now, process);
+        assert!(!lives(process) && lives(now));
+        process = now;
+        assert_eq!(broker.programs()?.len(), 3, "{:?}", broker.programs()?);
+    }
+    // Its devices are looked after as before.
+    let disk = device(&bus, "vm", "disk0").await?;
+    kill_process(disk.process().await?)?;
+    until("a new process", async || Ok(disk.reconnects().await? == 1)).await?;
+    beats(&mut console)?;
+    finish(&mut console)?;
+    becomes(&vm, State::Off).await
+}
+
+/// Moves a machine between two brokers so many times, by the way that `uri` gives.
+async fn there_and_back(
+    brokers: [&Broker; 2],
+    definition: Dictionary,
+    times: usize,
+    uri: impl Fn(&Broker) -> Result<String>,
+) -> Result<()> {
+    let buses = [brokers[0].connect().await?, brokers[1].connect().await?];
+    let mut vm = running(&buses[0], "vm", definition).await?;
+    let mut last = beats(&mut console(&vm).await?)?;
+    for number in 0..times {
+        let (from, to) = (number % 2, (number + 1) % 2);
+        let at = vm.migrate(&uri(brokers[to])?, no_options(), 0).await?;
+        let (state, result) = ended(&buses[from], at).await?;
+        assert_eq!(state, JobState::Done, "{result:?}");
+        vm = find(&buses[to], "vm").await?.context("it did not come")?;
+        becomes(&vm, State::Running).await?;
+        nothing_left(brokers[from], &buses[from], "vm").await?;
+        let beat = beats(&mut console(&vm).await?)?;
+        ensure!(beat > last, "heartbeat {beat} after {last}");
+        last = beat;
+        until("an end of the job", async || {
+            Ok(vm.job().await?.as_str() == "/")
+        })
+        .await?;
+    }
+    finish(&mut console(&vm).await?)?;
+    becomes(&vm, State::Off).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_times_between_brokers_by_a_unix_socket() -> Result<()> {
+    let (a, b) = (
+        Broker::start_with_doors(KEY)?,
+        Broker::start_with_doors(KEY)?,
+    );
+    let images = [a.image("a", 32)?, a.image("b", 32)?];
+    let definition = with_disks(definition(&busy()), &images, 2);
+    there_and_back([&a, &b], definition, 10, |to| Ok(to.unix())).await
+}
+
+#[test]
+fn between_brokers_by_tcp_with_disk_and_network() -> Result<()> {
+    network::enter()?;
+    network::add_tap("net0", HOST, 4)?;
+    network::echo(HOST, 7)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let (a, b) = (
+            Broker::start_with_doors(KEY)?,
+            Broker::start_with_doors(KEY)?,
+        );
+        let workload = Workload {
+            net: NetMode::Loop,
+            ..busy()
+        };
+        let card: HashMap<String, Variant<'static>> =
+            HashMap::from([("tap".to_owned(), "net0".into())]);
+        let mut definition = with_disks(definition(&workload), &[a.image("a", 32)?], 1);
+        definition.insert("net".into(), value(vec![card]));
+        definition.insert("vcpus".into(), value(2u32));
+        there_and_back([&a, &b], definition, 4, Broker::tcp).await
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_is_named_and_nothing_is_left() -> Result<()> {
+    let (a, b) = (
+        Broker::start_with_doors(KEY)?,
+        Broker::start_with_doors(KEY)?,
+    );
+    let stranger = Broker::start_with_doors("another secret than that\n")?;
+    let (bus, there) = (a.connect().await?, b.connect().await?);
+    let image = a.image("a", 32)?;
+    let vm = running(
+        &bus,
+        "vm",
+        with_disks(definition(&busy()), &[image.clone()], 1),
+    )
+    .await?;
+    let mut console = console(&vm).await?;
+    let mut refused = async |uri: &str, error: &str, said: &str| -> Result<()> {
+        let at = vm.migrate(uri, no_options(), 0).await?;
+        let (state, result) = ended(&bus, at).await?;
+        assert_eq!(state, JobState::Failed, "{result:?}");
+        assert_eq!(
+            text(&result, "Error"),
+            format!("org.godwit.Vmm1.Error.{error}")
+        );
+        let message = text(&result, "Message");
+        ensure!(message.contains(said), "{message:?} does not say {said:?}");
+        assert_eq!(text(&result, "Place"), "source");
+        assert_eq!(vm.state().await?, State::Running);
+        beats(&mut console)?;
+        Ok(())
+    };
+    refused("tcp://127.0.0.1:1", "DestinationUnreachable", "refused").await?;
+    refused(&stranger.tcp()?, "DestinationUnreachable", "").await?;
+    // Each path may be another one there; here they are wrong ones.
+    let small = b.image("small", 16)?;
+    for (here, error, said) in [
+        (small.display().to_string(), "MigrationFailed", "disk0"),
+        (
+            "/none".to_owned(),
+            "NotMigratable",
+            "disk /none cannot be opened",
+        ),
+    ] {
+        let paths = HashMap::from([(image.display().to_string(), here)]);
+        let options = HashMap::from([("paths".to_owned(), value(paths))]);
+        let job = manager(&there)
+            .await?
+            .receive_migration("vm", options, 0)
+            .await?;
+        refused(&b.unix(), error, said).await?;
+        let job = test_broker::job(&there, job).await?;
+        // It ends with the machine that came, or still waits for one that fits.
+        if job.state().await? == JobState::Running {
+            job.cancel().await?;
+        }
+        nothing_left(&b, &there, "vm").await?;
+    }
+    let other = running(&there, "vm", definition(&busy())).await?;
+    refused(&b.unix(), "NotMigratable", "another machine vm already").await?;
+    done(&there, other.terminate(0).await?).await?;
+    other.remove(0).await?;
+    // What stood in the way is gone.
+    done(&bus, vm.migrate(&b.unix(), no_options(), 0).await?).await?;
+    let vm = find(&there, "vm").await?.context("it did not come")?;
+    finish(&mut test_broker::console(&vm).await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_is_cancelled_and_tried_again() -> Result<()> {
+    let (a, b) = (
+        Broker::start_with_doors(KEY)?,
+        Broker::start_with_doors(KEY)?,
+    );
+    let (bus, there) = (a.connect().await?, b.connect().await?);
+    let vm = running(
+        &bus,
+        "vm",
+        with_disks(definition(&busy()), &[a.image("a", 32)?], 1),
+    )
+    .await?;
+    let mut console = console(&vm).await?;
+    for uri in [b.unix(), b.tcp()?, "local:".to_owned()] {
+        beats(&mut console)?;
+        let at = vm.migrate(&uri, never_stops(), 0).await?;
+        copies(&bus, &at).await?;
+        job(&bus, at.clone()).await?.cancel().await?;
+        let (state, result) = ended(&bus, at).await?;
+        if uri == "local:" {
+            // It may have been too late: what is shared is not copied.
+            continue;
+        }
+        assert_eq!(state, JobState::Cancelled, "{result:?}");
+        assert_eq!(text(&result, "Place"), "source");
+        nothing_left(&b, &there, "vm").await?;
+        assert_eq!(vm.state().await?, State::Running);
+        beats(&mut console)?;
+    }
+    done(&bus, vm.migrate(&b.tcp()?, no_options(), 0).await?).await?;
+    let vm = find(&there, "vm").await?.context("it did not come")?;
+    finish(&mut test_broker::console(&vm).await?)
+}
+
+/// Who is killed in the middle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    DestinationCore,
+    DestinationDisk,
+    SourceBroker,
+    DestinationBroker,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_killed_the_machine_goes_on_and_moves_later() -> Result<()> {
+    let (mut a, mut b) = (
+        Broker::start_with_doors(KEY)?,
+        Broker::start_with_doors(KEY)?,
+    );
+    let (mut bus, mut there) = (a.connect().await?, b.connect().await?);
+    let definition = with_disks(definition(&busy()), &[a.image("a", 32)?], 1);
+    let mut vm = running(&bus, "vm", definition).await?;
+    for victim in [
+        Victim::DestinationCore,
+        Victim::DestinationDisk,
+        Victim::SourceBroker,
+        Victim::DestinationBroker,
+    ] {
+        beats(&mut console(&vm).await?)?;
+        let mut at = vm.migrate(&b.unix(), never_stops(), 0).await?;
+        copies(&bus, &at).await?;
+        let state = b.run().join("incoming/vm/state.json");
+        let state: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(state)?)?;
+        let pid = |place: &serde_json::Value| {
+            let pid = place["pid"]
+                .as_u64()
+                .and_then(|pid| u32::try_from(pid).ok());
+            pid.context("no process")
+        };
+        match victim {
+            Victim::DestinationCore => kill_process(pid(&state["core"])?)?,
+            Victim::DestinationDisk => kill_process(pid(&state["devices"][0]["process"])?)?,
+            Victim::SourceBroker => {
+                a.kill()?;
+                a.start_again()?;
+                bus = a.connect().await?;
+                vm = find(&bus, "vm").await?.context("it is gone")?;
+                at = vm.job().await?;
+            }
+            Victim::DestinationBroker => {
+                b.kill()?;
+                b.start_again()?;
+                there = b.connect().await?;
+            }
+        }
+        // What does not notice is ended as a user would.
+        let job = job(&bus, at.clone()).await?;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        if job.state().await? == JobState::Running {
+            job.cancel().await?;
+        }
+        let (state, result) = ended(&bus, at).await?;
+        assert_ne!(state, JobState::Done, "{victim:?}: {result:?}");
+        assert_eq!(text(&result, "Place"), "source", "{victim:?}: {result:?}");
+        assert_eq!(vm.state().await?, State::Running, "{victim:?}");
+        nothing_left(&b, &there, "vm")
+            .await
+            .with_context(|| format!("{victim:?}"))?;
+    }
+    beats(&mut console(&vm).await?)?;
+    done(&bus, vm.migrate(&b.unix(), no_options(), 0).await?).await?;
+    let vm = find(&there, "vm").await?.context("it did not come")?;
+    // The broker that has it now is killed too.
+    until("an end of the job", async || {
+        Ok(vm.job().await?.as_str() == "/")
+    })
+    .await?;
+    b.kill()?;
+    b.start_again()?;
+    let there = b.connect().await?;
+    let vm = find(&there, "vm").await?.context("it is forgotten")?;
+    let mut console = console(&vm).await?;
+    beats(&mut console)?;
+    finish(&mut console)?;
+    becomes(&vm, State::Off).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_goes_into_files_and_comes_out_again() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let images = [broker.image("a", 32)?];
+    let vm = running(&bus, "vm", with_disks(definition(&busy()), &images, 1)).await?;
+    let before = beats(&mut console(&vm).await?)?;
+    let folder = broker.folder().join("snapshot").display().to_string();
+    vm.pause(0).await?;
+    done(&bus, vm.snapshot(&folder, 0).await?).await?;
+    let again = vm.snapshot(&folder, 0).await.unwrap_err();
+    assert!(
+        matches!(again, api::Error::ResourceUnavailable(_)),
+        "{again:?}"
+    );
+    done(&bus, vm.terminate(0).await?).await?;
+    let manager = manager(&bus).await?;
+    done(&bus, manager.restore_machine("", &folder, 0).await?).await?;
+    assert_eq!(vm.state().await?, State::Running);
+    let mut console = console(&vm).await?;
+    let after = beats(&mut console)?;
+    ensure!(after > before, "heartbeat {after} after {before}");
+    finish(&mut console)?;
+    becomes(&vm, State::Off).await?;
+    // Memory that is damaged is not loaded.
+    let ram = broker.folder().join("snapshot/ram0");
+    let mut bytes = std::fs::read(&ram)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&ram, bytes)?;
+    let (state, result) = ended(&bus, manager.restore_machine("", &folder, 0).await?).await?;
+    assert_eq!(state, JobState::Failed, "{result:?}");
+    assert!(broker.programs()?.is_empty(), "{:?}", broker.programs()?);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn busctl_moves_a_machine() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let vm = running(&bus, "vm", definition(&busy())).await?;
+    let path = "/org/godwit/Vmm1/machine/vm";
+    let interface = "org.godwit.Vmm1.Machine";
+    let said = broker.busctl(&[
+        "call",
+        api::SERVICE,
+        path,
+        interface,
+        "Migrate",
+        "sa{sv}t",
+        "local:",
+        "1",
+        "max-downtime-ms",
+        "t",
+        "500",
+        "0",
+    ])?;
+    let at = said.split('"').nth(1).context(said.clone())?.to_owned();
+    done(&bus, at.as_str().try_into()?).await?;
+    let property = |name: &str| {
+        broker.busctl(&[
+            "get-property",
+            api::SERVICE,
+            &at,
+            "org.godwit.Vmm1.Job.Migration",
+            name,
+        ])
+    };
+    assert_eq!(property("URI")?.trim(), "s \"local:\"");
+    assert_eq!(property("Place")?.trim(), "s \"destination\"");
+    assert_eq!(property("MaxDowntimeUSec")?.trim(), "t 500000");
+    assert_ne!(property("DowntimeUSec")?.trim(), "t 0");
+    assert!(property("Timeline")?.contains("\"barrier B\""));
+    finish(&mut console(&vm).await?)
+}
