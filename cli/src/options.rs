@@ -186,6 +186,9 @@ pub struct Run {
     /// Keeps the machine when it has ended, so that it can be started again
     #[arg(long)]
     pub keep: bool,
+    /// Runs the bundled guest, which needs no kernel of yours and works on a scratch disk
+    #[arg(long, conflicts_with_all = ["file", "kernel", "initrd", "disk", "keep"])]
+    pub demo: bool,
     /// Leaves the machine paused
     #[arg(long)]
     pub paused: bool,
@@ -201,7 +204,7 @@ pub struct Run {
 #[group(id = "definition", multiple = true)]
 pub struct Define {
     /// Kernel: a bzImage (vmlinuz), or an ELF file with a PVH note (vmlinux)
-    #[arg(long, value_name = "PATH", required_unless_present = "file")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["file", "demo"])]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "PATH")]

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Subcommand;
 use test_bench::{
-    Boot, BootPreset, Bulk, FreePages, FreePagesPreset, Report, Switchover, SwitchoverPreset,
+    Boot, BootPreset, Bulk, FreePages, FreePagesPreset, Lifecycle, LifecyclePreset, Report,
+    Switchover, SwitchoverPreset,
 };
 use test_framework::{network, programs};
 
@@ -47,6 +48,18 @@ pub enum Bench {
         #[arg(long)]
         json: bool,
     },
+    /// Machines under a broker: from creation until they run, their end, their processes' memory.
+    Lifecycle {
+        /// How many machines.
+        #[arg(long, value_enum, default_value = "all")]
+        preset: LifecyclePreset,
+        /// Runs of each.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
     /// How long a guest stands still while its machine moves.
     Switchover {
         /// Which machines.
@@ -78,6 +91,10 @@ pub fn bench(bench: Bench) -> Result<()> {
         Bench::Boot { preset, runs, json } => {
             network::enter()?;
             print(&Boot { preset, runs }.run()?, json)
+        }
+        Bench::Lifecycle { preset, runs, json } => {
+            network::enter()?;
+            print(&Lifecycle { preset, runs }.run()?, json)
         }
         Bench::Bulk { runs, json } => print(&Bulk { runs }.run()?, json),
         Bench::FreePages { preset, runs, json } => print(&FreePages { preset, runs }.run()?, json),

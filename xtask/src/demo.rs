@@ -1,9 +1,10 @@
 //! `cargo xtask demo`: a machine whose devices are processes, moved twice while it works.
 
+use std::fs;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -27,7 +28,8 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// works, twice, and shows that nothing was lost.
 pub fn demo() -> Result<()> {
     let built = cargo::build(false)?;
-    programs::use_folder(built);
+    programs::use_folder(built.clone());
+    put_guest(&built)?;
     network::enter()?;
     let (host, guest) = (Ipv4Addr::new(10, 77, 0, 1), Ipv4Addr::new(10, 77, 0, 2));
     // With several queues, so that the next process can have it open before the machine comes.
@@ -80,7 +82,11 @@ pub fn demo() -> Result<()> {
         watch(&mut console, WORK)?;
     }
     console.send(command::STOP)?;
-    finish(&mut console)
+    finish(&mut console)?;
+    println!("\nNext, a machine of your own, with the same guest:");
+    println!("  export PATH={}:$PATH", built.display());
+    println!("  godwit run --demo --name first");
+    Ok(())
 }
 
 /// A broker of the demo's own.
@@ -156,6 +162,16 @@ impl Drop for Reader {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Puts the bundled guest where `godwit` looks for it: beside the programs.
+fn put_guest(programs: &Path) -> Result<()> {
+    let place = programs.join("godwit-demo-guest");
+    // A machine may run the one that is there.
+    let new = place.with_extension("new");
+    fs::copy(test_guest::program(), &new)
+        .and_then(|_| fs::rename(&new, &place))
+        .with_context(|| format!("the guest cannot be put at {}", place.display()))
 }
 
 /// Prints what the guest reports for a while.

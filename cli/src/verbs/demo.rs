@@ -6,19 +6,16 @@
 //! ```
 //! It is a client like any other: all that it shows can be done with the other verbs.
 
-use std::env;
-use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use api::machine::REPLAY;
 use api::manager::TRANSIENT;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tempfile::TempDir;
 
+use super::bundled::{self, DISK};
 use super::start::start_one;
 use crate::connection::{Broker, IfAbsent, Machine};
 use crate::definition;
@@ -26,17 +23,8 @@ use crate::error::{Failure, Result, What as _, is_gone};
 use crate::job::{Interrupts, Job};
 use crate::options::{Define, Demo, Wait};
 use crate::render::{self, say};
-use crate::value::{Disk, Size};
 use crate::view;
 
-/// File name of the bundled guest, where it is installed.
-const GUEST: &str = "godwit-demo-guest";
-/// Makes the bundled guest use its disk until it is told to stop.
-const CMDLINE: &str = "heartbeat=1000 poweroff=1 blk=loop blk_mib=16";
-/// The machine's disk.
-const DISK: &str = "disk0";
-/// Bytes of the scratch disk.
-const DISK_SIZE: u64 = 64 << 20;
 /// How long each state is shown.
 const SHOWN: Duration = Duration::from_secs(3);
 /// Before the disk is looked at again.
@@ -47,14 +35,17 @@ const MAX_PRINTED: u64 = 64 << 20;
 const DEADLINE: Duration = Duration::from_secs(30);
 
 pub async fn run(bus: Option<&str>, demo: Demo) -> Result<()> {
-    let kernel = demo
-        .kernel
-        .clone()
-        .or_else(bundled)
-        .ok_or(Failure::NoDemoGuest)?;
+    let mut define = Define {
+        kernel: demo.kernel,
+        initrd: demo.initrd,
+        cmdline: demo.cmdline,
+        cpus: Some(2),
+        net: demo.net,
+        ..Define::default()
+    };
+    let _scratch = bundled::complete(&mut define)?;
     let broker = Broker::find(bus, IfAbsent::Start).await?;
-    let folder = TempDir::with_prefix("godwit-demo-").map_err(Failure::io("no scratch folder"))?;
-    let (machine, console) = create(&broker, &demo, kernel, folder.path()).await?;
+    let (machine, console) = create(&broker, &define).await?;
     let printer = std::thread::spawn(move || print(console));
     let mut interrupts = Interrupts::new()?;
     let shown = tokio::select! {
@@ -68,46 +59,12 @@ pub async fn run(bus: Option<&str>, demo: Demo) -> Result<()> {
     Ok(())
 }
 
-/// The guest that is installed beside this program, or in ../lib/godwit.
-fn bundled() -> Option<PathBuf> {
-    let program = env::current_exe().ok()?;
-    let folder = program.parent()?;
-    let places = [folder.join(GUEST), folder.join("../lib/godwit").join(GUEST)];
-    places.into_iter().find(|guest| guest.is_file())
-}
-
-/// Makes the machine, with a disk of its own.
-async fn create(
-    broker: &Broker,
-    demo: &Demo,
-    kernel: PathBuf,
-    folder: &Path,
-) -> Result<(Machine, UnixStream)> {
-    let image = folder.join("disk");
-    File::create(&image)
-        .and_then(|file| file.set_len(DISK_SIZE))
-        .map_err(Failure::io(format!(
-            "no scratch disk at {}",
-            image.display()
-        )))?;
-    let define = Define {
-        kernel: Some(kernel),
-        initrd: demo.initrd.clone(),
-        cmdline: Some(demo.cmdline.clone().unwrap_or_else(|| CMDLINE.into())),
-        cpus: Some(2),
-        memory: Some(Size(256 << 20)),
-        disk: vec![Disk {
-            path: image,
-            id: Some(DISK.into()),
-            ..Disk::default()
-        }],
-        net: demo.net.clone(),
-        ..Define::default()
-    };
+/// Makes the machine, and starts it.
+async fn create(broker: &Broker, define: &Define) -> Result<(Machine, UnixStream)> {
     let name = format!("demo-{}", std::process::id());
     let manager = broker.manager().await?;
     let path = manager
-        .create_machine(&name, definition::of_options(&define)?, TRANSIENT)
+        .create_machine(&name, definition::of_options(define)?, TRANSIENT)
         .await
         .what(&name)?;
     let machine = Machine::at(broker, &name, path).await?;
@@ -231,19 +188,5 @@ async fn end(broker: &Broker, machine: &Machine) -> Result<()> {
         },
         Err(error) if is_gone(&error) => Ok(()),
         Err(error) => Err(error).what(what),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use test_guest::{BlkMode, Workload};
-
-    #[test]
-    fn the_bundled_guest_knows_what_it_is_told() {
-        let workload = Workload::parse(CMDLINE).unwrap();
-        assert_eq!(workload.blk, BlkMode::Loop);
-        assert!(u64::from(workload.blk_mib) << 20 <= DISK_SIZE);
-        assert!(workload.heartbeat > 0 && workload.seconds == 0);
     }
 }

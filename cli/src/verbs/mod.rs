@@ -1,6 +1,7 @@
 //! The verbs, a file each.
 
 mod balloon;
+mod bundled;
 mod completions;
 mod console;
 mod control;

@@ -10,6 +10,7 @@ use api::Error;
 use api::machine::REPLAY;
 use api::manager::TRANSIENT;
 
+use super::bundled;
 use super::console::follow;
 use super::start::start_one;
 use super::watch::Watch;
@@ -24,7 +25,12 @@ const MAX_FILE: u64 = 1 << 20;
 /// Names that are tried when others take them at the same time.
 const TRIES: usize = 20;
 
-pub async fn run(broker: &Broker, output: Output, run: Run) -> Result<()> {
+pub async fn run(broker: &Broker, output: Output, mut run: Run) -> Result<()> {
+    let _scratch = if run.demo {
+        Some(bundled::complete(&mut run.define)?)
+    } else {
+        None
+    };
     let flags = if run.keep { 0 } else { TRANSIENT };
     let machine = create(broker, &run, flags).await?;
     if run.detach || run.paused {

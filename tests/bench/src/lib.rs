@@ -5,6 +5,7 @@
 mod boot;
 mod bulk;
 mod free_pages;
+mod lifecycle;
 mod machine;
 mod peer;
 mod report;
@@ -14,6 +15,7 @@ mod switchover;
 pub use boot::{Boot, BootPreset};
 pub use bulk::Bulk;
 pub use free_pages::{FreePages, FreePagesPreset};
+pub use lifecycle::{Lifecycle, LifecyclePreset};
 pub use report::{Goal, Report};
 pub use statistics::Summary;
 pub use switchover::{Switchover, SwitchoverPreset};

@@ -1,8 +1,9 @@
 //! D-Bus clients that nobody here wrote drive the whole life of a machine.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use test_broker::*;
 use test_framework::machine::DEADLINE;
 
@@ -117,6 +118,38 @@ fn busctl_drives_a_machine() -> Result<()> {
     call(MACHINE, "org.godwit.Vmm1.Machine", &["Remove", "t", "0"])?;
     let listed = call(MANAGER[1], MANAGER[2], &["ListMachines"])?;
     assert_eq!(listed.trim(), "a(ssso) 0");
+    Ok(())
+}
+
+/// The script in the documentation.
+fn documented() -> Result<String> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/dbus.md");
+    let text = std::fs::read_to_string(path)?;
+    let script = text.split("```sh\n").nth(1);
+    let script = script.and_then(|rest| rest.split("```").next());
+    Ok(script.context("docs/dbus.md has no script")?.to_owned())
+}
+
+#[test]
+fn what_is_documented_for_busctl_works() -> Result<()> {
+    let broker = Broker::start()?;
+    let output = Command::new("timeout")
+        .args(["170", "sh", "-eu", "-c", &documented()?])
+        .env("BUS", broker.address())
+        .env("KERNEL", test_guest::program())
+        .env("DISK", broker.image("disk", 64)?)
+        .output()?;
+    let told = said(output)?;
+    for wanted in [
+        "/machine/first/device/disk0",
+        ".Statistics",
+        "u 1",
+        "\"off\"",
+    ] {
+        ensure!(told.contains(wanted), "no {wanted} in {told}");
+    }
+    let left = broker.programs()?;
+    ensure!(left.is_empty(), "{left:?} are left");
     Ok(())
 }
 

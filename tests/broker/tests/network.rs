@@ -9,7 +9,7 @@ use api::machine::State;
 use test_broker::*;
 use test_framework::machine::DEADLINE;
 use test_framework::network;
-use test_guest::{NetMode, Report, Workload};
+use test_guest::{NetMode, Report, Workload, command};
 use zbus::Variant;
 
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
@@ -53,5 +53,53 @@ fn taps_are_handed_over_with_all_their_queues() -> Result<()> {
             assert_eq!(card.state().await?, DeviceState::Off);
         }
         Ok(())
+    })
+}
+
+#[test]
+fn a_killed_card_comes_back_under_traffic() -> Result<()> {
+    network::enter()?;
+    network::add_tap("net0", HOST, 1)?;
+    network::echo(HOST, 7)?;
+    let broker = Broker::start()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let bus = broker.connect().await?;
+        let workload = Workload {
+            net: NetMode::Loop,
+            poweroff: true,
+            ..Workload::default()
+        };
+        let card = HashMap::from([("tap", Variant::from("net0"))]);
+        let mut definition = definition(&workload);
+        definition.insert("net".into(), value(vec![card]));
+        let vm = running(&bus, "vm", definition).await?;
+        let card = device(&bus, "vm", "net0").await?;
+        let packets = async || -> Result<u64> {
+            let counters = card.statistics().await?;
+            Ok(counters.get("bytes_to_guest").copied().unwrap_or_default())
+        };
+        for round in 0..3 {
+            // Answers come: packets pass both ways.
+            until("traffic", async || Ok(packets().await? > 10_000)).await?;
+            kill_process(card.process().await?)?;
+            until("another process", async || {
+                Ok(card.reconnects().await? == round + 1
+                    && card.state().await? == DeviceState::Running)
+            })
+            .await?;
+        }
+        until("traffic", async || Ok(packets().await? > 10_000)).await?;
+        let mut console = console(&vm).await?;
+        console.send(command::STOP)?;
+        let is_done = |report: &Report| match *report {
+            Report::Done { ok, .. } => Some(ok),
+            _ => None,
+        };
+        let (_, ok) = console.report("the end of the work", DEADLINE, is_done)?;
+        ensure!(ok, "an answer was wrong: {:#?}", console.history());
+        becomes(&vm, State::Off).await
     })
 }

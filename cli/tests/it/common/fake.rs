@@ -264,6 +264,26 @@ impl Machines for OfManager {
         Ok(path)
     }
 
+    async fn receive_migration(
+        &self,
+        _: Caller,
+        name: &str,
+        _: Dictionary,
+        _: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        Err(unmoved(name))
+    }
+
+    async fn restore_machine(
+        &self,
+        _: Caller,
+        name: &str,
+        _: &str,
+        _: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        Err(unmoved(name))
+    }
+
     async fn get_machine(&self, name: &str) -> Result<OwnedObjectPath, Error> {
         match self.0.state().machines.contains_key(name) {
             true => Ok(api::path::machine(name)),
@@ -336,7 +356,30 @@ impl OfMachine {
     }
 }
 
+/// Its machines have no memory that could be moved.
+fn unmoved(name: &str) -> Error {
+    Error::ResourceUnavailable(format!("there is nothing of {name} to move"))
+}
+
 impl OneMachine for OfMachine {
+    async fn migrate(
+        &self,
+        _: Caller,
+        _: &str,
+        _: Dictionary,
+        _: u64,
+    ) -> Result<OwnedObjectPath, Error> {
+        Err(unmoved(&self.1))
+    }
+
+    async fn snapshot(&self, _: Caller, _: &str, _: u64) -> Result<OwnedObjectPath, Error> {
+        Err(unmoved(&self.1))
+    }
+
+    async fn decide(&self, _: Caller, _: bool, _: u64) -> Result<(), Error> {
+        Err(unmoved(&self.1))
+    }
+
     async fn start(&self, _: Caller, flags: u64) -> Result<OwnedObjectPath, Error> {
         self.must_be(machine::State::Off)?;
         let id = self.0.job("start", &self.1, !self.wants("stuck")).await;
