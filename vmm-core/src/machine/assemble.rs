@@ -151,7 +151,7 @@ impl Machine {
             state: watcher,
             devices: changes,
         };
-        let moving = Moving::new(
+        let mut moving = Moving::new(
             &events,
             slots,
             units,
@@ -159,8 +159,8 @@ impl Machine {
             features,
             tsc,
             config.incoming,
-            config.without,
         );
+        moving.without = config.without;
         let mover = moving.watcher(ram.file());
         let devices_told = Devices::new(&backends, links);
         let control = control::serve(owner, events, news, devices_told, mover)

@@ -99,7 +99,7 @@ pub(super) struct Moving {
     pub(super) core_writes: CoreWrites,
     pub(super) status: watch::Sender<Status>,
     pub(super) incoming: Option<Incoming>,
-    without: Without,
+    pub(super) without: Without,
     active: bool,
 }
 
@@ -123,7 +123,6 @@ impl Moving {
         cpu_features: Vec<CpuFeatures>,
         tsc: Option<Tsc>,
         incoming: Option<Incoming>,
-        without: Without,
     ) -> Self {
         Self {
             place: Place::Here,
@@ -139,7 +138,7 @@ impl Moving {
                 ..Status::default()
             }),
             incoming,
-            without,
+            without: Without::default(),
             active: false,
         }
     }
