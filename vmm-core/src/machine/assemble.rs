@@ -22,7 +22,7 @@ use super::control::{self, News, Owner};
 use super::devices::Devices;
 use super::error::MachineError;
 use super::event::Events;
-use super::migrate::{Incoming, Moving};
+use super::migrate::{Incoming, Moving, Parts};
 use super::platform::Platform;
 use super::request::RequestSink;
 use super::{Machine, VCPU_DEADLINE};
@@ -152,17 +152,17 @@ impl Machine {
             state: watcher,
             devices: changes,
         };
-        let moving = Moving::new(
-            &events,
+        let moving = Moving::new(Parts {
+            events: events.clone(),
             slots,
             units,
-            config.cpus,
-            features,
+            cpus: config.cpus,
+            cpu_features: features,
             tsc,
-            config.incoming,
-            config.without,
-            &links,
-        );
+            links: Arc::clone(&links),
+            incoming: config.incoming,
+            without: config.without,
+        });
         let mover = moving.watcher(ram.file());
         let devices_told = Devices::new(&backends, links);
         let control = control::serve(owner, events, news, devices_told, mover)
@@ -190,7 +190,7 @@ impl Machine {
             pristine,
         };
         // What arrives has booted elsewhere, and its memory may be in use there.
-        if machine.moving.incoming.is_none() {
+        if machine.moving.parts.incoming.is_none() {
             machine.load()?;
         }
         Ok(machine)

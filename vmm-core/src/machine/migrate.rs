@@ -88,20 +88,25 @@ enum Place {
     Gone(Instant),
 }
 
-/// What a machine keeps for its migrations.
-pub(super) struct Moving {
-    place: Place,
+/// What a machine's migrations are made of.
+pub(super) struct Parts {
     pub(super) events: Events,
     pub(super) slots: Arc<MemorySlots>,
     pub(super) units: Vec<Arc<Unit>>,
     pub(super) cpus: u32,
     pub(super) cpu_features: Vec<CpuFeatures>,
     pub(super) tsc: Option<Tsc>,
-    pub(super) core_writes: CoreWrites,
-    links: Arc<DeviceLinks>,
-    pub(super) status: watch::Sender<Status>,
+    pub(super) links: Arc<DeviceLinks>,
     pub(super) incoming: Option<Incoming>,
-    without: Without,
+    pub(super) without: Without,
+}
+
+/// What a machine keeps for its migrations.
+pub(super) struct Moving {
+    place: Place,
+    pub(super) parts: Parts,
+    pub(super) core_writes: CoreWrites,
+    pub(super) status: watch::Sender<Status>,
     active: bool,
 }
 
@@ -117,33 +122,15 @@ pub struct Watcher {
 }
 
 impl Moving {
-    pub(super) fn new(
-        events: &Events,
-        slots: Arc<MemorySlots>,
-        units: Vec<Arc<Unit>>,
-        cpus: u32,
-        cpu_features: Vec<CpuFeatures>,
-        tsc: Option<Tsc>,
-        incoming: Option<Incoming>,
-        without: Without,
-        links: &Arc<DeviceLinks>,
-    ) -> Self {
+    pub(super) fn new(parts: Parts) -> Self {
         Self {
             place: Place::Here,
-            events: events.clone(),
-            slots,
-            units,
-            cpus,
-            cpu_features,
-            tsc,
             core_writes: CoreWrites::default(),
-            links: Arc::clone(links),
             status: watch::Sender::new(Status {
-                active: incoming.is_some(),
+                active: parts.incoming.is_some(),
                 ..Status::default()
             }),
-            incoming,
-            without,
+            parts,
             active: false,
         }
     }
@@ -152,7 +139,7 @@ impl Moving {
     pub(super) fn watcher(&self, memory: &Arc<File>) -> Watcher {
         Watcher {
             status: self.status.subscribe(),
-            current: self.events.migration().clone(),
+            current: self.parts.events.migration().clone(),
             memory: Arc::clone(memory),
         }
     }
@@ -178,7 +165,7 @@ impl Moving {
 
     fn end(&mut self, outcome: Outcome) {
         self.active = false;
-        self.events.migration().set(None);
+        self.parts.events.migration().set(None);
         self.status.send_modify(|status| {
             status.active = false;
             status.progress.phase = "over";
@@ -212,26 +199,30 @@ impl Machine {
             }
         };
         let cancel = Cancel::new().map_err(|error| Reason::Internal(error.to_string()))?;
-        self.moving.events.migration().set(Some(cancel.clone()));
+        self.moving
+            .parts
+            .events
+            .migration()
+            .set(Some(cancel.clone()));
         let arriving = Arriving {
             sockets,
             shared_memory: shared,
             memory: Arc::clone(&self.memory),
-            units: self.moving.units.clone(),
+            units: self.moving.parts.units.clone(),
             definition: self.definition(),
-            without: self.moving.without.clone(),
+            without: self.moving.parts.without.clone(),
             cancel,
         };
         let result = destination::receive(arriving, self);
-        self.moving.events.migration().set(None);
+        self.moving.parts.events.migration().set(None);
         result.map_err(|error| failed(&error))
     }
 
     fn subject(&self) -> Subject {
         Subject {
             memory: Arc::clone(&self.memory),
-            slots: Arc::clone(&self.moving.slots),
-            units: self.moving.units.clone(),
+            slots: Arc::clone(&self.moving.parts.slots),
+            units: self.moving.parts.units.clone(),
             definition: self.definition(),
         }
     }
@@ -249,11 +240,11 @@ impl Machine {
     fn definition(&self) -> migration::wire::Definition {
         let moving = &self.moving;
         define(
-            moving.cpus,
-            &moving.cpu_features,
-            moving.tsc,
+            moving.parts.cpus,
+            &moving.parts.cpu_features,
+            moving.parts.tsc,
             &self.memory,
-            &moving.units,
+            &moving.parts.units,
         )
     }
 
@@ -273,16 +264,16 @@ impl Machine {
         let job = Job {
             view: View {
                 memory: Arc::clone(&self.memory),
-                slots: Arc::clone(&self.moving.slots),
-                units: self.moving.units.clone(),
+                slots: Arc::clone(&self.moving.parts.slots),
+                units: self.moving.parts.units.clone(),
                 definition: self.definition(),
                 core_writes: self.moving.core_writes.clone(),
-                links: Arc::clone(&self.moving.links),
+                links: Arc::clone(&self.moving.parts.links),
                 throttle: self.vcpus.throttle(),
             },
             sockets: request.sockets,
             options: request.options,
-            without: self.moving.without.clone(),
+            without: self.moving.parts.without.clone(),
             cancel: cancel.clone(),
             status: self.moving.status.clone(),
         };
@@ -297,9 +288,9 @@ impl Machine {
                 outcome: None,
             };
         });
-        self.moving.events.migration().set(Some(cancel));
+        self.moving.parts.events.migration().set(Some(cancel));
         self.moving.active = true;
-        let events = self.moving.events.clone();
+        let events = self.moving.parts.events.clone();
         let started = thread::Builder::new()
             .name("migration".into())
             .spawn(move || events.send(Event::Copied(Copied(source::run(job)))));
@@ -410,7 +401,7 @@ impl Host for Machine {
 
 impl NewHost for Machine {
     fn load_core(&mut self, core: CoreState) -> Result<(), MigrationError> {
-        let expected = self.moving.cpus as usize;
+        let expected = self.moving.parts.cpus as usize;
         if core.vcpus.len() != expected {
             return Err(MigrationError::Vcpus {
                 found: core.vcpus.len(),
@@ -420,7 +411,7 @@ impl NewHost for Machine {
         self.vm.restore(&core.vm)?;
         let vcpus = core.vcpus;
         let khz = vcpus.first().and_then(|vcpu| vcpu.tsc_khz);
-        if let (Some(tsc), Some(khz)) = (&mut self.moving.tsc, khz) {
+        if let (Some(tsc), Some(khz)) = (&mut self.moving.parts.tsc, khz) {
             tsc.khz = khz;
         }
         self.vcpus.each(VCPU_DEADLINE, move |vcpu| {

@@ -89,7 +89,7 @@ pub struct Machine {
 impl Machine {
     /// Runs the machine until it ends.
     pub fn run(mut self, paused: bool) -> Reason {
-        let started = match self.moving.incoming.take() {
+        let started = match self.moving.parts.incoming.take() {
             Some(incoming) => self.arrive(incoming),
             None if paused => Ok(()),
             None => self

@@ -246,7 +246,6 @@ pub(crate) mod tests {
                 ],
                 ..Side::default()
             },
-            ..Report::default()
         }
     }
 
