@@ -341,12 +341,11 @@ pub struct Migrate {
 
 /// Says where a machine is.
 #[derive(Debug, Args)]
-#[group(id = "place", required = true, args = ["there", "here"])]
 pub struct Decide {
     /// The machine
     pub name: String,
     /// It runs at the destination: it is forgotten here
-    #[arg(long)]
+    #[arg(long, required_unless_present = "here", conflicts_with = "here")]
     pub there: bool,
     /// It does not run at the destination and never will: it goes on here
     #[arg(long)]

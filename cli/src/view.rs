@@ -387,6 +387,7 @@ pub mod tests {
         let expected = serde_json::json!({
             "id": 3, "kind": "start", "machine": "vm1", "state": "failed", "phase": "",
             "progress": 0.5, "cancellable": false, "result": {"Message": "oh", "Error": "E"},
+            "migration": null,
         });
         assert_eq!(serde_json::to_value(job).unwrap(), expected);
     }
