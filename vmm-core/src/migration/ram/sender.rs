@@ -188,6 +188,7 @@ fn serve(
             let before = *has;
             let read = |page: u64, into: &mut [u8]| {
                 if holes >> (page - first) & 1 != 0 {
+                    into.fill(0);
                     return Ok(());
                 }
                 memory
