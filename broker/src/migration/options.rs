@@ -53,7 +53,7 @@ impl Options {
                     let channels = number(&key, &value, 1..=MAX_CHANNELS)?;
                     options.channels = usize::try_from(channels).unwrap_or(1);
                 }
-                "max-downtime-ms" => options.max_downtime_ms = number(&key, &value, 1..=MAX_MS)?,
+                "max-downtime-ms" => options.max_downtime_ms = number(&key, &value, 0..=MAX_MS)?,
                 "blackout-limit-ms" => {
                     options.blackout_limit_ms = number(&key, &value, 1..=MAX_MS)?;
                 }

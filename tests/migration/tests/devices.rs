@@ -154,30 +154,3 @@ fn that_fails_hangs_or_dies_at_the_destination() -> Result<()> {
     assert_eq!(done.counts.1, 0, "queues that began anew");
     Ok(())
 }
-
-/// There is no way back after the commit: the machine runs at the destination, and its owner
-/// starts the device's process anew.
-#[test]
-fn that_hangs_or_dies_after_the_commit() -> Result<()> {
-    let folder = TempDir::new()?;
-    let spec = spec(&folder)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
-    for action in ["hang", "die"] {
-        let mut there = spec.clone();
-        there.counters[0].script = format!("start={action}");
-        let (mut destination, outcome) = attempt(&side, &spec, &there)?;
-        ensure!(outcome["result"] == "moved", "{action}: {outcome:#}");
-        side.terminate()?;
-        beat_on(&mut destination)?;
-        destination.script(0, "")?;
-        destination.restart_device(COUNTER)?;
-        works(&mut destination).with_context(|| format!("start={action}"))?;
-        side = destination.move_on(&spec)?.side;
-        works(&mut side).with_context(|| format!("after start={action}"))?;
-    }
-    let done = finish(side)?;
-    assert_eq!(done.pages, 8 << 8);
-    assert_eq!(done.counts.1, 2 * 2, "queues that began anew");
-    Ok(())
-}
