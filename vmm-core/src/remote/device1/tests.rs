@@ -86,6 +86,8 @@ fn shake(socket: &mut UnixStream) {
     expect(socket, b"AUTH ANONYMOUS");
     let ok = format!("OK {}\r\n", zbus::Guid::generate());
     socket.write_all(ok.as_bytes()).unwrap();
+    expect(socket, b"NEGOTIATE_UNIX_FD\r\n");
+    socket.write_all(b"AGREE_UNIX_FD\r\n").unwrap();
     expect(socket, b"BEGIN\r\n");
 }
 
