@@ -87,7 +87,7 @@ impl Console {
     }
 
     /// The same console, on which another core prints as well: the one to which the machine
-    /// goes. What clients type goes to the former core until [`Switch::switch`].
+    /// goes. What clients type goes to the former core until the switch.
     ///
     /// # Errors
     /// The socket cannot be used.

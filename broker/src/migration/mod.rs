@@ -3,14 +3,14 @@
 //!
 //! | part | what it is |
 //! |---|---|
-//! | [`uri`], [`options`] | what a caller says |
-//! | [`ends`] | what cores and devices are connected by |
-//! | [`peer`] | two brokers that agree and connect their cores |
-//! | [`source`] | a machine that leaves |
-//! | [`arrival`], [`receive`] | a machine that comes |
-//! | [`snapshot`] | files |
-//! | [`mover`], [`record`] | how far it is, and what it took |
-//! | [`resume`] | what a broker does that was started in the middle |
+//! | `uri`, `options` | what a caller says |
+//! | `ends` | what cores and devices are connected by |
+//! | `peer` | two brokers that agree and connect their cores |
+//! | `source` | a machine that leaves |
+//! | `arrival`, `receive` | a machine that comes |
+//! | `snapshot` | files |
+//! | `mover`, `record` | how far it is, and what it took |
+//! | `resume` | what a broker does that was started in the middle |
 //!
 //! Brokers prepare and clean up; who runs the machine is decided between the two cores, and a
 //! broker that is killed on the way changes nothing about it.
