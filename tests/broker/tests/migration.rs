@@ -14,7 +14,7 @@ use test_broker::*;
 use test_framework::console::Console;
 use test_framework::machine::{DEADLINE, make_image};
 use test_framework::network;
-use test_guest::{BlkMode, NetMode, Report, Workload, command};
+use test_guest::{BlkMode, NetMode, Report, Workload};
 use zbus::{Connection, Variant};
 
 const KEY: &str = "a secret of two brokers\n";
@@ -66,21 +66,6 @@ fn beats(console: &mut Console) -> Result<u64> {
             return Ok(number);
         }
     }
-}
-
-/// Ends the guest's work, all of which must have been right.
-fn finish(console: &mut Console) -> Result<()> {
-    console.send(command::STOP)?;
-    let (_, ok) = console.report("the end of the work", DEADLINE, |report| match *report {
-        Report::Done { ok, .. } => Some(ok),
-        _ => None,
-    })?;
-    ensure!(
-        ok,
-        "the guest found something wrong: {:#?}",
-        console.history()
-    );
-    Ok(())
 }
 
 /// Disks that no broker's folder has: processes are counted by what they have open there.
