@@ -5,7 +5,8 @@
 //! Hello (definition) ─────────────────▶
 //!                    ◀───────────────── Refused (every reason) | Welcome
 //! Wiring, Alive …    ─────────────────▶                         memory on its own channels
-//!                    ◀───────────────── Ready, for each Wiring  (barrier A)
+//! Copied             ─────────────────▶                         once, after the first round
+//!                    ◀───────────────── Ready, for each Wiring and Copied  (barrier A)
 //! Stopping           ─────────────────▶                         devices begin to load
 //! Core               ─────────────────▶                         devices' states on theirs
 //!                    ◀───────────────── Loaded                  (barrier E)
@@ -130,6 +131,8 @@ pub enum ToDestination {
     Hello(Hello),
     /// How devices are wired at the moment; said again when that changes.
     Wiring(Blob),
+    /// Memory is there, but for what changes: devices may map it, and wait for their states.
+    Copied,
     /// Still copying.
     Alive,
     /// The blackout begins: devices may begin to load.
@@ -155,7 +158,8 @@ pub enum ToSource {
         /// Everything that does not fit.
         reasons: Vec<String>,
     },
-    /// Barrier A: all is in place for what the last Wiring said. Answers each.
+    /// Barrier A: all is in place for what the last Wiring said, or what is there is mapped. Answers
+    /// each.
     Ready,
     /// Barrier E: everything is loaded and verified.
     Loaded,

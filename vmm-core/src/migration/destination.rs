@@ -3,6 +3,7 @@
 //! ```text
 //! Hello ─▶ obstacles? ─▶ Welcome
 //! Wiring ─▶ PCI, interrupts, doorbells, rings in place ─▶ Ready (▮A)    (any number of times)
+//! Copied ─▶ every device maps what is there, and waits for its twin's state ─▶ Ready (▮A)
 //! Stopping ─▶ every device loads from its socket
 //! Core ─▶ vCPUs, chips, PCI ─▶ wait for devices and memory ─▶ Loaded (▮E)
 //! Commit ─▶ devices take their locks and start ▮F ─▶ vCPUs run ─▶ Running
@@ -25,13 +26,15 @@ use super::error::system;
 use super::ram::RamReceiver;
 use super::saved_state::{CoreState, DeviceWiring, WiringState, from_blob};
 use super::setup::Sockets;
-use super::switchover::StateSockets;
+use super::states::StateSockets;
 use super::unit::{Crew, Unit};
 use super::without::{Mechanism, Without};
 use super::{ANSWER_DEADLINE, BLACKOUT_DEADLINE, LAST_WORD_DEADLINE, MigrationError};
 use crate::costs;
 use crate::memory::Memory;
 
+/// How long devices may take to map memory.
+const PREFAULT_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a destination waits for its source to come at all.
 const HELLO_DEADLINE: Duration = Duration::from_secs(600);
 
@@ -73,8 +76,8 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
         cancel,
     } = arriving;
     let states = sockets.take_states(&units, shared_memory)?;
-    let states =
-        StateSockets::new(states, &without).map_err(system("a copy of a device's socket"))?;
+    let states = StateSockets::new(states, &units, &without)
+        .map_err(system("a copy of a device's socket"))?;
     let mut incoming = Incoming {
         link: Link::new(sockets.control, cancel),
         state: Destination::Receiving,
@@ -152,6 +155,9 @@ impl Incoming {
             let message: ToDestination = self.link.receive(ANSWER_DEADLINE)?;
             match (self.state, message) {
                 (Destination::Receiving, ToDestination::Wiring(blob)) => self.wire(&blob)?,
+                (Destination::Receiving, ToDestination::Copied) if self.loading.is_none() => {
+                    self.prepare()?;
+                }
                 (Destination::Receiving, ToDestination::Alive) => {}
                 (Destination::Receiving, ToDestination::Stopping) if self.loading.is_none() => {
                     self.before = costs::now();
@@ -178,6 +184,21 @@ impl Incoming {
         if !self.without.has(Mechanism::EarlyMap) {
             let wired = self.crew.each(|_, unit| Ok(unit.pci.wire_ahead()?));
             self.meet(Barrier::A, "wire", &wired)?;
+        }
+        self.say(&ToSource::Ready)
+    }
+
+    /// Lets devices map what memory holds, and wait for their twins' states.
+    fn prepare(&mut self) -> Result<(), MigrationError> {
+        if !self.without.has(Mechanism::EarlyMap) {
+            let states = self.states.clone();
+            let prepared = self.crew.each(move |number, unit| {
+                unit.remote.prefault(PREFAULT_DEADLINE)?;
+                states.load_ahead(number, unit)
+            });
+            let names = self.crew.names();
+            let (within, recorder) = (PREFAULT_DEADLINE, &mut self.recorder);
+            barrier::wait(Barrier::A, "prepare", names, &prepared, within, recorder)?;
         }
         self.say(&ToSource::Ready)
     }
@@ -376,6 +397,7 @@ fn unexpected(message: &ToDestination, expected: &'static str) -> MigrationError
     let said = match message {
         ToDestination::Hello(_) => "hello",
         ToDestination::Wiring(_) => "its wiring",
+        ToDestination::Copied => "that its memory is copied",
         ToDestination::Alive => "that it lives",
         ToDestination::Stopping => "that it stops",
         ToDestination::Core(_) => "its state",

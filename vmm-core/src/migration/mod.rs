@@ -43,6 +43,7 @@ pub mod saved_state;
 pub mod setup;
 pub mod snapshot;
 pub mod source;
+mod states;
 pub mod status;
 pub mod switchover;
 pub mod unit;

@@ -1,8 +1,8 @@
 //! The source before the stop, on a thread of its own while the machine runs.
 //!
 //! ```text
-//! Hello ─▶ Welcome ─ logs on ─ wiring ─ round 1 (all pages) ─ round 2 (dirty ones) … ─ stop
-//!                                       ▲ Ready may come at any time after Welcome
+//! Hello ─▶ Welcome ─ logs on ─ wiring ─ round 1 (all pages) ─ Copied ─ round 2 (dirty ones) … ─ stop
+//!                                       ▲ Ready may come at any time after Welcome, and twice must
 //! ```
 //! Whatever fails here leaves the machine as it is: it never stopped.
 
@@ -24,8 +24,9 @@ use super::free_pages::FreePages;
 use super::ram::{CoreWrites, DirtyTracker, RamSender, WORD_PAGES};
 use super::saved_state::{DeviceWiring, WiringState, to_blob};
 use super::setup::{MigrateOptions, Sockets};
+use super::states::StateSockets;
 use super::status::{Progress, Status};
-use super::switchover::{StateSockets, Switchover};
+use super::switchover::Switchover;
 use super::unit::{Crew, Unit};
 use super::without::Without;
 use super::{
@@ -96,8 +97,8 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
             device: unit.id.clone(),
         });
     }
-    let states =
-        StateSockets::new(states, &without).map_err(system("a copy of a device's socket"))?;
+    let states = StateSockets::new(states, &view.units, &without)
+        .map_err(system("a copy of a device's socket"))?;
     let regions = view.memory.regions();
     let mut source = Source {
         free_pages: FreePages::new(&view.units, &view.links, &regions),
@@ -228,6 +229,9 @@ impl Source {
         }
         self.look_around(&crew)?;
         self.tell_wiring()?;
+        if self.options.shared_memory {
+            self.say_copied()?;
+        }
         Ok(crew)
     }
 
@@ -258,7 +262,12 @@ impl Source {
                         self.round(memory, first)?;
                     }
                 }
-                (Decision::Copy, Some(memory)) => self.round(memory, first)?,
+                (Decision::Copy, Some(memory)) => {
+                    self.round(memory, first)?;
+                    if first {
+                        self.say_copied()?;
+                    }
+                }
                 (Decision::Throttle(percent), Some(memory)) => {
                     let throttle = &mut self.view.throttle;
                     throttle.set(percent).map_err(system("a thread"))?;
@@ -405,6 +414,12 @@ impl Source {
             self.unready += 1;
         }
         self.listen()
+    }
+
+    /// Memory is at the destination: its devices may map it.
+    fn say_copied(&mut self) -> Result<(), MigrationError> {
+        self.unready += 1;
+        self.say(&ToDestination::Copied)
     }
 
     fn say(&mut self, message: &ToDestination) -> Result<(), MigrationError> {
