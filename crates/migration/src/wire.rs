@@ -6,7 +6,7 @@
 //!                    ◀───────────────── Refused (every reason) | Welcome
 //! Wiring, Alive …    ─────────────────▶                         memory on its own channels
 //! Copied             ─────────────────▶                         once, after the first round
-//!                    ◀───────────────── Ready, for each Wiring and Copied  (barrier A)
+//!                    ◀───────────────── Ready, for each Wiring; Prepared (barrier A)
 //! Stopping           ─────────────────▶                         devices begin to load
 //! Core               ─────────────────▶                         devices' states on theirs
 //!                    ◀───────────────── Loaded                  (barrier E)
@@ -158,9 +158,15 @@ pub enum ToSource {
         /// Everything that does not fit.
         reasons: Vec<String>,
     },
-    /// Barrier A: all is in place for what the last Wiring said, or what is there is mapped. Answers
-    /// each.
+    /// Barrier A: all is in place for what the last Wiring said. Answers each.
     Ready,
+    /// Barrier A too: what is there is mapped, and a rehearsal was held. Answers Copied.
+    Prepared {
+        /// Microseconds that it took to save a core's state and to load it.
+        core_us: u64,
+        /// Microseconds that it took to ask all devices something.
+        devices_us: u64,
+    },
     /// Barrier E: everything is loaded and verified.
     Loaded,
     /// The machine is here, and runs if it ran.
@@ -184,7 +190,7 @@ impl ToSource {
             Self::Loaded => Some(SourceInput::Loaded),
             Self::Running { .. } => Some(SourceInput::Running),
             Self::Discarded { .. } | Self::Refused { .. } => Some(SourceInput::Discarded),
-            Self::Welcome | Self::Ready => None,
+            Self::Welcome | Self::Ready | Self::Prepared { .. } => None,
         }
     }
 }

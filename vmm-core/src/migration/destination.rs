@@ -3,7 +3,7 @@
 //! ```text
 //! Hello ─▶ obstacles? ─▶ Welcome
 //! Wiring ─▶ PCI, interrupts, doorbells, rings in place ─▶ Ready (▮A)    (any number of times)
-//! Copied ─▶ every device maps what is there, and waits for its twin's state ─▶ Ready (▮A)
+//! Copied ─▶ every device maps what is there, and waits for its twin's state ─▶ Prepared (▮A)
 //! Stopping ─▶ every device loads from its socket
 //! Core ─▶ vCPUs, chips, PCI ─▶ wait for devices and memory ─▶ Loaded (▮E)
 //! Commit ─▶ devices take their locks and start ▮F ─▶ vCPUs run ─▶ Running
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use migration::channel::Cancel;
 use migration::commit::{Destination, DestinationInput};
 use migration::link::{Link, LinkError};
-use migration::report::{Costs, Recorder};
+use migration::report::{Costs, Recorder, micros};
 use migration::wire::{Blob, Definition, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
 
 use super::barrier::{self, Arrival, Barrier};
@@ -42,6 +42,8 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(600);
 pub trait NewHost {
     /// Takes the core's state over, without the devices'.
     fn load_core(&mut self, core: CoreState) -> Result<(), MigrationError>;
+    /// Saves a core's state and loads it again, of a machine that is yet to come.
+    fn rehearse(&mut self) -> Result<(), MigrationError>;
     /// Lets vCPUs run, if the machine ran.
     fn run(&mut self, running: bool);
 }
@@ -88,6 +90,7 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
         states,
         loading: None,
         memory: None,
+        layout: None,
         running: false,
         before: Costs::default(),
     };
@@ -97,6 +100,7 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
             if !shared_memory {
                 incoming.memory = Some(RamReceiver::start(sockets.ram, &memory.guest())?);
             }
+            incoming.layout = incoming.without.has(Mechanism::Layout).then_some(memory);
             incoming.serve(host)
         });
     if let Err(error) = &result {
@@ -116,6 +120,8 @@ struct Incoming {
     /// Since when devices load.
     loading: Option<(Instant, Receiver<Arrival<()>>)>,
     memory: Option<RamReceiver>,
+    /// What is laid out again in the stop, without [`Mechanism::Layout`].
+    layout: Option<Arc<Memory>>,
     /// Whether the machine ran at the source.
     running: bool,
     /// What had been done when the blackout began.
@@ -156,7 +162,7 @@ impl Incoming {
             match (self.state, message) {
                 (Destination::Receiving, ToDestination::Wiring(blob)) => self.wire(&blob)?,
                 (Destination::Receiving, ToDestination::Copied) if self.loading.is_none() => {
-                    self.prepare()?;
+                    self.prepare(host)?;
                 }
                 (Destination::Receiving, ToDestination::Alive) => {}
                 (Destination::Receiving, ToDestination::Stopping) if self.loading.is_none() => {
@@ -188,8 +194,10 @@ impl Incoming {
         self.say(&ToSource::Ready)
     }
 
-    /// Lets devices map what memory holds, and wait for their twins' states.
-    fn prepare(&mut self) -> Result<(), MigrationError> {
+    /// Lets devices map what memory holds, and wait for their twins' states; and finds out what it
+    /// takes to load a machine here.
+    fn prepare(&mut self, host: &mut impl NewHost) -> Result<(), MigrationError> {
+        let (_, devices) = self.crew.ask(&mut self.recorder)?;
         if !self.without.has(Mechanism::EarlyMap) {
             let states = self.states.clone();
             let prepared = self.crew.each(move |number, unit| {
@@ -200,7 +208,15 @@ impl Incoming {
             let (within, recorder) = (PREFAULT_DEADLINE, &mut self.recorder);
             barrier::wait(Barrier::A, "prepare", names, &prepared, within, recorder)?;
         }
-        self.say(&ToSource::Ready)
+        // The first one finds nothing in the caches.
+        host.rehearse()?;
+        let begin = Instant::now();
+        host.rehearse()?;
+        self.recorder.note("core", "rehearse", begin, 0);
+        self.say(&ToSource::Prepared {
+            core_us: micros(begin.elapsed()),
+            devices_us: micros(devices),
+        })
     }
 
     /// Loads everything that is left, up to barrier E.
@@ -240,6 +256,11 @@ impl Incoming {
             &mut self.recorder,
         )?;
         self.meet(Barrier::E, "restore", &restored)?;
+        if let Some(memory) = &self.layout {
+            let begin = Instant::now();
+            lay_out_again(memory)?;
+            self.recorder.note("core", "lay out", begin, 0);
+        }
         if let Some(memory) = self.memory.take() {
             let begin = Instant::now();
             let bytes = memory.wait(BLACKOUT_DEADLINE)?;
@@ -337,6 +358,19 @@ pub(super) fn restore_devices(
     check_units(units, devices)?;
     for (unit, device) in units.iter().zip(devices) {
         unit.pci.restore(&device.state)?;
+    }
+    Ok(())
+}
+
+/// Every region of memory anew, one by one.
+fn lay_out_again(memory: &Memory) -> Result<(), MigrationError> {
+    for region in memory.regions() {
+        let mut layout = memory.begin();
+        layout.remove(region.gpa())?;
+        layout.commit()?;
+        let mut layout = memory.begin();
+        layout.add(region)?;
+        layout.commit()?;
     }
     Ok(())
 }

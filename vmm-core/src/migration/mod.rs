@@ -47,6 +47,7 @@ mod states;
 pub mod status;
 pub mod switchover;
 pub mod unit;
+mod wake;
 pub mod without;
 
 use std::time::Duration;

@@ -16,7 +16,7 @@ use migration::rings::Forecast;
 use migration::wire::{Blob, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
 use tokio::sync::watch;
 
-use super::barrier::{self, Barrier};
+use super::barrier::Barrier;
 use super::converge::{Around, Convergence, Decision, Measured};
 use super::definition::used;
 use super::error::system;
@@ -28,6 +28,7 @@ use super::states::StateSockets;
 use super::status::{Progress, Status};
 use super::switchover::Switchover;
 use super::unit::{Crew, Unit};
+use super::wake::wake_up;
 use super::without::Without;
 use super::{
     ALIVE_EVERY, ANSWER_DEADLINE, LAST_WORD_DEADLINE, MigrationError, READY_DEADLINE, READY_STEP,
@@ -105,7 +106,7 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
         link: Link::new(sockets.control, cancel.clone()),
         recorder: Recorder::start(),
         report: Report::default(),
-        convergence: Convergence::new(options, view.definition.cpus),
+        convergence: Convergence::new(options),
         around: Around::default(),
         view,
         options,
@@ -344,16 +345,13 @@ impl Source {
     /// Finds out what a switchover would take besides memory. Once: a device that is busy must not
     /// hold up the copying.
     fn look_around(&mut self, crew: &Crew) -> Result<(), MigrationError> {
-        let begin = Instant::now();
-        let asked = crew.each(|_, unit| Ok(unit.remote.forecast()?));
-        let (names, within) = (crew.names(), ANSWER_DEADLINE);
-        let recorder = &mut self.recorder;
-        let forecasts = barrier::wait(Barrier::A, "forecast", names, &asked, within, recorder)?;
+        let (forecasts, devices) = crew.ask(&mut self.recorder)?;
         let slowest = |time: fn(&Forecast) -> Duration| forecasts.iter().map(time).max();
         let stop = slowest(|forecast| forecast.stop).unwrap_or_default();
         let start = slowest(|forecast| forecast.start).unwrap_or_default();
+        self.around.wake = wake_up().map_err(system("a pair of sockets"))?;
         self.around.link = self.link.round_trip();
-        self.around.devices = begin.elapsed();
+        self.around.devices = devices;
         self.around.transitions = stop.saturating_add(start);
         self.around.state_bytes = forecasts
             .iter()
@@ -380,6 +378,15 @@ impl Source {
         while self.link.has_message() {
             match self.link.receive(ANSWER_DEADLINE)? {
                 ToSource::Ready if self.unready > 0 => self.pass_a(),
+                ToSource::Prepared {
+                    core_us,
+                    devices_us,
+                } if self.unready > 0 => {
+                    self.around.core = Duration::from_micros(core_us);
+                    self.around.devices_there = Duration::from_micros(devices_us);
+                    self.convergence.found(self.around);
+                    self.pass_a();
+                }
                 other => return Err(unexpected(other, "nothing")),
             }
         }
@@ -480,6 +487,7 @@ pub(super) fn unexpected(message: ToSource, expected: &'static str) -> Migration
         ToSource::Discarded { reason } => return MigrationError::GivenUp { reason },
         ToSource::Welcome => "welcome",
         ToSource::Ready => "ready",
+        ToSource::Prepared { .. } => "prepared",
         ToSource::Loaded => "loaded",
         ToSource::Running { .. } => "running",
     };
