@@ -121,7 +121,11 @@ fn save<D: Device>(
 ) -> Result<u64, TransferError> {
     channel.set_deadline(CHANNEL_DEADLINE);
     let state = device.save()?;
-    let (_, len) = FrameWriter::begin(channel, unit, &state)?.finish()?;
+    let mut frame = FrameWriter::begin(channel, unit, &state)?;
+    if let Some(bulk) = device.bulk() {
+        bulk.save(&mut |piece| frame.bulk(piece))?;
+    }
+    let (_, len) = frame.finish()?;
     Ok(len)
 }
 
@@ -134,7 +138,17 @@ fn load<D: Device>(
     channel.set_deadline(CHANNEL_DEADLINE);
     let mut reader = FrameReader::begin(channel)?;
     let state = reader.structured::<D::SavedState>(unit)?;
-    let len = reader.finish()?;
+    let len = match device.bulk() {
+        None => reader.finish()?,
+        Some(bulk) => {
+            bulk.begin();
+            let mut piece = Vec::new();
+            while reader.bulk(&mut piece)?.is_some() {
+                bulk.load(&piece)?;
+            }
+            reader.bytes()
+        }
+    };
     device.load(state)?;
     Ok(len)
 }
