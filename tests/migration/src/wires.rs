@@ -32,6 +32,8 @@ pub enum Fault {
     Stall(usize),
     /// As `Cut`, for what the destination says.
     CutBack(usize),
+    /// Both sides are cut off from each other in the place of the destination's message of this name.
+    CutBefore(&'static str),
     /// What the destination says after so many bytes comes so much later.
     Late(usize, Duration),
     /// The message of the source with this name comes so much later.
@@ -125,7 +127,7 @@ fn pair(kind: Kind) -> Result<(OwnedFd, OwnedFd)> {
 fn relay(near: UnixStream, far: UnixStream, fault: Fault) -> Result<()> {
     let (back, forth) = match fault {
         Fault::CutBack(at) => (Some(Fault::Cut(at)), None),
-        late @ Fault::Late(..) => (Some(late), None),
+        back @ (Fault::Late(..) | Fault::CutBefore(_)) => (Some(back), None),
         fault => (None, Some(fault)),
     };
     for (from, to, fault) in [(&near, &far, forth), (&far, &near, back)] {
@@ -147,6 +149,11 @@ fn pass(mut from: UnixStream, mut to: UnixStream, fault: Option<Fault>) {
     while let Ok(mut count @ 1..) = from.read(&mut bytes) {
         let good = match fault {
             Some(Fault::Cut(at) | Fault::Stall(at)) => until(at, passed, count),
+            Some(Fault::CutBefore(name)) => {
+                let mut windows = bytes[..count].windows(name.len());
+                let found = windows.any(|window| window == name.as_bytes());
+                if found { 0 } else { count }
+            }
             Some(Fault::Late(at, time)) => {
                 let early = until(at, passed, count);
                 if to.write_all(&bytes[..early]).is_err() {

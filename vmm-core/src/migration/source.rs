@@ -455,6 +455,7 @@ impl Source {
     /// Memory is at the destination: its devices may map it.
     fn say_copied(&mut self) -> Result<(), MigrationError> {
         self.unready += 1;
+        self.asked = Instant::now();
         self.say(&ToDestination::Copied)
     }
 
