@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::MigrationError;
+use super::saved_state::DeviceWiring;
 use super::setup::MigrateOptions;
 
 /// Times that the link is crossed and back: the core's state, and the commit.
@@ -11,9 +12,11 @@ const LINK_TURNS: u32 = 2;
 /// of loading, start.
 const DEVICE_TURNS: u32 = 2;
 const DEVICE_TURNS_THERE: u32 = 2;
-/// Times that somebody is woken and wakes in turn: vCPUs to stop, the ends of the memory channels on
-/// both sides, vCPUs to go on; and on each crossing of the link.
-const WAKE_TURNS: u32 = 4 + LINK_TURNS;
+/// What the rest costs, in times that somebody is woken and wakes in turn, as measured on this host:
+/// the cores' threads one after the other, each device and each ring on whatever processor is free.
+const CORE_WAKES: u32 = 36;
+const DEVICE_WAKES: u32 = 20;
+const RING_WAKES: u32 = 2;
 /// A rate before anything was measured, in bytes a second.
 const FIRST_RATE: u64 = 100 << 20;
 /// A round that sends less says nothing about the rate.
@@ -42,6 +45,10 @@ pub struct Around {
     pub link: Duration,
     /// A thread that is woken and wakes the one that it was woken by.
     pub wake: Duration,
+    /// Devices that the guest uses, and their rings.
+    pub devices_rings: (u32, u32),
+    /// Processors of this host.
+    pub processors: u32,
     /// The core's state: saved and loaded.
     pub core: Duration,
     /// All devices asked something at once: until the last has answered.
@@ -52,6 +59,26 @@ pub struct Around {
     pub transitions: Duration,
     /// Bytes of the devices' states.
     pub state_bytes: u64,
+}
+
+impl Around {
+    /// Takes note of how much there is to stop and to start.
+    pub(super) fn count(&mut self, devices: &[DeviceWiring]) {
+        let rings = |device: &DeviceWiring| {
+            let queues = device.state.transport.queues.iter();
+            u32::try_from(queues.filter(|queue| queue.enabled).count()).unwrap_or(u32::MAX)
+        };
+        let used = devices.iter().map(rings).filter(|rings| *rings > 0);
+        self.devices_rings = used.fold((0, 0), |(devices, all): (u32, u32), rings| {
+            (devices + 1, all.saturating_add(rings))
+        });
+    }
+
+    fn wakes(&self) -> Duration {
+        let (devices, rings) = self.devices_rings;
+        let spread = devices.saturating_mul(DEVICE_WAKES) + rings.saturating_mul(RING_WAKES);
+        self.wake * (CORE_WAKES + spread / self.processors.max(1))
+    }
 }
 
 /// What to do next.
@@ -116,7 +143,7 @@ impl Convergence {
         let bytes = remaining.saturating_add(around.state_bytes);
         let moved = u128::from(bytes) * 1_000_000 / u128::from(self.rate);
         Duration::from_micros(u64::try_from(moved).unwrap_or(u64::MAX))
-            .saturating_add(around.core + around.wake * WAKE_TURNS + around.link * LINK_TURNS)
+            .saturating_add(around.core + around.wakes() + around.link * LINK_TURNS)
             .saturating_add(around.devices * DEVICE_TURNS)
             .saturating_add(around.devices_there * DEVICE_TURNS_THERE)
             .saturating_add(around.transitions)
@@ -197,6 +224,8 @@ mod tests {
         convergence.found(Around {
             link: Duration::from_micros(100),
             wake: Duration::from_micros(10),
+            devices_rings: (3, 10),
+            processors: 2,
             core: Duration::from_micros(400),
             devices: Duration::from_micros(1000),
             devices_there: Duration::from_micros(2000),
@@ -205,7 +234,7 @@ mod tests {
         });
         assert_eq!(
             convergence.predict(50 * MIB),
-            Duration::from_micros(600_000 + 400 + 60 + 200 + 2000 + 4000 + 200_000)
+            Duration::from_micros(600_000 + 400 + 760 + 200 + 2000 + 4000 + 200_000)
         );
         assert_eq!(
             (convergence.rate(), convergence.dirty_rate()),

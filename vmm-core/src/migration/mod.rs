@@ -47,6 +47,7 @@ mod states;
 pub mod status;
 pub mod switchover;
 pub mod unit;
+pub mod view;
 mod wake;
 pub mod without;
 

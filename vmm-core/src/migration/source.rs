@@ -21,22 +21,19 @@ use super::converge::{Around, Convergence, Decision, Measured};
 use super::definition::used;
 use super::error::system;
 use super::free_pages::FreePages;
-use super::ram::{CoreWrites, DirtyTracker, Pace, RamSender, WORD_PAGES};
+use super::ram::{DirtyTracker, Pace, RamSender, WORD_PAGES};
 use super::saved_state::{DeviceWiring, WiringState, to_blob};
 use super::setup::{MigrateOptions, Sockets};
 use super::states::StateSockets;
 use super::status::{Progress, Status};
 use super::switchover::Switchover;
 use super::unit::{Crew, Unit};
+pub use super::view::View;
 use super::wake::wake_up;
 use super::without::Without;
 use super::{
     ALIVE_EVERY, ANSWER_DEADLINE, LAST_WORD_DEADLINE, MigrationError, READY_DEADLINE, READY_STEP,
 };
-use crate::hypervisor::{MemorySlots, Throttle};
-use crate::memory::Memory;
-use crate::remote::device1::DeviceLinks;
-use migration::wire::Definition;
 
 /// How often it is looked whether the guest has named its free pages.
 const HINT_STEP: Duration = Duration::from_millis(2);
@@ -44,24 +41,6 @@ const HINT_STEP: Duration = Duration::from_millis(2);
 /// Words of pages that are given to the channels at once: 4 MiB of memory, so that the other side
 /// hears something in time on a slow link too.
 const PIECE_WORDS: usize = 16;
-
-/// The running machine, as far as the source's thread has to do with it.
-pub struct View {
-    /// Guest memory.
-    pub memory: Arc<Memory>,
-    /// KVM's dirty log.
-    pub slots: Arc<MemorySlots>,
-    /// Devices, in order.
-    pub units: Vec<Arc<Unit>>,
-    /// What the machine is.
-    pub definition: Definition,
-    /// What the core writes to guest memory meanwhile.
-    pub core_writes: CoreWrites,
-    /// Connections to the devices' processes.
-    pub links: Arc<DeviceLinks>,
-    /// Slows the guest down.
-    pub throttle: Throttle,
-}
 
 /// A migration to do.
 pub struct Job {
@@ -378,6 +357,8 @@ impl Source {
         let stop = slowest(|forecast| forecast.stop).unwrap_or_default();
         let start = slowest(|forecast| forecast.start).unwrap_or_default();
         self.around.wake = wake_up().map_err(system("a pair of sockets"))?;
+        self.around.processors = std::thread::available_parallelism()
+            .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX));
         self.around.link = self.link.round_trip();
         self.around.devices = devices;
         self.around.transitions = stop.saturating_add(start);
@@ -441,7 +422,9 @@ impl Source {
             })
         };
         let devices = self.view.units.iter().map(device);
-        let devices = devices.collect::<Result<_, MigrationError>>()?;
+        let devices = devices.collect::<Result<Vec<_>, MigrationError>>()?;
+        self.around.count(&devices);
+        self.convergence.found(self.around);
         let blob = to_blob(&WiringState { devices })?;
         if self.wiring.as_ref() != Some(&blob) {
             self.say(&ToDestination::Wiring(blob.clone()))?;
@@ -493,20 +476,6 @@ impl Source {
             status.progress.phase = phase;
             change(&mut status.progress);
         });
-    }
-}
-
-impl View {
-    /// Ends every log. One that does not end costs time and no more.
-    pub fn stop_logs(&self) {
-        if let Err(error) = self.slots.stop_log() {
-            tracing::warn!(%error, "KVM's dirty log stays on");
-        }
-        for unit in &self.units {
-            if let Err(error) = unit.remote.stop_log() {
-                tracing::warn!(%error, "a dirty log stays on");
-            }
-        }
     }
 }
 
