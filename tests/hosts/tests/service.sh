@@ -98,7 +98,14 @@ is paused || fail "alice has not paused it"
 refused "(org.godwit.Vmm1.manage)" as alice $quiet org.godwit.Vmm1 $web org.godwit.Vmm1.Machine Resume t 0
 refused "Access denied" as alice busctl call org.freedesktop.DBus / org.freedesktop.DBus \
     RequestName su org.godwit.Vmm1 4
-machine call Resume t 0
+# A person at a terminal is asked for the password of an administrator, who is root here.
+echo root:secret | chpasswd
+asked=/tmp/asked
+: >$asked
+{ until_true 60 grep -qs "Password:" $asked; echo secret; } |
+    script -qefc "setpriv --reuid=alice --regid=alice --init-groups godwit resume web" $asked >&2 ||
+    fail "alice was not asked, or the password was not taken: $(cat $asked)"
+is running || fail "alice has not resumed it"
 echo "polkit decides"
 
 # --- Deaths
@@ -124,6 +131,15 @@ until_true 60 is running
 systemctl restart godwit-broker
 until_true 60 is running
 echo "the living survive"
+
+# --- The guest that is installed with everything
+godwit run --demo --detach --name shown >/dev/null || fail "no demonstration"
+case $(godwit show shown --json=short) in
+    *'"kernel":"/usr/lib/godwit/godwit-demo-guest"'*) ;;
+    *) fail "it has another kernel: $(godwit show shown --json=short)" ;;
+esac
+godwit stop --force shown || fail "the demonstration does not end"
+echo "the demonstration is installed"
 
 # --- What does not start says why
 refused "" systemctl start godwit-machine@nobody
