@@ -223,9 +223,17 @@ impl Broker {
         files
     }
 
-    /// Processes of its machines that run, and units that systemd knows.
-    pub fn programs(&self) -> Result<Vec<String>> {
-        let mut found = self.manner.leftovers()?;
+    /// Processes of its machines that run, and units that systemd knows when they have had time
+    /// to go.
+    pub fn left(&self) -> Result<Vec<String>> {
+        let mut left = self.manner.leftovers()?;
+        left.extend(self.programs());
+        Ok(left)
+    }
+
+    /// Processes of its machines that run.
+    pub fn programs(&self) -> Vec<String> {
+        let mut found = Vec::new();
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let Ok(pid) = name.parse::<u32>() else {
@@ -241,7 +249,7 @@ impl Broker {
                 found.push(fs::read_to_string(entry.path().join("comm")).unwrap_or_default());
             }
         }
-        Ok(found)
+        found
     }
 
     /// A disk of `mib` MiB of zeroes.

@@ -280,7 +280,7 @@ async fn a_start_that_was_cut_short_is_cleaned_up() -> Result<()> {
             state => assert!(matches!(state, State::Off | State::Failed), "{state:?}"),
         }
         let what = format!("round {round}: an end of all processes");
-        until(&what, async || Ok(broker.programs()?.is_empty())).await?;
+        until(&what, async || Ok(broker.left()?.is_empty())).await?;
     }
     Ok(())
 }

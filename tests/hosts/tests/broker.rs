@@ -40,12 +40,16 @@ fn installed(name: &str) -> Result<Host> {
     };
     install.run()?;
     fs::copy(guest, host.share().join("guest"))?;
-    host.run(&format!(
-        "cp -a --no-preserve=ownership /share/root/. / && install -Dm644 /share/guest '{}' &&
-         systemd-sysusers && systemd-tmpfiles --create &&
-         systemctl daemon-reload && systemctl reload dbus",
-        guest.display()
-    ))?;
+    let output = host.run_for(
+        &format!(
+            "cp -a --no-preserve=ownership /share/root/. / && install -Dm644 /share/guest '{}' &&
+             systemd-sysusers && systemd-tmpfiles --create &&
+             systemctl daemon-reload && systemctl reload dbus",
+            guest.display()
+        ),
+        DEADLINE,
+    )?;
+    ensure!(output.status == 0, "{name}: {}", output.stderr);
     Ok(host)
 }
 
@@ -121,6 +125,11 @@ fn machines_in_units_survive_what_is_killed() -> Result<()> {
 }
 
 #[test]
+fn machines_in_units_move_within_their_host() -> Result<()> {
+    passes("units", &["migration"], "ten_times_within_a_host")
+}
+
+#[test]
 fn clients_networks_and_refusals_with_units() -> Result<()> {
     let others = ["clients", "cycles", "network", "refused"];
     passes("units", &others, ELSEWHERE)
@@ -147,6 +156,7 @@ fn the_service_of_a_system() -> Result<()> {
         "declared machine runs",
         "polkit decides",
         "the living survive",
+        "it moves",
         "the demonstration is installed",
         "failures say why",
         "nothing is left",
