@@ -7,13 +7,19 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::MigrationError;
-use super::barrier::Arrival;
+use migration::report::Recorder;
+
+use super::barrier::{self, Arrival, Barrier};
 use super::without::{Mechanism, Without};
+use super::{BLACKOUT_DEADLINE, MigrationError};
 use crate::remote::vhost_user::VhostUserDevice;
 use crate::transport::VirtioPciDevice;
+
+/// How long a device has to go on. One that takes longer is taken for gone, until its owner starts
+/// it anew.
+const STUCK: Duration = Duration::from_millis(500);
 
 /// A device.
 pub struct Unit {
@@ -126,6 +132,34 @@ impl Crew {
             })
         });
         arrivals
+    }
+
+    /// Barrier F: waits until all devices have gone on. The guest waits no longer for one that is
+    /// stuck than it takes to see that.
+    pub fn meet_again(
+        &self,
+        what: &'static str,
+        arrivals: &Receiver<Arrival<()>>,
+        recorder: &mut Recorder,
+    ) -> Result<(), MigrationError> {
+        let give_up_late_ones = |waited| {
+            if waited > STUCK
+                && let Some(unit) = self.units.first()
+            {
+                unit.remote.give_up();
+            }
+            Ok(())
+        };
+        barrier::wait_while(
+            give_up_late_ones,
+            Barrier::F,
+            what,
+            &self.names,
+            arrivals,
+            BLACKOUT_DEADLINE,
+            recorder,
+        )
+        .map(drop)
     }
 }
 
