@@ -5,7 +5,6 @@ use api::core::State;
 use tempfile::TempDir;
 use test_framework::machine::DEADLINE;
 use test_guest::Report;
-use test_machine::work;
 use test_migration::{Counter, Side, Spec, Wires, at_work, beat_on, finish};
 
 /// A machine with a disk and a counting device, both at work.

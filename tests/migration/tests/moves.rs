@@ -101,7 +101,7 @@ fn a_network_is_told_where_the_guest_is() -> Result<()> {
         ..busy()
     });
     spec.nics = vec![("told0".into(), 1)];
-    let mut side = at_work(&spec)?;
+    let side = at_work(&spec)?;
     let frames = Frames::listen()?;
     let is_rarp = |frame: &[u8]| frame.get(12..14) == Some(&[0x80, 0x35]);
     // Before the guest's own packets fill what the listener has room for.
@@ -125,7 +125,7 @@ fn only_what_was_used_is_sent_and_the_report_says_what_it_took() -> Result<()> {
         ..busy()
     });
     spec.memory_mib = 512;
-    let mut side = at_work(&spec)?;
+    let side = at_work(&spec)?;
     let Moved { side, outcome } = side.move_on(&spec)?;
     let report = &outcome["report"];
     let bytes = report["memory_bytes"].as_u64().unwrap_or(u64::MAX);
@@ -179,7 +179,7 @@ fn all_is_wired_ahead_and_queues_cost_nothing_in_the_blackout() -> Result<()> {
         let mut spec = Spec::with_disks(&folder, &[queues, queues])?;
         spec.workload.net = NetMode::Loop;
         spec.nics = vec![("move1".into(), queues.min(2))];
-        let mut side = at_work(&spec)?;
+        let side = at_work(&spec)?;
         let Moved { side, outcome } = side.move_on(&spec)?;
         for at in ["source", "destination"] {
             let (messages, others) = costs(&outcome, at)?;
@@ -199,8 +199,8 @@ fn all_is_wired_ahead_and_queues_cost_nothing_in_the_blackout() -> Result<()> {
 #[test]
 fn a_paused_machine_moves_and_stays_paused() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = Spec::with_disks(&folder, &[2])?;
-    let mut side = at_work(&spec)?;
+    let spec = Spec::with_disks(&folder, &[2])?;
+    let side = at_work(&spec)?;
     side.pause()?;
     let mut side = side.move_on(&spec)?.side;
     assert_eq!(side.state()?, State::Paused);
@@ -309,7 +309,7 @@ fn write_golden_snapshot() -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = Spec::with_disks(&folder, &[2])?;
     spec.cpus = 2;
-    let mut side = at_work(&spec)?;
+    let side = at_work(&spec)?;
     side.snapshot(&spec, folder.path())?;
     std::fs::copy(folder.path().join("core"), path)?;
     Ok(())
@@ -318,7 +318,7 @@ fn write_golden_snapshot() -> Result<()> {
 #[test]
 fn a_machine_goes_on_after_its_snapshot() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = Spec::with_disks(&folder, &[2])?;
+    let spec = Spec::with_disks(&folder, &[2])?;
     let mut side = at_work(&spec)?;
     side.snapshot(&spec, folder.path())?;
     beat_on(&mut side)?;

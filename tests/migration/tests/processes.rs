@@ -61,19 +61,26 @@ impl Victim {
     }
 }
 
-/// A machine with a device of each kind, all at work.
-fn spec(folder: &TempDir, tap: &str) -> Result<Spec> {
-    network(tap, 4)?;
+/// A machine with a disk and, if that is another, the device with this id, both at work.
+fn spec(folder: &TempDir, victim: &str) -> Result<Spec> {
     let mut spec = Spec::with_disks(folder, &[2])?;
-    spec.workload.net = NetMode::Loop;
-    spec.workload.balloon = BalloonMode::Follow;
-    spec.workload.count = 500;
-    spec.nics = vec![(tap.into(), 1)];
-    spec.balloon = true;
-    spec.foreign = vec![Foreign::Counter {
-        log: true,
-        state: true,
-    }];
+    match victim {
+        "net0" => {
+            network("kill0", 4)?;
+            spec.workload.net = NetMode::Loop;
+            spec.nics = vec![("kill0".into(), 1)];
+        }
+        "balloon" => {
+            spec.workload.balloon = BalloonMode::Follow;
+            spec.balloon = true;
+        }
+        "foreign0" => {
+            spec.workload.count = 500;
+            let (log, state) = (true, true);
+            spec.foreign = vec![Foreign::Counter { log, state }];
+        }
+        _ => {}
+    }
     Ok(spec)
 }
 
@@ -107,19 +114,19 @@ fn goes_on(side: &mut Side, mut destination: Side) -> Result<()> {
     Ok(())
 }
 
-/// Who was killed at the source, in the phases whose outcome is in `places`.
-fn here(tap: &str, victim: &str, places: [Place; 5]) -> Result<()> {
-    table(tap, victim, places, true)
+/// Kills a process of the source at each phase, and finds the machine in these places.
+fn here(victim: &str, places: [Place; 5]) -> Result<()> {
+    table(victim, places, true)
 }
 
-/// The same at the destination.
-fn there(tap: &str, victim: &str, places: [Place; 5]) -> Result<()> {
-    table(tap, victim, places, false)
+/// The same with one of the destination.
+fn there(victim: &str, places: [Place; 5]) -> Result<()> {
+    table(victim, places, false)
 }
 
-fn table(tap: &str, victim: &str, places: [Place; 5], is_here: bool) -> Result<()> {
+fn table(victim: &str, places: [Place; 5], is_here: bool) -> Result<()> {
     let folder = TempDir::new()?;
-    let spec = spec(&folder, tap)?;
+    let spec = spec(&folder, victim)?;
     let victim = match victim {
         "core" => Victim::Core,
         id => Victim::device(&spec, id)?,
@@ -194,50 +201,50 @@ fn row(
 
 #[test]
 fn the_core_of_the_source() -> Result<()> {
-    here("kill0", "core", CORE_HERE)
+    here("core", CORE_HERE)
 }
 
 #[test]
 fn the_core_of_the_destination() -> Result<()> {
-    there("kill1", "core", CORE_THERE)
+    there("core", CORE_THERE)
 }
 
 #[test]
 fn a_disk_of_the_source() -> Result<()> {
-    here("kill2", "disk0", DEVICE_HERE)
+    here("disk0", DEVICE_HERE)
 }
 
 #[test]
 fn a_disk_of_the_destination() -> Result<()> {
-    there("kill3", "disk0", DEVICE_THERE)
+    there("disk0", DEVICE_THERE)
 }
 
 #[test]
 fn a_network_card_of_the_source() -> Result<()> {
-    here("kill4", "net0", DEVICE_HERE)
+    here("net0", DEVICE_HERE)
 }
 
 #[test]
 fn a_network_card_of_the_destination() -> Result<()> {
-    there("kill5", "net0", DEVICE_THERE)
+    there("net0", DEVICE_THERE)
 }
 
 #[test]
 fn a_balloon_of_the_source() -> Result<()> {
-    here("kill6", "balloon", DEVICE_HERE)
+    here("balloon", DEVICE_HERE)
 }
 
 #[test]
 fn a_balloon_of_the_destination() -> Result<()> {
-    there("kill7", "balloon", DEVICE_THERE)
+    there("balloon", DEVICE_THERE)
 }
 
 #[test]
 fn a_back_end_of_others_at_the_source() -> Result<()> {
-    here("kill8", "foreign0", DEVICE_HERE)
+    here("foreign0", DEVICE_HERE)
 }
 
 #[test]
 fn a_back_end_of_others_at_the_destination() -> Result<()> {
-    there("kill9", "foreign0", DEVICE_THERE)
+    there("foreign0", DEVICE_THERE)
 }

@@ -90,6 +90,9 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
         status,
     } = job;
     let states = sockets.take_states(&view.units, options.shared_memory)?;
+    for unit in &view.units {
+        unit.remote.check_served_since(unit.remote.reconnects())?;
+    }
     if !options.shared_memory
         && let Some(unit) = view.units.iter().find(|unit| !unit.remote.has_log())
     {
