@@ -202,7 +202,7 @@ fn a_guest_that_is_too_fast_is_given_up_or_slowed_down() -> Result<()> {
         ..work()
     });
     spec.channels = 1;
-    let bandwidth = ("max-bandwidth", 64 << 20);
+    let bandwidth = ("max-bandwidth", 16 << 20);
     spec.options = vec![("max-downtime-ms", 0), ("patience-s", 1), bandwidth];
     let side = at_work(&spec)?;
     let (mut source, mut destination, outcome) = side.try_move(&spec, None)?;

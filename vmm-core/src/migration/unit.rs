@@ -36,23 +36,30 @@ impl Unit {
     /// machine does. Fails only if somebody else has that: the machine must not run then. A back-end
     /// that does not work is its owner's to mend, as at any other time.
     pub fn take_up(&self, running: bool) -> Result<(), MigrationError> {
-        let started = match running {
+        let start = || match running {
             true => self.pci.resume().map_err(MigrationError::from),
             false => Ok(()),
         };
-        let taken = started.and_then(|()| Ok(self.remote.hold(true)?));
-        match taken {
+        let started = start().or_else(|error| {
+            if error.is_declined() {
+                return Err(error);
+            }
+            self.log(&error);
+            // It is gone by now: the next one is told what it has to do.
+            start()
+        });
+        match started.and_then(|()| Ok(self.remote.hold(true)?)) {
             Err(error) if !error.is_declined() => {
-                let error = crate::machine::chain(&error);
-                tracing::error!(
-                    device = self.id,
-                    error,
-                    "it does not start; restart its process"
-                );
+                self.log(&error);
                 Ok(())
             }
             taken => taken,
         }
+    }
+
+    fn log(&self, error: &MigrationError) {
+        let (device, error) = (&self.id, crate::machine::chain(error));
+        tracing::error!(device, error, "it does not start; restart its process");
     }
 
     /// The machine goes: what only one process may have is given up.
