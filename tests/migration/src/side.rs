@@ -247,6 +247,17 @@ impl Side {
             self.devices[number].wait(DEADLINE)?;
         }
         self.devices[number] = self.recipes[number].start(false, None)?;
+        let id = self.recipes[number].id().into_owned();
+        let end = Instant::now() + DEADLINE;
+        let is_back = |side: &Side| {
+            side.call(async |connection| {
+                let core = CoreProxy::new(connection).await?;
+                Ok(core.device_status(&id).await?.connected)
+            })
+        };
+        while !is_back(self)? {
+            ensure!(Instant::now() < end, "{id} is not found again");
+        }
         Ok(())
     }
 
