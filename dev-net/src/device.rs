@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use device_kit::{
     Announcer, Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device,
-    Forecast, HostError, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
+    Forecast, HostError, Keepsake, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -146,6 +146,10 @@ impl Device for NetDevice {
 
     fn announcer(&self) -> Option<&dyn Announcer> {
         Some(&*self.shared)
+    }
+
+    fn keepsake(&self) -> Option<&dyn Keepsake> {
+        None
     }
 
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {

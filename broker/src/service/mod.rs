@@ -186,12 +186,7 @@ impl Published {
         Ok(())
     }
 
-    async fn balloon(
-        &mut self,
-        name: MachineName,
-        id: DeviceId,
-        size: Status,
-    ) -> zbus::Result<()> {
+    async fn balloon(&mut self, name: MachineName, id: DeviceId, size: Status) -> zbus::Result<()> {
         let at = path::device(name.as_str(), id.as_str());
         let key = (name, id);
         // One that is gone already is not told of.

@@ -108,7 +108,10 @@ async fn show(machine: &Machine) -> Result<()> {
             true => String::new(),
             false => format!(" on {}", device.source),
         };
-        say(&format!("  {process:>8}  {} {}{on}", device.kind, device.id));
+        say(&format!(
+            "  {process:>8}  {} {}{on}",
+            device.kind, device.id
+        ));
     }
     say("");
     tokio::time::sleep(SHOWN).await;

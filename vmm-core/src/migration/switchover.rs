@@ -400,7 +400,8 @@ impl StateSockets {
 
     /// Lets a stopped device load itself from its socket.
     pub(super) fn load(&self, number: usize, unit: &Unit) -> Result<(), MigrationError> {
-        self.transfer(number, unit, StateDirection::Load)
+        self.transfer(number, unit, StateDirection::Load)?;
+        Ok(unit.remote.loaded()?)
     }
 
     fn transfer(
