@@ -83,6 +83,31 @@ fn a_linux_guest_gives_and_takes_memory() -> Result<()> {
 }
 
 #[test]
+fn huge_pages_return_when_all_of_each_is_given() -> Result<()> {
+    let mut host = booted(
+        "huge",
+        "echo 300 >/proc/sys/vm/nr_hugepages
+         [ $(huge) = 300 ] || exit 1
+         broker a
+         boot a --hugepages 2M",
+    )?;
+    // 256 of them are the guest's, and most of these used once.
+    call(
+        &mut host,
+        "guest 'random /run/kept 16 && fill /run/x 320'
+         expect 'they are used' huge_below 130
+         guest 'rm /run/x'
+         at a balloon guest 256M
+         within 120 holds a $((256 << 20))
+         within 120 huge_above 160
+         at a balloon guest 0
+         within 120 holds a 0
+         guest 'fill /run/x 320 && filled /run/x 320 && kept && calm'",
+    )?;
+    Ok(())
+}
+
+#[test]
 fn what_a_linux_guest_used_and_freed_does_not_travel() -> Result<()> {
     let mut host = booted("free-pages", "broker a\n broker b\n boot a")?;
     // A balloon, a file that is kept, and most of the memory used and freed just before.

@@ -26,7 +26,7 @@ broker() {
 # at BROKER COMMAND...
 at() { godwit --bus "/run/$1/bus" "${@:2}"; }
 
-# boot BROKER: the stock kernel and its modules, with our first program over the initrd's own.
+# boot BROKER OPTION...: the stock kernel and its modules, with our first program over the initrd's own.
 boot() {
     local tree
     tree=$(mktemp -d)
@@ -35,7 +35,7 @@ boot() {
     cat /opt/guest/initrd "$tree.cpio" >/run/initrd
     at "$1" run --detach --keep --name guest --cpus 2 --memory 512M \
         --kernel /opt/guest/vmlinuz --initrd /run/initrd \
-        --cmdline "console=ttyS0 quiet panic=-1 mitigations=off" --balloon
+        --cmdline "console=ttyS0 quiet panic=-1 mitigations=off" --balloon "${@:2}"
     listen "$1"
     within 120 grep -q READY /run/said
 }
@@ -76,6 +76,11 @@ spent() {
 }
 spent_below() { [ "$(spent)" -lt "$1" ]; }
 spent_above() { [ "$(spent)" -gt "$1" ]; }
+
+# Huge pages that the host has to spare.
+huge() { sed -n 's/^HugePages_Free: *//p' /proc/meminfo; }
+huge_above() { [ "$(huge)" -gt "$1" ]; }
+huge_below() { [ "$(huge)" -lt "$1" ]; }
 
 # holds BROKER BYTES: the balloon has just this size.
 holds() { at "$1" --json balloon guest | tr -d ' \n' | grep -q "\"actual_bytes\":$2,"; }
