@@ -323,6 +323,12 @@ pub struct Migrate {
     /// It is stopped when the stop is predicted to be shorter, as 20ms or 1s [default: 300ms]
     #[arg(long, value_name = "TIME")]
     pub max_downtime: Option<Milliseconds>,
+    /// A stop that lasts longer is given up, and the machine goes on where it was [default: 10s]
+    #[arg(long, value_name = "TIME")]
+    pub blackout_limit: Option<Milliseconds>,
+    /// Most memory to send a second while the guest runs, as 100M; at least 1M
+    #[arg(long, value_name = "SIZE")]
+    pub max_bandwidth: Option<Size>,
     /// Connections for memory, 1 to 16 [default: 2]
     #[arg(long, value_name = "N")]
     pub channels: Option<u32>,
@@ -572,6 +578,8 @@ mod tests {
         assert!(parse("decide vm1 --here --there").is_err());
         assert!(parse("decide vm1 --here").is_ok());
         assert!(parse("migrate vm1 local: --max-downtime 20ms --channels 4").is_ok());
+        assert!(parse("migrate vm1 local: --max-bandwidth 100M --blackout-limit 2s").is_ok());
+        assert!(parse("migrate vm1 local: --max-bandwidth fast").is_err());
         assert!(parse("migrate vm1 local: --max-downtime soon").is_err());
         assert!(parse("migrate vm1 local: --no-wait --trace f").is_err());
     }

@@ -11,6 +11,8 @@ const MAX_CHANNELS: u64 = migration::ram::MAX_CHANNELS as u64;
 /// Longest times that are taken, in milliseconds and seconds: a day.
 const MAX_MS: u64 = 86_400_000;
 const MAX_S: u64 = 86_400;
+/// Least bytes of memory a second: with less the other side would take a pause for a loss.
+const MIN_BANDWIDTH: u64 = 1 << 20;
 
 /// How a machine is to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +28,8 @@ pub(crate) struct Options {
     pub(crate) patience_s: u64,
     /// A guest that is too fast is slowed down.
     pub(crate) auto_converge: bool,
+    /// Most bytes of memory a second while the guest runs.
+    pub(crate) max_bandwidth: Option<u64>,
 }
 
 impl Default for Options {
@@ -36,6 +40,7 @@ impl Default for Options {
             blackout_limit_ms: 10_000,
             patience_s: 60,
             auto_converge: false,
+            max_bandwidth: None,
         }
     }
 }
@@ -58,6 +63,10 @@ impl Options {
                     options.blackout_limit_ms = number(&key, &value, 1..=MAX_MS)?;
                 }
                 "patience-s" => options.patience_s = number(&key, &value, 0..=MAX_S)?,
+                "max-bandwidth" => {
+                    let limit = number(&key, &value, MIN_BANDWIDTH..=u64::MAX)?;
+                    options.max_bandwidth = Some(limit);
+                }
                 "auto-converge" => {
                     options.auto_converge = bool::try_from(value).map_err(|_| {
                         Error::InvalidArgs(format!("option {key} is not a boolean"))
@@ -66,7 +75,7 @@ impl Options {
                 _ => {
                     return Err(Error::InvalidArgs(format!(
                         "{key} is no option of a migration: there are channels, max-downtime-ms, \
-                         blackout-limit-ms, patience-s, auto-converge"
+                         blackout-limit-ms, patience-s, max-bandwidth, auto-converge"
                     )));
                 }
             }
@@ -80,6 +89,10 @@ impl Options {
             ("max-downtime-ms".into(), self.max_downtime_ms.into()),
             ("blackout-limit-ms".into(), self.blackout_limit_ms.into()),
             ("patience-s".into(), self.patience_s.into()),
+            (
+                "max-bandwidth".into(),
+                self.max_bandwidth.unwrap_or(0).into(),
+            ),
             ("auto-converge".into(), self.auto_converge.into()),
             ("shared-memory".into(), shared_memory.into()),
         ])
@@ -140,6 +153,10 @@ mod tests {
             (one("channels", 0u32), "option channels: give an integer"),
             (one("max-downtime-ms", true), "option max-downtime-ms"),
             (one("auto-converge", 1u32), "auto-converge is not a boolean"),
+            (
+                one("max-bandwidth", 1u32),
+                "option max-bandwidth: give an integer from 1048576",
+            ),
             (one("speed", 1u32), "speed is no option"),
         ] {
             let error = Options::parse(given).unwrap_err().to_string();

@@ -45,6 +45,11 @@ fn options(migrate: &Migrate) -> Dictionary {
         }
     };
     put("max-downtime-ms", migrate.max_downtime.map(|time| time.0));
+    put(
+        "blackout-limit-ms",
+        migrate.blackout_limit.map(|time| time.0),
+    );
+    put("max-bandwidth", migrate.max_bandwidth.map(|size| size.0));
     put("channels", migrate.channels.map(u64::from));
     put("patience-s", migrate.patience);
     if migrate.auto_converge {

@@ -235,7 +235,8 @@ impl<M: OneMachine> Machine<M> {
     /// with `local:` to new processes of this host, which may be of another version. Options:
     /// `max-downtime-ms` (t, 300), `channels` (t, 2), `auto-converge` (b), `patience-s` (t, 60: how
     /// long a migration that does not converge goes on), `blackout-limit-ms` (t, 10000: a stop that
-    /// lasts longer is given up). The job has `org.godwit.Vmm1.Job.Migration` as well, and its result
+    /// lasts longer is given up), `max-bandwidth` (t, bytes of memory a second while the guest
+    /// runs, at least 1048576; else as many as the link carries). The job has `org.godwit.Vmm1.Job.Migration` as well, and its result
     /// says where the machine is. A machine that has moved to another broker is forgotten here.
     #[zbus(out_args("job"))]
     async fn migrate(

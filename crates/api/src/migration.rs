@@ -58,7 +58,8 @@ impl<M: Mover> Migration<M> {
     /// state, by id. Options: `max-downtime-ms` (t, 300),
     /// `blackout-limit-ms` (t, 10000: a stop that lasts longer is given up), `auto-converge` (b), `shared-memory` (b,
     /// the other core maps [`Self::memory`]), `patience-s` (t, 60: how long a migration that does
-    /// not converge goes on).
+    /// not converge goes on), `max-bandwidth` (t, bytes of memory a second while the guest runs;
+    /// 0: no limit).
     async fn migrate(
         &self,
         control: OwnedFd,

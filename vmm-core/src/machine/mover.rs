@@ -129,12 +129,13 @@ fn parse(dictionary: HashMap<String, OwnedVariant>) -> Result<MigrateOptions, Er
             "max-downtime-ms" => options.max_downtime_ms = number(value)?,
             "blackout-limit-ms" => options.blackout_limit_ms = number(value)?,
             "patience-s" => options.patience_s = number(value)?,
+            "max-bandwidth" => options.max_bandwidth = number(value)?,
             "auto-converge" => options.auto_converge = flag(value)?,
             "shared-memory" => options.shared_memory = flag(value)?,
             _ => {
                 return Err(Error::InvalidArgs(format!(
                     "{key} is no option of a migration: there are max-downtime-ms, blackout-limit-ms, \
-                     patience-s, auto-converge, shared-memory"
+                     patience-s, max-bandwidth, auto-converge, shared-memory"
                 )));
             }
         }

@@ -35,6 +35,8 @@ pub struct MigrateOptions {
     pub shared_memory: bool,
     /// A migration that does not converge is given up after so many seconds of it.
     pub patience_s: u64,
+    /// Most bytes of memory a second while the guest runs; 0: as many as the link carries.
+    pub max_bandwidth: u64,
 }
 
 impl Default for MigrateOptions {
@@ -45,6 +47,7 @@ impl Default for MigrateOptions {
             auto_converge: false,
             shared_memory: false,
             patience_s: 60,
+            max_bandwidth: 0,
         }
     }
 }

@@ -21,7 +21,7 @@ use super::converge::{Around, Convergence, Decision, Measured};
 use super::definition::used;
 use super::error::system;
 use super::free_pages::FreePages;
-use super::ram::{CoreWrites, DirtyTracker, RamSender, WORD_PAGES};
+use super::ram::{CoreWrites, DirtyTracker, Pace, RamSender, WORD_PAGES};
 use super::saved_state::{DeviceWiring, WiringState, to_blob};
 use super::setup::{MigrateOptions, Sockets};
 use super::status::{Progress, Status};
@@ -116,6 +116,8 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
         wiring: None,
         alive: Instant::now(),
         began: Instant::now(),
+        asked: Instant::now(),
+        pace: Pace::new(Instant::now()),
     };
     let mut memory = None;
     let prepared = source.prepare(sockets.ram, &mut memory).and_then(|crew| {
@@ -186,6 +188,9 @@ struct Source {
     /// When the other side heard something last.
     alive: Instant,
     began: Instant,
+    /// When the other side was told something last that it has to get ready for.
+    asked: Instant,
+    pace: Pace,
 }
 
 impl Source {
@@ -281,8 +286,10 @@ impl Source {
             for (number, (words, holes)) in pieces.enumerate() {
                 let offset = (number * PIECE_WORDS) as u64 * WORD_PAGES;
                 let first = page + offset;
+                let (began, before) = (Instant::now(), memory.sender.sent());
                 memory.sender.send_with_holes(first, words, holes)?;
                 self.listen()?;
+                self.keep_pace(&mut memory.sender, began, before)?;
             }
             let remaining = memory.tracker.pending_bytes();
             let sent = memory.sender.sent();
@@ -312,6 +319,27 @@ impl Source {
             self.recorder.note("core", "left out", begin, skipped);
         }
         self.tell_wiring()
+    }
+
+    /// Waits until more may be sent, if the owner has set a limit; `before` bytes had been sent
+    /// when a piece `began`.
+    fn keep_pace(
+        &mut self,
+        sender: &mut RamSender,
+        began: Instant,
+        before: u64,
+    ) -> Result<(), MigrationError> {
+        let limit = self.options.max_bandwidth;
+        if limit == 0 {
+            return Ok(());
+        }
+        sender.flush()?;
+        let due = self.pace.spend(began, sender.sent() - before, limit);
+        while let Some(left) = due.checked_duration_since(Instant::now()) {
+            self.link.await_message(left.min(ALIVE_EVERY))?;
+            self.listen()?;
+        }
+        Ok(())
     }
 
     /// Asks the guest for pages that need not be sent, and waits for the many of the first round.
@@ -355,7 +383,7 @@ impl Source {
 
     /// Waits a moment for barrier A; meanwhile more gets dirty, so it is not longer.
     fn await_ready(&mut self) -> Result<(), MigrationError> {
-        if self.began.elapsed() >= READY_DEADLINE {
+        if self.asked.elapsed() >= READY_DEADLINE {
             return Err(MigrationError::Late {
                 barrier: Barrier::A,
                 units: vec!["destination".into()],
@@ -403,6 +431,7 @@ impl Source {
             self.say(&ToDestination::Wiring(blob.clone()))?;
             self.wiring = Some(blob);
             self.unready += 1;
+            self.asked = Instant::now();
         }
         self.listen()
     }

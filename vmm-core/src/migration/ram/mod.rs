@@ -4,11 +4,13 @@
 //! and the devices'; [`RamSender`] and [`RamReceiver`] have a thread for each channel.
 
 mod dirty;
+mod pace;
 mod page_set;
 mod receiver;
 mod sender;
 
 pub use dirty::{CoreWrites, DirtyTracker};
+pub use pace::Pace;
 pub use page_set::PageSet;
 pub use receiver::RamReceiver;
 pub use sender::RamSender;
