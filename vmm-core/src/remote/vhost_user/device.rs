@@ -295,6 +295,19 @@ impl VhostUserDevice {
         self.shared.note(state, &result);
         result
     }
+
+    /// The back-end has loaded its state. What the guest reads of a balloon is part of that, and
+    /// must not be what it was before when the guest goes on.
+    pub fn loaded(&self) -> Result<(), VhostUserError> {
+        if self.shared.config.kind != DeviceKind::BALLOON {
+            return Ok(());
+        }
+        let state = &mut *self.shared.state();
+        if let Some(bytes) = self.shared.fetch_config(state)? {
+            self.shared.set_config(bytes);
+        }
+        Ok(())
+    }
 }
 
 impl Drop for VhostUserDevice {

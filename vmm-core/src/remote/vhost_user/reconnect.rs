@@ -147,11 +147,12 @@ impl Shared {
         }
         // Others hear of it when its rings run.
         state.phase = Phase::Connected(Box::new(session));
-        let bytes = self.fetch_config(state)?;
         let started = self.start(state);
         self.note(state, &started);
         started?;
         state.unwritten.clear();
+        // Now that it has what its predecessor has left.
+        let bytes = self.fetch_config(state)?;
         let same = |bytes: &Vec<u8>| *bytes == *self.config_bytes();
         if let Some(bytes) = bytes.filter(|bytes| !same(bytes)) {
             self.change_config(bytes);
