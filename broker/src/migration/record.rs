@@ -16,6 +16,8 @@ pub(crate) struct Record {
     pub(crate) place: Place,
     /// How it is to move.
     pub(crate) options: Options,
+    /// What went wrong here meanwhile.
+    pub(crate) trouble: Option<String>,
     /// How far it is.
     pub(crate) progress: Progress,
     /// What it took.

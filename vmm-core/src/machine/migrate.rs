@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread;
@@ -35,6 +36,9 @@ use crate::remote::device1::DeviceLinks;
 
 /// How long a core whose machine has moved stays, so that its owner can hear it.
 const LINGER: Duration = Duration::from_secs(5);
+
+/// What the owner's file is told when a machine has come and, from then on, is only here.
+const ARRIVED: &str = "arrived";
 
 /// A machine that is not booted.
 #[derive(Debug)]
@@ -99,6 +103,8 @@ pub(super) struct Parts {
     pub(super) links: Arc<DeviceLinks>,
     pub(super) incoming: Option<Incoming>,
     pub(super) without: Without,
+    /// The owner's file, which is told that the machine has come.
+    pub(super) end: Option<File>,
 }
 
 /// What a machine keeps for its migrations.
@@ -339,6 +345,15 @@ impl Machine {
         if self.moving.place != Place::Undecided {
             return Err(MachineError::Elsewhere("is where everybody knows"));
         }
+        let result = match runs_there {
+            true => Verdict::Moved,
+            false => Verdict::Kept,
+        };
+        self.moving.status.send_modify(|status| {
+            if let Some(outcome) = &mut status.outcome {
+                outcome.result = result;
+            }
+        });
         if runs_there {
             self.moving.place = Place::Gone(Instant::now());
             return Ok(());
@@ -425,6 +440,14 @@ impl NewHost for Machine {
         self.platform.power.restore(&core.power)?;
         self.root.restore(&core.root);
         Ok(self.bridge.restore(&core.bridge)?)
+    }
+
+    fn arrived(&mut self) {
+        if let Some(end) = &mut self.moving.parts.end
+            && let Err(error) = writeln!(end, "{ARRIVED}")
+        {
+            tracing::warn!(%error, "the owner is not told that the machine is here");
+        }
     }
 
     fn run(&mut self, running: bool) {

@@ -39,6 +39,8 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(600);
 pub trait NewHost {
     /// Takes the core's state over, without the devices'.
     fn load_core(&mut self, core: CoreState) -> Result<(), MigrationError>;
+    /// Takes note, for who asks when this process is no more, that the machine is here.
+    fn arrived(&mut self);
     /// Lets vCPUs run, if the machine ran.
     fn run(&mut self, running: bool);
 }
@@ -231,6 +233,7 @@ impl Incoming {
     /// The machine is here: devices, then vCPUs, then the word.
     fn start(&mut self, host: &mut impl NewHost) -> Result<(), MigrationError> {
         self.state = self.state.on(DestinationInput::Commit).0;
+        host.arrived();
         let running = self.running;
         let started = self.crew.each(move |_, unit| unit.take_up(running));
         let started = self.meet(Barrier::F, "start", &started);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration::channel::Cancel;
-use migration::link::Link;
+use migration::link::{Link, LinkError};
 use migration::report::{Recorder, Report, Round, micros};
 use migration::rings::Forecast;
 use migration::wire::{Blob, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
@@ -142,11 +142,29 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
             status: source.status,
         })),
         Err(error) => {
+            let error = told_why(&mut source.link, error);
             say_last(&mut source.link, &error);
             source.cancel.cancel();
             drop(memory);
             source.view.stop_logs();
             Err(error)
+        }
+    }
+}
+
+/// What the other side says of a failure that shows here only as a connection that broke.
+fn told_why(link: &mut Link, error: MigrationError) -> MigrationError {
+    use MigrationError as Error;
+    if !matches!(error, Error::Ram(_) | Error::Link(LinkError::Lost(_))) {
+        return error;
+    }
+    // It looks at its memory channels when it hears something; a link that is lost was said to be.
+    let _ = link.send(&ToDestination::Alive, LAST_WORD_DEADLINE);
+    loop {
+        match link.receive(LAST_WORD_DEADLINE) {
+            Ok(ToSource::Ready) => {}
+            Ok(ToSource::Discarded { reason }) => return Error::GivenUp { reason },
+            _ => return error,
         }
     }
 }
