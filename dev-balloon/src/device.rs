@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use device_kit::{
-    Announcer, Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device,
-    Forecast, HostError, Kit, OptionError, QueueIndex, StateError,
+    Announcer, Assignment, BalloonProcess, BulkState, Capabilities, ConfigError, ConfigWriter,
+    Device, Forecast, HostError, Kit, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -135,6 +135,10 @@ impl Device for BalloonDevice {
 
     fn load(&self, state: SavedState) -> Result<(), StateError> {
         self.shared.load(state).map_err(StateError)
+    }
+
+    fn bulk(&self) -> Option<&dyn BulkState> {
+        None
     }
 
     fn reset(&self) {

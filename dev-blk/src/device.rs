@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use device_kit::{
-    Announcer, Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device,
-    Forecast, Health, HostError, Kit, OptionError, QueueIndex, StateError,
+    Announcer, Assignment, BalloonProcess, BulkState, Capabilities, ConfigError, ConfigWriter,
+    Device, Forecast, Health, HostError, Kit, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -210,6 +210,10 @@ impl Device for Blk {
 
     fn statistics(&self) -> Vec<(&'static str, u64)> {
         self.shared.metrics.totals()
+    }
+
+    fn bulk(&self) -> Option<&dyn BulkState> {
+        None
     }
 
     fn reset(&self) {

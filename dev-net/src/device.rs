@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use device_kit::{
-    Announcer, Assignment, BalloonProcess, Capabilities, ConfigError, ConfigWriter, Device,
-    Forecast, HostError, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
+    Announcer, Assignment, BalloonProcess, BulkState, Capabilities, ConfigError, ConfigWriter,
+    Device, Forecast, HostError, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -133,6 +133,10 @@ impl Device for NetDevice {
 
     fn load(&self, state: NetState) -> Result<(), StateError> {
         self.shared.load(state)
+    }
+
+    fn bulk(&self) -> Option<&dyn BulkState> {
+        None
     }
 
     fn reset(&self) {

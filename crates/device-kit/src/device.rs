@@ -28,6 +28,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::balloon1::BalloonProcess;
+use migration::frame::FrameError;
 pub use migration::rings::Forecast;
 use migration::schema::Schema;
 use migration::state::DeviceState;
@@ -114,9 +115,12 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// What it was doing. Every ring is stopped and drained.
     fn save(&self) -> Result<Self::SavedState, StateError>;
 
-    /// Goes on from where its twin stopped. Every ring is stopped. The state is hostile: it is
-    /// checked before any of it is taken over.
+    /// Goes on from where its twin stopped. Every ring is stopped, and all of the state has come
+    /// as it was sent. It is hostile: it is checked before any of it is taken over.
     fn load(&self, state: Self::SavedState) -> Result<(), StateError>;
+
+    /// What of its state is too large for one piece, if anything is.
+    fn bulk(&self) -> Option<&dyn BulkState>;
 
     /// Back to what it was after `open`. Every ring is stopped and drained.
     fn reset(&self);
@@ -130,6 +134,24 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// What tells a network where its guest is, if it is a network card (SEND_RARP).
     fn announcer(&self) -> Option<&dyn Announcer>;
+}
+
+/// State that passes in pieces, after what [`Device::save`] returned and before [`Device::load`]
+/// is called. Every ring is stopped.
+pub trait BulkState {
+    /// Gives all of it to `send`, in order.
+    ///
+    /// # Errors
+    /// Those of `send`.
+    fn save(&self, send: &mut dyn FnMut(&[u8]) -> Result<(), FrameError>)
+    -> Result<(), FrameError>;
+
+    /// A state begins to come: what came of another one is forgotten.
+    fn begin(&self);
+
+    /// Takes the next piece, of at most [`MAX_CHUNK`](migration::frame::MAX_CHUNK) bytes. It is
+    /// hostile, and nothing is known of the others: [`Device::load`] says that all have come.
+    fn load(&self, piece: &[u8]) -> Result<(), StateError>;
 }
 
 /// A card that can speak for its guest.

@@ -25,9 +25,9 @@ mod session;
 pub use api::Error as LinkError;
 pub use api::balloon1::{BalloonProcess, Status as BalloonStatus};
 pub use device::{
-    Announcer, Assignment, Capabilities, ConfigError, ConfigWriter, Device, Forecast, HostError,
-    Interest, Kit, MAX_QUEUE_SIZE, MAX_QUEUES, OptionError, Progress, Queues, Source, StateError,
-    Worker, WorkerError,
+    Announcer, Assignment, BulkState, Capabilities, ConfigError, ConfigWriter, Device, Forecast,
+    HostError, Interest, Kit, MAX_QUEUE_SIZE, MAX_QUEUES, OptionError, Progress, Queues, Source,
+    StateError, Worker, WorkerError,
 };
 pub use health::Health;
 pub use listen::adopt;

@@ -295,6 +295,11 @@ impl<R: Read> FrameReader<R> {
         &self.header
     }
 
+    /// Bytes read so far.
+    pub fn bytes(&self) -> u64 {
+        self.len
+    }
+
     /// Reads the structured part, which must be that of `unit`.
     ///
     /// It is decoded before the checksum is known: nothing of it may be acted upon until

@@ -123,13 +123,14 @@ impl<W: Write> RamWriter<W> {
         self.bytes
     }
 
-    /// Sends the pages of `bits` from `first` on. `read` fills a page's buffer; `is_new` says
-    /// whether a page was never sent with content, so that it need not be said that it is zero.
+    /// Sends the pages of `bits` from `first` on. `read` fills a page's buffer or says that it is a
+    /// hole; `is_new` says whether a page was never sent with content, so that it need not be said
+    /// that it is zero.
     pub fn pages(
         &mut self,
         first: u64,
         bits: u64,
-        mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+        mut read: impl FnMut(u64, &mut [u8]) -> io::Result<PageRead>,
         is_new: impl Fn(u64) -> bool,
     ) -> Result<Sent, RamError> {
         let (channel, record) = (self.number, self.records);
@@ -145,8 +146,11 @@ impl<W: Write> RamWriter<W> {
                 continue;
             }
             let page = &mut self.buffer[end..end + PAGE];
-            read(first + at, page).map_err(failed)?;
-            if *page == ZERO {
+            let is_zero = match read(first + at, page).map_err(failed)? {
+                PageRead::Hole => true,
+                PageRead::Filled => *page == ZERO,
+            };
+            if is_zero {
                 if !is_new(first + at) {
                     sent.zero |= 1 << at;
                 }
@@ -188,6 +192,15 @@ impl<W: Write> RamWriter<W> {
         self.bytes += length as u64;
         Ok(())
     }
+}
+
+/// What was read of a page that is to be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageRead {
+    /// The buffer holds its content.
+    Filled,
+    /// It is zero, and the buffer was not touched: it still holds another page.
+    Hole,
 }
 
 /// What became of the pages of a record.
@@ -392,9 +405,9 @@ mod tests {
     }
 
     /// Page 64 is zero, others are full of their number.
-    fn content(page: u64, into: &mut [u8]) -> io::Result<()> {
+    fn content(page: u64, into: &mut [u8]) -> io::Result<PageRead> {
         into.fill(if page == 64 { 0 } else { page.to_le_bytes()[0] });
-        Ok(())
+        Ok(PageRead::Filled)
     }
 
     fn stream(first: u64, bits: u64) -> Vec<u8> {
@@ -431,6 +444,26 @@ mod tests {
         let sent = writer.pages(64, 1, content, |_| true).unwrap();
         assert_eq!(sent, Sent::default());
         assert_eq!(writer.bytes(), PREFACE as u64);
+    }
+
+    #[test]
+    fn a_hole_is_zero_whatever_was_read_before_it() {
+        let mut bytes = Vec::new();
+        let mut writer = RamWriter::begin(&mut bytes, 0).unwrap();
+        // The record before leaves its pages in the buffer.
+        writer.pages(64, 0b110, content, |_| false).unwrap();
+        let holes = |page, into: &mut [u8]| match page {
+            65 | 66 => Ok(PageRead::Hole),
+            page => content(page, into),
+        };
+        let sent = writer.pages(64, 0b1110, holes, |_| false).unwrap();
+        let (content, zero) = (0b1000, 0b110);
+        assert_eq!(sent, Sent { content, zero });
+        writer.end().unwrap();
+        let memory = load(&bytes).unwrap().0.into_inner();
+        for (page, byte) in [(65, 0), (66, 0), (67, 67)] {
+            assert!(memory[&page].iter().all(|found| *found == byte), "{page}");
+        }
     }
 
     #[test]

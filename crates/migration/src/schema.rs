@@ -30,17 +30,14 @@ pub trait Schema: Serialize + DeserializeOwned + Send + 'static {
     /// Converts what a program with an earlier schema wrote.
     ///
     /// `payload` is the whole structured part (MessagePack with named fields); `number` is never
-    /// [`Schema::NUMBER`]. A schema without a past returns [`SchemaError::unknown`].
+    /// [`Schema::NUMBER`]. A schema without a past returns [`SchemaError::unknown`], one with a
+    /// past reads with [`decode_as`].
     fn from_old(number: u32, payload: &[u8]) -> Result<Self, SchemaError>;
 
     /// Decodes the structured part written under the schema number `number`.
     fn decode(number: u32, payload: &[u8]) -> Result<Self, SchemaError> {
         if number == Self::NUMBER {
-            rmp_serde::from_slice(payload).map_err(|source| SchemaError::Decode {
-                kind: Self::KIND,
-                number,
-                source,
-            })
+            decode_as::<Self, Self>(number, payload)
         } else {
             Self::from_old(number, payload)
         }
@@ -54,6 +51,18 @@ pub trait Schema: Serialize + DeserializeOwned + Send + 'static {
             source,
         })
     }
+}
+
+/// Decodes what was written under the schema number `number` of `S` as `T`: what that schema had.
+pub fn decode_as<S: Schema, T: DeserializeOwned>(
+    number: u32,
+    payload: &[u8],
+) -> Result<T, SchemaError> {
+    rmp_serde::from_slice(payload).map_err(|source| SchemaError::Decode {
+        kind: S::KIND,
+        number,
+        source,
+    })
 }
 
 /// Why a structured part was not understood or could not be written.

@@ -7,3 +7,4 @@ pub(crate) mod link;
 pub(crate) mod program;
 pub(crate) mod session;
 pub(crate) mod state;
+pub(crate) mod wired;

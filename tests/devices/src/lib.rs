@@ -53,6 +53,12 @@ macro_rules! conformance {
                 life: dirty_pages_are_logged;
                 life: log_survives_a_new_memory_table;
                 life: state_moves_to_another_process;
+                wired: wired_rings_rest_until_they_are_started;
+                wired: one_message_stops_and_starts_all_rings;
+                wired: state_moves_between_stop_and_start;
+                wired: what_one_may_have_is_given_up_and_taken_again;
+                wired: a_forecast_is_given_while_it_runs;
+                wired: impossible_wishes_end_the_session_only;
                 compat: golden_states_are_loaded;
                 state: state_is_refused_while_running;
                 state: truncated_state_is_refused;

@@ -9,8 +9,8 @@ use nix::sys::resource::{Resource, setrlimit};
 
 use crate::script::Script;
 
-/// Most bytes of state: it travels in the structured part of a frame, whose limit is 16 MiB.
-const MAX_STATE: u32 = 15 << 20;
+/// Most bytes of state.
+const MAX_STATE: u64 = 1 << 30;
 
 /// Options of `godwit-fault`.
 #[derive(Debug, Args)]
@@ -20,8 +20,8 @@ pub(crate) struct Options {
     num_queues: u16,
 
     /// Bytes that it saves besides its counters
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=i64::from(MAX_STATE)))]
-    state_bytes: u32,
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=MAX_STATE))]
+    state_bytes: u64,
 
     /// File with the script of what goes wrong; it may change at any time
     #[arg(long, value_name = "PATH")]
@@ -36,7 +36,7 @@ pub(crate) struct Options {
 #[derive(Debug)]
 pub(crate) struct Config {
     pub(crate) queues: u16,
-    pub(crate) state_bytes: usize,
+    pub(crate) state_bytes: u64,
     pub(crate) script: Script,
 }
 
@@ -51,8 +51,7 @@ impl Config {
         }
         Ok(Config {
             queues: options.num_queues,
-            // At most `MAX_STATE`.
-            state_bytes: usize::try_from(options.state_bytes).unwrap_or(usize::MAX),
+            state_bytes: options.state_bytes,
             script: Script::open(options.script)?,
         })
     }

@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use device_kit::{
-    Announcer, Assignment, BalloonProcess, Capabilities, Chain, ConfigError, ConfigWriter, Device,
-    Forecast, HostError, Interest, Kit, OptionError, Progress, Queue, QueueError, QueueFault,
-    QueueIndex, Queues, Source, StateError, Worker, WorkerError,
+    Announcer, Assignment, BalloonProcess, BulkState, Capabilities, Chain, ConfigError,
+    ConfigWriter, Device, Forecast, HostError, Interest, Kit, OptionError, Progress, Queue,
+    QueueError, QueueFault, QueueIndex, Queues, Source, StateError, Worker, WorkerError,
 };
 use migration::state::DeviceState;
 
+use crate::ballast::Ballast;
 use crate::config::{Config, Options};
 use crate::saved_state::SavedState;
 use crate::script::{Point, Script};
@@ -33,7 +34,7 @@ struct Shared {
 pub(crate) struct Counter {
     shared: Arc<Shared>,
     queues: u16,
-    state_bytes: usize,
+    ballast: Ballast,
 }
 
 impl Counter {
@@ -75,7 +76,7 @@ impl Device for Counter {
                 next: (0..config.queues).map(|_| AtomicU64::new(0)).collect(),
             }),
             queues: config.queues,
-            state_bytes: config.state_bytes,
+            ballast: Ballast::new(config.state_bytes),
         })
     }
 
@@ -143,7 +144,7 @@ impl Device for Counter {
     fn forecast(&self) -> Forecast {
         let script = &self.shared.script;
         Forecast {
-            bytes: self.state_bytes as u64,
+            bytes: self.ballast.bytes(),
             stop: script.time(Point::Stop) + script.time(Point::Save),
             start: script.time(Point::Load) + script.time(Point::Start),
         }
@@ -152,15 +153,21 @@ impl Device for Counter {
     fn save(&self) -> Result<SavedState, StateError> {
         self.shared.script.at(Point::Save)?;
         let next = self.shared.next.iter();
-        let next = next.map(|next| next.load(Ordering::Acquire)).collect();
-        Ok(SavedState::new(next, self.state_bytes))
+        Ok(SavedState {
+            next: next.map(|next| next.load(Ordering::Acquire)).collect(),
+            ballast: self.ballast.bytes(),
+        })
     }
 
     fn load(&self, state: SavedState) -> Result<(), StateError> {
-        state.check(self.queues)?;
+        state.check(self.queues, self.ballast.loaded())?;
         self.shared.script.at(Point::Load)?;
         self.set(state.next);
         Ok(())
+    }
+
+    fn bulk(&self) -> Option<&dyn BulkState> {
+        Some(&self.ballast)
     }
 
     fn reset(&self) {

@@ -11,6 +11,7 @@
 //! without a script it behaves, and passes the conformance suite. See [`script`] for what it can
 //! be told.
 
+mod ballast;
 mod config;
 mod device;
 mod saved_state;

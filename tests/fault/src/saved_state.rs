@@ -1,55 +1,59 @@
-//! What travels when the device moves: how far each queue has counted, and as many bytes besides
-//! as it was told to save.
+//! What travels when the device moves: how far each queue has counted. The ballast follows it.
 
 use device_kit::StateError;
-use migration::schema::{Schema, SchemaError};
+use migration::schema::{Schema, SchemaError, decode_as};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-/// The state, schema 1.
+/// The state, schema 2.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SavedState {
     /// By queue: the number of its next request.
     pub(crate) next: Vec<u64>,
-    /// A pattern that the loading side knows.
-    #[serde(with = "serde_bytes")]
-    pub(crate) ballast: Vec<u8>,
+    /// Bytes of ballast that follow.
+    pub(crate) ballast: u64,
+}
+
+/// Schema 1, whose ballast was part of it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct First {
+    next: Vec<u64>,
+    #[serde(rename = "ballast")]
+    _ballast: IgnoredAny,
 }
 
 impl SavedState {
-    pub(crate) fn new(next: Vec<u64>, bytes: usize) -> Self {
-        SavedState {
-            next,
-            ballast: ballast(bytes),
-        }
-    }
-
-    /// Refuses a state that no device with so many queues has saved.
-    pub(crate) fn check(&self, queues: u16) -> Result<(), StateError> {
+    /// Refuses a state that no device with so many queues has saved. So many bytes of ballast have
+    /// come with it.
+    pub(crate) fn check(&self, queues: u16, ballast: u64) -> Result<(), StateError> {
         if self.next.len() != usize::from(queues) {
             let found = self.next.len();
             return Err(StateError(format!(
                 "state of {found} queues, there are {queues}"
             )));
         }
-        if self.ballast != ballast(self.ballast.len()) {
-            return Err(StateError("the ballast is not what was saved".to_owned()));
+        if self.ballast != ballast {
+            return Err(StateError(format!(
+                "{ballast} bytes of ballast came, {} were saved",
+                self.ballast
+            )));
         }
         Ok(())
     }
 }
 
-/// Bytes in no period that a page or a chunk has.
-fn ballast(bytes: usize) -> Vec<u8> {
-    (0..251).cycle().take(bytes).collect()
-}
-
 impl Schema for SavedState {
     const KIND: &'static str = "fault";
-    const NUMBER: u32 = 1;
+    const NUMBER: u32 = 2;
 
-    fn from_old(number: u32, _payload: &[u8]) -> Result<Self, SchemaError> {
-        Err(SchemaError::unknown::<Self>(number))
+    fn from_old(number: u32, payload: &[u8]) -> Result<Self, SchemaError> {
+        if number != 1 {
+            return Err(SchemaError::unknown::<Self>(number));
+        }
+        let First { next, .. } = decode_as::<Self, _>(number, payload)?;
+        Ok(Self { next, ballast: 0 })
     }
 }
 
@@ -59,11 +63,12 @@ mod tests {
 
     #[test]
     fn what_was_never_saved_is_refused() {
-        let state = SavedState::new(vec![3, 4], 1000);
-        state.check(2).unwrap();
-        assert!(state.check(3).is_err());
-        let mut damaged = state;
-        damaged.ballast[999] ^= 1;
-        assert!(damaged.check(2).is_err());
+        let state = SavedState {
+            next: vec![3, 4],
+            ballast: 1000,
+        };
+        state.check(2, 1000).unwrap();
+        assert!(state.check(3, 1000).is_err());
+        assert!(state.check(2, 999).is_err());
     }
 }

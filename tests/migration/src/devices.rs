@@ -19,7 +19,7 @@ pub struct Counter {
     /// Queues.
     pub queues: u16,
     /// Bytes of state besides the counters.
-    pub state_bytes: u32,
+    pub state_bytes: u64,
     /// The script at its start, see `tests/fault`.
     pub script: String,
     /// Most MiB of memory that it can map.

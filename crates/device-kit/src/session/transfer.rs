@@ -92,14 +92,28 @@ impl Transfer {
 
 fn save<D: Device>(device: &D, unit: &UnitId, channel: StateChannel) -> Result<u64, TransferError> {
     let state = device.save()?;
-    let (_, len) = FrameWriter::begin(channel, unit, &state)?.finish()?;
+    let mut frame = FrameWriter::begin(channel, unit, &state)?;
+    if let Some(bulk) = device.bulk() {
+        bulk.save(&mut |piece| frame.bulk(piece))?;
+    }
+    let (_, len) = frame.finish()?;
     Ok(len)
 }
 
 fn load<D: Device>(device: &D, unit: &UnitId, channel: StateChannel) -> Result<u64, TransferError> {
     let mut reader = FrameReader::begin(channel)?;
     let state = reader.structured::<D::SavedState>(unit)?;
-    let len = reader.finish()?;
+    let len = match device.bulk() {
+        None => reader.finish()?,
+        Some(bulk) => {
+            bulk.begin();
+            let mut piece = Vec::new();
+            while reader.bulk(&mut piece)?.is_some() {
+                bulk.load(&piece)?;
+            }
+            reader.bytes()
+        }
+    };
     device.load(state)?;
     Ok(len)
 }

@@ -10,6 +10,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
+use migration::rings;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
@@ -23,6 +24,9 @@ use super::PATIENCE;
 use super::ram::{DirtyBitmap, GuestRam};
 use super::ring::Ring;
 
+/// The messages of [`migration::rings`].
+const WIRED_RINGS: VhostUserProtocolFeatures =
+    VhostUserProtocolFeatures::from_bits_retain(rings::FEATURE);
 /// VIRTIO_F_VERSION_1.
 const VERSION_1: u64 = 1 << 32;
 /// VIRTIO_RING_F_EVENT_IDX.
@@ -64,7 +68,8 @@ impl Connection {
         let mut frontend = Frontend::from_stream(stream, 256);
         frontend.set_owner()?;
         let offered = frontend.get_features()?;
-        let protocol = frontend.get_protocol_features()?;
+        // The library does not show bits that it does not know; all our devices have this one.
+        let protocol = frontend.get_protocol_features()? | WIRED_RINGS;
         frontend.set_protocol_features(protocol)?;
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         let ring = VERSION_1 | INDIRECT | if event_idx { EVENT_IDX } else { 0 };
@@ -200,6 +205,29 @@ impl Connection {
         let _ = writer.write_all(state);
         drop(writer);
         Ok(self.frontend.check_device_state()?)
+    }
+
+    /// Sends a message of [`migration::rings`]; the body of its answer.
+    pub fn wired(&self, request: u32, body: &[u8]) -> Result<Vec<u8>> {
+        let mut message = Vec::new();
+        for word in [request, 1, u32::try_from(body.len())?] {
+            message.extend(word.to_ne_bytes());
+        }
+        message.extend(body);
+        let mut stream = &self.stream;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(&message)?;
+        let mut header = [[0; 4]; 3];
+        stream.read_exact(header.as_flattened_mut())?;
+        let [answered, flags, size] = header.map(u32::from_ne_bytes);
+        ensure!(
+            (answered, flags) == (request, 5) && size <= 4096,
+            "answer {answered:#x} with flags {flags:#x} and {size} bytes"
+        );
+        let mut answer = vec![0; usize::try_from(size)?];
+        stream.read_exact(&mut answer)?;
+        stream.set_read_timeout(None)?;
+        Ok(answer)
     }
 
     /// Starts a transfer of state.

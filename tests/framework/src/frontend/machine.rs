@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use migration::rings::{self, RingBase};
 use tempfile::TempDir;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
@@ -106,6 +107,40 @@ impl Machine {
                 .start_ring(at, ring, &self.ram, self.bases[at])?;
         }
         Ok(())
+    }
+
+    /// Has the device know all rings and serve none, as a machine does before it moves in.
+    pub fn wire_rings(&mut self) -> Result<()> {
+        for (at, ring) in self.rings.iter().enumerate() {
+            self.connection
+                .set_up_ring(at, ring, &self.ram, self.bases[at])?;
+        }
+        Ok(())
+    }
+
+    /// Starts all wired rings where they were stopped, by one message.
+    ///
+    /// # Errors
+    /// The device's reason, if it cannot.
+    pub fn start_wired(&mut self) -> Result<()> {
+        let ring = |(index, base)| RingBase { index, base };
+        let rings: Vec<_> = (0..).zip(self.bases.iter().copied()).map(ring).collect();
+        let refused = self
+            .connection
+            .wired(rings::START, &rings::encode(&rings))?;
+        ensure!(refused.is_empty(), "{}", String::from_utf8_lossy(&refused));
+        Ok(())
+    }
+
+    /// Stops all rings by one message, which leaves them wired; how many ran.
+    pub fn stop_wired(&mut self) -> Result<usize> {
+        let answer = self.connection.wired(rings::STOP, &[])?;
+        let stopped = rings::decode(&answer).context("an answer to STOP that is none")?;
+        for ring in &stopped {
+            let base = self.bases.get_mut(usize::from(ring.index));
+            *base.context("a ring that there is not")? = ring.base;
+        }
+        Ok(stopped.len())
     }
 
     /// Stops all rings.

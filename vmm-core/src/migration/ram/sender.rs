@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use migration::channel::{Cancel, StateChannel};
-use migration::ram::{RamError, RamWriter, channel_of};
+use migration::ram::{PageRead, RamError, RamWriter, channel_of};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -188,12 +188,10 @@ fn serve(
             let before = *has;
             let read = |page: u64, into: &mut [u8]| {
                 if holes >> (page - first) & 1 != 0 {
-                    into.fill(0);
-                    return Ok(());
+                    return Ok(PageRead::Hole);
                 }
-                memory
-                    .read_slice(into, GuestAddress(page * PAGE))
-                    .map_err(io::Error::other)
+                let read = memory.read_slice(into, GuestAddress(page * PAGE));
+                read.map(|()| PageRead::Filled).map_err(io::Error::other)
             };
             let done = writer.pages(first, bits, read, |page| before >> (page - first) & 1 == 0)?;
             *has = before | done.content;
@@ -226,4 +224,59 @@ pub(super) fn data(file: &File, start: u64, end: u64) -> Result<Vec<(u64, u64)>,
         at = hole;
     }
     Ok(parts)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::migration::ram::RamReceiver;
+
+    /// Pages of the machine: a word of bits on each of two channels, and one more.
+    const PAGES: u64 = 192;
+
+    fn memory(content: impl Fn(u64) -> u8) -> Arc<GuestMemory> {
+        let bytes = usize::try_from(PAGES * PAGE).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
+        for page in 0..PAGES {
+            let bytes = [content(page); migration::ram::PAGE];
+            let at = GuestAddress(page * PAGE);
+            memory.write_slice(&bytes, at).unwrap();
+        }
+        Arc::new(memory)
+    }
+
+    fn first_byte(memory: &GuestMemory, page: u64) -> u8 {
+        memory.read_obj(GuestAddress(page * PAGE)).unwrap()
+    }
+
+    #[test]
+    fn a_page_that_became_a_hole_arrives_as_zero() {
+        // The source's own bytes are not looked at where there is a hole.
+        let source = memory(|page| page.to_le_bytes()[0] | 1);
+        let destination = memory(|_| 0);
+        let pairs = [(); 2].map(|()| UnixStream::pair().unwrap());
+        let (ours, theirs) = pairs.map(|(a, b)| (a.into(), b.into())).into_iter().unzip();
+        let receiver = RamReceiver::start(theirs, &destination).unwrap();
+        let mut sender = RamSender::start(ours, &source, &Cancel::new().unwrap()).unwrap();
+        sender.send(0, &[u64::MAX; 3]).unwrap();
+        let holes = [0xf0, 0, u64::MAX];
+        sender
+            .send_with_holes(0, &[0xff, 0, u64::MAX], &holes)
+            .unwrap();
+        sender.end().unwrap();
+        receiver.wait(Duration::from_secs(30)).unwrap();
+        for page in 0..PAGES {
+            let word = usize::try_from(page / 64).unwrap();
+            let is_hole = holes[word] >> (page % 64) & 1 != 0;
+            let right = if is_hole {
+                0
+            } else {
+                first_byte(&source, page)
+            };
+            assert_eq!(first_byte(&destination, page), right, "page {page}");
+        }
+    }
 }
