@@ -505,10 +505,11 @@ impl Broker {
         }
         self.end_pending().await;
         for machine in self.machines() {
-            if machine.definition().autostart && machine.state() == State::Off {
-                if let Err(error) = self.start(&machine, false, false).await {
-                    tracing::warn!(machine = %machine.name(), %error, "it is not started");
-                }
+            if machine.definition().autostart
+                && machine.state() == State::Off
+                && let Err(error) = self.start(&machine, false, false).await
+            {
+                tracing::warn!(machine = %machine.name(), %error, "it is not started");
             }
         }
     }
@@ -573,6 +574,7 @@ impl Broker {
                 Kind::Terminate if runs => end(&machine_of, &job_of).await,
                 Kind::Terminate => Ok(()),
                 Kind::Start if runs => Ok(()),
+                Kind::Snapshot if runs => broker.go_on_writing(&machine_of, &job_of).await,
                 Kind::Start | Kind::RestartDevice | Kind::Snapshot => Err(Error::Internal(
                     "the broker ended in the middle of it: try again".into(),
                 )),

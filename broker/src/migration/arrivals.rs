@@ -73,11 +73,14 @@ impl Arrivals {
     }
 
     fn change(&self, change: impl FnOnce(&mut VecDeque<Arrival>)) {
-        let list = &mut *self.lock();
-        change(list);
-        if let Err(error) = folder::save(&self.path, list) {
-            tracing::error!(%error, "who sent a machine could not learn later what became of it");
+        {
+            let list = &mut *self.lock();
+            change(list);
+            if let Err(error) = folder::save(&self.path, list) {
+                tracing::error!(%error, "who sent a machine could not learn later what became of it");
+            }
         }
+        // Who waits looks at the list under this one's lock.
         self.changed.send_replace(());
     }
 
