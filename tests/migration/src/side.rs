@@ -167,7 +167,10 @@ impl Side {
         self.call(async |connection| {
             let mover = MigrationProxy::new(connection).await?;
             Ok(mover.snapshot(ends.control.into(), ram, states).await?)
-        })
+        })?;
+        let outcome = self.outcome()?;
+        ensure!(outcome["reason"].is_null(), "{outcome:#}");
+        Ok(())
     }
 
     /// A machine that waits for one to come, with the other's memory if it is shared.

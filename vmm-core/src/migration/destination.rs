@@ -44,6 +44,8 @@ pub trait NewHost {
     fn load_core(&mut self, core: CoreState) -> Result<(), MigrationError>;
     /// Saves a core's state and loads it again, of a machine that is yet to come.
     fn rehearse(&mut self) -> Result<(), MigrationError>;
+    /// Takes note, for who asks when this process is no more, that the machine is here.
+    fn arrived(&mut self);
     /// Lets vCPUs run, if the machine ran.
     fn run(&mut self, running: bool);
 }
@@ -291,6 +293,7 @@ impl Incoming {
     /// The machine is here: devices, then vCPUs, then the word.
     fn start(&mut self, host: &mut impl NewHost) -> Result<(), MigrationError> {
         self.state = self.state.on(DestinationInput::Commit).0;
+        host.arrived();
         let running = self.running;
         let started = self.crew.each(move |_, unit| unit.take_up(running));
         let started = self.crew.meet_again("start", &started, &mut self.recorder);

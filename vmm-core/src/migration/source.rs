@@ -170,6 +170,10 @@ pub(super) fn say_last(link: &mut Link, error: &MigrationError) {
 
 /// Where a channel ended at its other end, the reason is there: it is said on the link.
 pub(super) fn ask_why(link: &mut Link, error: MigrationError) -> MigrationError {
+    if error.is_of_a_channel() {
+        // It looks at its memory channels when it hears something; a link that is lost was said to be.
+        let _ = link.send(&ToDestination::Alive, LAST_WORD_DEADLINE);
+    }
     let end = Instant::now() + REASON_DEADLINE;
     while error.is_of_a_channel() {
         let left = end.saturating_duration_since(Instant::now());
