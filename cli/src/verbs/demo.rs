@@ -68,7 +68,7 @@ async fn create(broker: &Broker, define: &Define) -> Result<(Machine, UnixStream
         .await
         .what(&name)?;
     let machine = Machine::at(broker, &name, path).await?;
-    start_one(broker, &machine, false, Wait::default()).await?;
+    start_one(broker, &machine, 0, Wait::default()).await?;
     let console = machine.proxy.open_console("", REPLAY).await.what(&name)?;
     Ok((
         machine,
@@ -104,9 +104,13 @@ async fn show(machine: &Machine) -> Result<()> {
         let process = device
             .process
             .map_or_else(String::new, |process| process.to_string());
+        let on = match device.source.is_empty() {
+            true => String::new(),
+            false => format!(" on {}", device.source),
+        };
         say(&format!(
-            "  {process:>8}  {} {} on {}",
-            device.kind, device.id, device.source
+            "  {process:>8}  {} {}{on}",
+            device.kind, device.id
         ));
     }
     say("");
