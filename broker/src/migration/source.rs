@@ -22,7 +22,6 @@ use super::peer::{Dial, Offer};
 use super::record::{Outcome, Verdict};
 use crate::host::Host;
 use crate::jobs::Job;
-use crate::launch::Launcher;
 use crate::machine::{Instance, Machine, start};
 
 /// A machine that moves.
@@ -77,12 +76,6 @@ impl Leaving {
     }
 
     async fn go_local(&self, options: &Options) -> Result<(), Error> {
-        if let Launcher::Systemd(_) = self.host.launcher {
-            return Err(Error::NotMigratable(format!(
-                "{} stays where it was: units of systemd cannot be of two generations yet",
-                self.machine.name()
-            )));
-        }
         let mover = self.mover().await?;
         let memory = mover.0.memory().await?;
         let definition = self.machine.definition();
