@@ -19,7 +19,7 @@ use crate::host::Host;
 use crate::jobs::{Job, Jobs, Kind, Record};
 use crate::machine::{self, Machine, MachineState};
 use crate::metrics::Census;
-use crate::migration::{Awaited, Leaving, Mover, Options, Pending, Uri};
+use crate::migration::{Awaited, Departure, Leaving, Options, Pending, Uri};
 use crate::name::MachineName;
 use crate::policy::{Action, Policy};
 use crate::publish::Change;
@@ -228,6 +228,7 @@ impl Broker {
             machines.remove(name);
         }
         folder::remove_file(&self.defined_path(name));
+        Departure::forget(&self.host, name);
         self.host.folder.remove_logs(name);
         self.host
             .publisher
@@ -310,6 +311,9 @@ impl Broker {
             .job_ended(record.kind.as_str(), record.state.as_str());
         self.save_job(&job);
         self.host.publisher.send(Change::JobEnded(record.id));
+        if let (Some(machine), Err(Error::Undecided(_))) = (&machine, &result) {
+            self.resolve(machine);
+        }
         if let Some(machine) = machine
             && is_over(&machine, &record, result.is_ok())
             && let Err(error) = self.remove(&machine).await
@@ -330,13 +334,16 @@ impl Broker {
     /// Starts a machine.
     ///
     /// # Errors
-    /// It runs, or something is being done with it. What happens later is the job's.
+    /// It runs, or has moved to another host and this is not to be done by `force`, or something is
+    /// being done with it. What happens later is the job's.
     pub(crate) async fn start(
         self: &Arc<Self>,
         machine: &Arc<Machine>,
         paused: bool,
+        force: bool,
     ) -> Result<OwnedObjectPath, Error> {
         machine.must_be(&[State::Off, State::Failed], "started")?;
+        self.must_not_be_elsewhere(machine, force).await?;
         self.begin(Kind::Start, machine, |broker, machine, job| async move {
             machine::start::start(&broker.host, &machine, &job, paused).await?;
             broker.host.metrics.machine_started();
@@ -395,29 +402,6 @@ impl Broker {
     /// What brokers have that machines may come from and go to by TCP.
     pub fn migration_key(&self) -> Option<&crate::migration::peer::Key> {
         self.host.migration_key.as_ref()
-    }
-
-    /// Says where a machine is after a migration whose end nobody heard of.
-    ///
-    /// # Errors
-    /// It is where everybody knows.
-    pub(crate) async fn decide(
-        self: &Arc<Self>,
-        machine: &Arc<Machine>,
-        runs_there: bool,
-    ) -> Result<(), Error> {
-        let mover = Mover::of(&machine.core("decided about")?).await?;
-        mover.0.decide(runs_there).await?;
-        machine.set_reason(String::new());
-        if runs_there {
-            tokio::time::timeout(GONE_DEADLINE, machine.gone())
-                .await
-                .map_err(|_| Error::TimedOut(format!("{} does not end", machine.name())))?;
-            if !machine.transient && !machine.from_file {
-                self.remove(machine).await?;
-            }
-        }
-        Ok(())
     }
 
     /// Moves a machine.
@@ -521,9 +505,11 @@ impl Broker {
         }
         self.end_pending().await;
         for machine in self.machines() {
-            if machine.definition().autostart && machine.state() == State::Off {
-                // The job says what went wrong.
-                let _ = self.start(&machine, false).await;
+            if machine.definition().autostart
+                && machine.state() == State::Off
+                && let Err(error) = self.start(&machine, false, false).await
+            {
+                tracing::warn!(machine = %machine.name(), %error, "it is not started");
             }
         }
     }
@@ -588,6 +574,7 @@ impl Broker {
                 Kind::Terminate if runs => end(&machine_of, &job_of).await,
                 Kind::Terminate => Ok(()),
                 Kind::Start if runs => Ok(()),
+                Kind::Snapshot if runs => broker.go_on_writing(&machine_of, &job_of).await,
                 Kind::Start | Kind::RestartDevice | Kind::Snapshot => Err(Error::Internal(
                     "the broker ended in the middle of it: try again".into(),
                 )),

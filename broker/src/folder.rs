@@ -10,6 +10,8 @@
 //! DIR/incoming/NAME/         the same of a machine that comes here, until it runs
 //! DIR/jobs/N.json               a job that is kept
 //! KEPT/defined/NAME.json        a machine that was made by a call
+//! KEPT/arrivals.json            what became of machines that other brokers sent
+//! KEPT/departures/NAME.json     where a machine went
 //! KEPT/log/NAME/*.log           output of its processes and its console
 //! ```
 //! What KEPT holds outlives the host's reboots, if it is on a disk.
@@ -73,6 +75,7 @@ impl Folder {
             path.join("incoming"),
             path.join("jobs"),
             kept.join("defined"),
+            kept.join("departures"),
             kept.join("log"),
         ] {
             make(&folder)?;
@@ -97,6 +100,16 @@ impl Folder {
     /// Where machines that were made by calls are kept.
     pub fn defined(&self) -> PathBuf {
         self.kept.join("defined")
+    }
+
+    /// Where it is written down what became of machines that other brokers sent.
+    pub fn arrivals(&self) -> PathBuf {
+        self.kept.join("arrivals.json")
+    }
+
+    /// Where it is written down where a machine went.
+    pub fn departure(&self, name: &MachineName) -> PathBuf {
+        self.kept.join("departures").join(format!("{name}.json"))
     }
 
     /// A path in the one of what runs.
@@ -257,6 +270,14 @@ fn bound(log: &Path) -> io::Result<()> {
 /// The last line of a file, without control characters.
 pub fn last_line(path: &Path) -> Option<String> {
     last_matching(path, |line| !line.trim().is_empty())
+}
+
+/// Whether the core of this folder has said that its machine came, whatever it did then.
+pub fn has_arrived(place: &Path) -> bool {
+    let mut said = Vec::new();
+    let read =
+        File::open(place.join("end")).and_then(|end| end.take(LOG_TAIL).read_to_end(&mut said));
+    read.is_ok() && said.starts_with(b"arrived\n")
 }
 
 /// The last complaint in the log of a process: what is only information is none.

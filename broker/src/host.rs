@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::folder::Folder;
 use crate::launch::Launcher;
 use crate::metrics::Metrics;
+use crate::migration::Arrivals;
 use crate::migration::peer::Key;
 use crate::publish::Publisher;
 
@@ -21,6 +22,8 @@ pub struct Host {
     pub publisher: Publisher,
     /// What brokers have that machines may come from and go to by TCP.
     pub migration_key: Option<Key>,
+    /// What became of machines that other brokers sent.
+    pub arrivals: Arrivals,
     /// Counters.
     pub metrics: Metrics,
 }

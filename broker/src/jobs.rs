@@ -64,7 +64,7 @@ impl Kind {
     }
 
     fn is_cancellable(&self) -> bool {
-        !matches!(self, Self::Terminate | Self::RestartDevice | Self::Snapshot)
+        !matches!(self, Self::Terminate | Self::RestartDevice)
     }
 }
 
@@ -167,7 +167,7 @@ impl Job {
             phase: record.phase,
             progress: match (running, migration) {
                 (false, _) => 1.0,
-                (true, Some(migration)) => migration.share(),
+                (true, Some(migration)) => migration.progress.share(),
                 (true, None) => record.progress,
             },
             result,
@@ -201,6 +201,10 @@ impl Job {
     pub(crate) fn note_progress(&self, progress: Progress) -> bool {
         let record = &mut *self.lock();
         record.phase = progress.phase.clone();
+        if record.kind != Kind::Migrate {
+            let before = std::mem::replace(&mut record.progress, progress.share());
+            return before < record.progress;
+        }
         let migration = record.migration.get_or_insert_default();
         let news = migration.progress != progress;
         migration.progress = progress;

@@ -17,7 +17,7 @@ use broker::host::Host;
 use broker::launch::Launcher;
 use broker::launch::systemd::Systemd;
 use broker::metrics::{self, Metrics};
-use broker::migration::{Uri, peer};
+use broker::migration::{Arrivals, Uri, peer};
 use broker::policy::Policy;
 use broker::publish;
 use broker::service::{self, ManagerObject};
@@ -196,6 +196,7 @@ async fn serve(options: Options) -> Result<()> {
     });
     let host = Host {
         migration_key: migration_key.transpose()?,
+        arrivals: Arrivals::load(&folder),
         folder,
         programs,
         launcher,

@@ -42,7 +42,7 @@ async fn start(broker: &Arc<Broker>, unit: &str) -> Result<(), String> {
         let state = machine.state().as_str();
         return Err(format!("machine {} is {state}", machine.name()));
     }
-    let started = broker.start(&machine, false).await;
+    let started = broker.start(&machine, false, false).await;
     let id = started.map_err(|error| error.to_string())?;
     let Some(job) = broker
         .jobs

@@ -282,6 +282,9 @@ pub struct Start {
     /// Leaves them paused
     #[arg(long)]
     pub paused: bool,
+    /// Starts also those that have moved to another host: they must have ended there
+    #[arg(long)]
+    pub force: bool,
     #[command(flatten)]
     pub wait: Wait,
 }

@@ -2,6 +2,7 @@
 
 mod options;
 
+use std::fs::File;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
         .init();
     let mut options = Options::parse();
     let (status, why, end) = match options.take_end_file() {
-        Ok(end) => match run(options) {
+        Ok(end) => match run(options, end.as_ref()) {
             Ok(reason) => (reason.exit_status(), reason.to_string(), end),
             Err(error) => (1, format!("{error:#}"), end),
         },
@@ -43,14 +44,15 @@ fn main() -> ExitCode {
     ExitCode::from(status)
 }
 
-fn run(options: Options) -> Result<Reason> {
+fn run(options: Options, end: Option<&File>) -> Result<Reason> {
     // A machine with many devices has thousands of eventfds.
     let (_, most) =
         getrlimit(Resource::RLIMIT_NOFILE).context("the descriptor limit is unknown")?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)
         .context("the descriptor limit cannot be raised")?;
     let paused = options.paused;
-    let (config, owner) = options.into_machine()?;
+    let end = end.map(File::try_clone).transpose();
+    let (config, owner) = options.into_machine(end.context("no descriptor is left")?)?;
     let machine = Machine::new(config, owner)?;
     // Outside of systemd there is nobody to tell.
     let _ = sd_notify::notify(&[NotifyState::Ready]);

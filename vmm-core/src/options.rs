@@ -86,7 +86,8 @@ pub struct Options {
     /// An inherited KVM device
     #[arg(long, value_name = "N")]
     kvm_fd: Option<RawFd>,
-    /// An inherited file that is told how it ended: exit status, a space, and why
+    /// An inherited file that is told how it ended: exit status, a space, and why; before that,
+    /// of a machine that came from another core, that it has "arrived"
     #[arg(long, value_name = "N")]
     end_fd: Option<RawFd>,
     /// Takes a machine over from another core, or from files, instead of booting one:
@@ -110,8 +111,9 @@ impl Options {
         Ok(file.map(File::from))
     }
 
-    /// The machine that they define, and who controls it.
-    pub fn into_machine(self) -> Result<(MachineConfig, Option<Owner>)> {
+    /// The machine that they define, and who controls it. `end` is told that it has come, if it
+    /// comes from another core.
+    pub fn into_machine(self, end: Option<File>) -> Result<(MachineConfig, Option<Owner>)> {
         let owner = match (&self.control_socket, self.control_fd) {
             (Some(path), _) => Some(Owner::Listener(listen(path)?)),
             (None, Some(fd)) => Some(handed_over(inherited("--control-fd", fd)?)?),
@@ -144,6 +146,7 @@ impl Options {
             vhost_user,
             links,
             kvm,
+            end,
             incoming: match &self.incoming {
                 Some(text) => Some(incoming(text).with_context(|| format!("--incoming {text}"))?),
                 None => None,

@@ -17,13 +17,15 @@ use super::state::MachineState;
 use super::supervisor::Supervisor;
 use crate::holders;
 use crate::host::Host;
+use crate::migration::Fate;
 use crate::process::{Ended, Process};
 
 /// How long a process that was killed may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Ends what is left of a machine whose start was cut short, with its folder.
-pub(crate) async fn clean(host: &Host, place: &Path, state: Option<&MachineState>) {
+/// Ends what is left of a machine whose start was cut short, with its folder; whether one that was
+/// to come from elsewhere had come.
+pub(crate) async fn clean(host: &Host, place: &Path, state: Option<&MachineState>) -> Fate {
     let devices = state.into_iter().flat_map(|state| &state.devices);
     let devices = devices.filter_map(|device| device.process.as_ref());
     for id in devices.chain(state.and_then(|state| state.core.as_ref())) {
@@ -45,7 +47,9 @@ pub(crate) async fn clean(host: &Host, place: &Path, state: Option<&MachineState
         }
         Err(error) => tracing::warn!(place = %place.display(), %error, "a core of it may be left"),
     }
+    let fate = Fate::at_the_end_of(place);
     host.folder.remove_place(place);
+    fate
 }
 
 async fn kill(process: &Process) {

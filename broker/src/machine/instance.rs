@@ -25,6 +25,7 @@ use crate::definition::{Definition, DeviceKind};
 use crate::folder::{last_line, last_words};
 use crate::host::Host;
 use crate::jobs::Job;
+use crate::migration::Fate;
 use crate::migration::ends::Incoming;
 use crate::name::MachineName;
 use crate::process::{Ended, Process};
@@ -298,10 +299,25 @@ impl Instance {
         Ok(())
     }
 
-    /// Ends it, and leaves nothing of it.
-    pub(crate) async fn discard(self, host: &Host) {
+    /// Ends it, and leaves nothing of it; whether a machine had come to it.
+    pub(crate) async fn discard(self, host: &Host) -> Fate {
         end(&self.devices, Some(&self.core)).await;
+        let fate = Fate::at_the_end_of(&self.place);
         host.folder.remove_place(&self.place);
+        fate
+    }
+
+    /// Another connection to its core, whose first was lost.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub(crate) async fn reach_again(&self) -> zbus::Result<CoreProxy<'static>> {
+        core::connect(&self.place.join("control")).await
+    }
+
+    /// Talks to its core by another connection from now on.
+    pub(crate) fn set_core(&mut self, core: CoreProxy<'static>) {
+        self.proxy = core;
     }
 
     /// The connection to its core.

@@ -46,7 +46,7 @@ use self::supervisor::Command;
 use crate::console::Console;
 use crate::definition::{Definition, Device};
 use crate::host::Host;
-use crate::jobs::Job;
+use crate::jobs::{Job, Kind};
 use crate::name::MachineName;
 use crate::process::ProcessId;
 use crate::publish::{Change, Publisher};
@@ -117,6 +117,8 @@ pub struct Machine {
     leaving: watch::Sender<bool>,
     /// It has not yet come here.
     new: AtomicBool,
+    /// It is at another host, or may be.
+    away: AtomicBool,
 }
 
 impl Machine {
@@ -150,6 +152,7 @@ impl Machine {
             busy: watch::Sender::new(false),
             leaving: watch::Sender::new(false),
             new: AtomicBool::new(false),
+            away: AtomicBool::new(false),
         })
     }
 
@@ -428,6 +431,22 @@ impl Machine {
     /// Whether it is forgotten unless it comes.
     pub(crate) fn is_new(&self) -> bool {
         self.new.load(Ordering::Relaxed)
+    }
+
+    /// Says whether it is at another host, or may be.
+    pub(crate) fn set_away(&self, away: bool) {
+        self.away.store(away, Ordering::SeqCst);
+    }
+
+    /// Whether it is at another host, or may be.
+    pub(crate) fn is_away(&self) -> bool {
+        self.away.load(Ordering::SeqCst)
+    }
+
+    /// Whether a job moves it now, or it is away.
+    fn is_moving(&self) -> bool {
+        let moves = |job: Arc<Job>| job.record().kind == Kind::Migrate;
+        self.is_away() || self.job().is_some_and(moves)
     }
 
     /// Says whether another generation of processes may take the place of the present one.

@@ -99,6 +99,7 @@ impl Machine {
             inner.state = State::Starting;
             inner.reason = String::new();
         });
+        self.set_away(false);
         self.gone.send_replace(false);
     }
 

@@ -23,11 +23,15 @@ use super::{DeviceStatus, Machine, foreign};
 use crate::definition::{Device, DeviceKind};
 use crate::folder::{last_line, last_words};
 use crate::host::Host;
+use crate::migration::Mover;
 use crate::process::{Ended, Process};
 use crate::publish::Change;
 
 /// How long a device process may take to end when the core has.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(3);
+
+/// How soon it is looked again whether a machine still moves that has lost a device.
+const MOVING: Duration = Duration::from_millis(100);
 
 /// A device whose front-end is gone ends by itself: so soon after it the core has ended too,
 /// if that is why.
@@ -292,7 +296,12 @@ impl Supervisor {
                     if self.devices[at].generation == generation
                         && self.devices[at].process.is_none()
                     {
-                        self.try_restart(at).await;
+                        if self.machine.is_moving() {
+                            // Its image may be another host's by now.
+                            self.due(at, MOVING);
+                        } else {
+                            self.try_restart(at).await;
+                        }
                     }
                 }
             }
@@ -388,7 +397,25 @@ impl Supervisor {
         let why = device.obituary(&self.host, &name, ended);
         tracing::warn!(machine = %name, device = %device.device.id, why, "a device process ended");
         self.host.metrics.device_ended(device.device.kind_name());
+        let id = device.device.id.clone();
+        self.end_move(&format!("device {id} ended: {why}"));
         self.retry(at, &why);
+    }
+
+    /// A machine that has lost a device does not move; it goes on here with a new one.
+    fn end_move(&mut self, why: &str) {
+        let Some(job) = self.machine.job().filter(|_| self.machine.is_moving()) else {
+            return;
+        };
+        job.migration(|migration| migration.trouble = Some(why.to_owned()));
+        if let Ok(core) = self.machine.core("asked") {
+            self.wait(async move {
+                if let Ok(mover) = Mover::of(&core).await {
+                    // After the commit it is too late, and the destination has its own device.
+                    let _ = mover.0.cancel().await;
+                }
+            });
+        }
     }
 
     /// Starts a device again later, or gives up.

@@ -1,9 +1,12 @@
 //! A machine that comes to processes which wait for it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::Error;
 
+use super::arrivals::Fate;
+use super::departure::Departure;
 use super::mover::Mover;
 use super::record::Verdict;
 use crate::host::Host;
@@ -11,31 +14,54 @@ use crate::jobs::Job;
 use crate::machine::{Instance, Machine, start};
 use crate::name::MachineName;
 
-/// Waits until the machine has come to `instance`. The core has a deadline for each step of it.
+/// How long a core whose connection is lost is left alone before the next attempt.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Waits until the machine has come to `instance`. The core has a deadline for each step of it. One
+/// that lives and cannot be asked may have the machine, and is waited for.
 ///
 /// # Errors
 /// It has not and never will; why, in one sentence.
 pub(crate) async fn wait(
     host: &Host,
     name: &MachineName,
-    instance: &Instance,
+    instance: &mut Instance,
 ) -> Result<(), String> {
-    let arrived = async {
-        let mover = Mover::of(instance.core()).await?;
-        mover.outcome().await
-    };
-    let lost = tokio::select! {
-        outcome = arrived => match outcome {
+    let ended = loop {
+        let outcome = async {
+            let mover = Mover::of(instance.core()).await?;
+            mover.outcome().await
+        };
+        let outcome = tokio::select! {
+            outcome = outcome => outcome,
+            _ = instance.ended() => break String::new(),
+        };
+        match outcome {
             Ok(outcome) if outcome.result == Verdict::Arrived => return Ok(()),
-            Ok(outcome) => format!("its core says {:?}", outcome.result),
-            Err(error) => error.to_string(),
-        },
-        _ = instance.ended() => String::new(),
+            Ok(outcome) => break format!("its core says {:?}", outcome.result),
+            Err(Error::ZBus(error)) => {
+                let again = async {
+                    tokio::time::sleep(AGAIN).await;
+                    instance.reach_again().await
+                };
+                let again = tokio::select! {
+                    again = again => again,
+                    _ = instance.ended() => break error.to_string(),
+                };
+                match again {
+                    Ok(core) => instance.set_core(core),
+                    Err(error) => {
+                        tracing::warn!(machine = %name, %error, "its core does not answer")
+                    }
+                }
+            }
+            Err(error) => break error.to_string(),
+        }
     };
-    // A core that says nothing more ends, or is ended.
+    // A core that has failed ends.
     match tokio::time::timeout(super::END_DEADLINE, instance.ended()).await {
         Ok(_) => Err(instance.why_not(host, name).await),
-        Err(_) => Err(lost),
+        Err(_) => Err(ended),
     }
 }
 
@@ -48,32 +74,45 @@ pub(crate) async fn take_in(
     host: &Arc<Host>,
     machine: &Arc<Machine>,
     job: &Arc<Job>,
-    instance: Instance,
+    mut instance: Instance,
     resumed: bool,
 ) -> Result<(), Error> {
     job.set_phase("receiving", 0.0);
+    let core = instance.core().clone();
     let cancelled = async {
         job.cancelled().await;
-        if let Ok(mover) = Mover::of(instance.core()).await {
-            // Too late for a machine that is here already.
-            let _ = mover.0.cancel().await;
+        let cancelled = match Mover::of(&core).await {
+            Ok(mover) => mover.0.cancel().await,
+            Err(error) => Err(error),
+        };
+        match cancelled {
+            Err(Error::ZBus(error)) => format!("its core does not answer: {error}"),
+            // It says what comes of it; too late for a machine that is here already.
+            _ => std::future::pending().await,
         }
-        std::future::pending().await
     };
     let arrived = tokio::select! {
-        arrived = wait(host, machine.name(), &instance) => arrived,
-        never = cancelled => never,
+        arrived = wait(host, machine.name(), &mut instance) => arrived,
+        why = cancelled => Err(why),
     };
+    let arrivals = &host.arrivals;
     if let Err(why) = arrived {
-        instance.discard(host).await;
+        arrivals.settle(machine.name(), instance.discard(host).await);
         return Err(match job.is_cancelled() {
             true => Error::Cancelled(why),
             false => Error::MigrationFailed(why),
         });
     }
+    Departure::forget(host, machine.name());
     let core = instance.core().clone();
-    start::run(host, machine, instance, !resumed).await?;
+    let begun = start::run(host, machine, instance, !resumed).await;
     // Whether it ran where it came from is its core's to say.
-    machine.set_running_state(core.state().await?);
-    Ok(())
+    if begun.is_ok()
+        && let Ok(state) = core.state().await
+    {
+        machine.set_running_state(state);
+    }
+    // Who sent it hears it now, and finds it running.
+    arrivals.settle(machine.name(), Fate::Came);
+    begun
 }

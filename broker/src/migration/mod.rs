@@ -8,6 +8,8 @@
 //! | `peer` | two brokers that agree and connect their cores |
 //! | `source` | a machine that leaves |
 //! | `arrival`, `receive` | a machine that comes |
+//! | `departure`, `arrivals` | where it went and what came, for brokers that ask each other later |
+//! | `elsewhere` | machines that are, or may be, at another host |
 //! | `snapshot` | files |
 //! | `mover`, `record` | how far it is, and what it took |
 //! | `resume` | what a broker does that was started in the middle |
@@ -16,6 +18,9 @@
 //! broker that is killed on the way changes nothing about it.
 
 mod arrival;
+mod arrivals;
+mod departure;
+mod elsewhere;
 pub mod ends;
 mod mover;
 mod options;
@@ -29,6 +34,9 @@ mod uri;
 
 use std::time::Duration;
 
+pub use self::arrivals::Arrivals;
+pub(crate) use self::arrivals::Fate;
+pub(crate) use self::departure::Departure;
 pub(crate) use self::mover::Mover;
 pub(crate) use self::options::Options;
 pub(crate) use self::receive::Awaited;

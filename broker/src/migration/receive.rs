@@ -16,6 +16,7 @@ use zbus::OwnedObjectPath;
 
 use super::Uri;
 use super::arrival;
+use super::arrivals::Fate;
 use super::ends::{Ends, From, Incoming};
 use super::options::number;
 use super::peer::{Listener, Offer, serve};
@@ -29,6 +30,10 @@ use crate::resources;
 /// How long a machine is awaited, in seconds, and how long at most.
 const DEFAULT_TIMEOUT_S: u64 = 600;
 const MAX_TIMEOUT_S: u64 = 86_400;
+/// How long it is still listened when the machine has come, or has not.
+const LISTEN_ON: Duration = Duration::from_secs(60);
+/// Longest id of an offer, in bytes.
+const MAX_ID: usize = 128;
 /// Most paths that are called otherwise here.
 const MAX_PATHS: usize = 256;
 
@@ -79,6 +84,9 @@ impl Arriving {
         offer: Offer,
     ) -> Result<Self, Vec<String>> {
         let name = MachineName::new(&offer.name).map_err(|error| vec![error.to_string()])?;
+        if offer.id.is_empty() || offer.id.len() > MAX_ID {
+            return Err(vec![format!("an id of {} bytes", offer.id.len())]);
+        }
         let mut definition = Definition::from_toml(&name, &offer.definition)
             .map_err(|error| vec![format!("its definition: {error}")])?;
         let expectation = broker.awaited.lock().remove(&name);
@@ -105,6 +113,7 @@ impl Arriving {
             ready: is_ready,
         };
         tracing::info!(machine = %name, %uri, "a machine comes");
+        broker.host.arrivals.begin(&offer.id, &name);
         let devices = definition.devices.iter();
         let devices = devices.map(|device| device.id.to_string()).collect();
         let begun = match expectation {
@@ -121,6 +130,7 @@ impl Arriving {
             }
         };
         if let Err(error) = begun {
+            broker.host.arrivals.settle(machine.name(), Fate::Never);
             broker.withdraw(&machine);
             return Err(vec![error.to_string()]);
         }
@@ -260,7 +270,11 @@ impl Broker {
                     tracing::error!(machine = %machine.name(), %error, "another broker would not know it when it is off");
                 }
             }
-            Err(error) => machine.did_not_start(error),
+            Err(error) => {
+                // Unless it is known better.
+                self.host.arrivals.settle(machine.name(), Fate::Never);
+                machine.did_not_start(error);
+            }
         }
     }
 
@@ -324,7 +338,11 @@ impl Broker {
                 }
             };
             if let Some(listening) = listening {
-                listening.abort();
+                // Who sent it may have to ask what became of it.
+                tokio::spawn(async move {
+                    tokio::time::sleep(LISTEN_ON).await;
+                    listening.abort();
+                });
             }
             broker.end_job(job, machine, result).await;
         });

@@ -16,6 +16,8 @@ pub(crate) struct Record {
     pub(crate) place: Place,
     /// How it is to move.
     pub(crate) options: Options,
+    /// What went wrong here meanwhile.
+    pub(crate) trouble: Option<String>,
     /// How far it is.
     pub(crate) progress: Progress,
     /// What it took.
@@ -26,7 +28,7 @@ pub(crate) struct Record {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub(crate) struct Progress {
-    /// `idle`, `negotiating`, `copying`, `switchover`, `over`.
+    /// `idle`, `negotiating`, `copying`, `switchover`, `writing` (into files), `over`.
     pub(crate) phase: String,
     /// Rounds of copying, the one that runs included.
     pub(crate) round: u64,
@@ -105,15 +107,14 @@ impl Record {
                 .unwrap_or_default(),
         }
     }
+}
 
+impl Progress {
     /// How much is done, from 0 to 1: of the memory that is known to be left.
     pub(crate) fn share(&self) -> f64 {
         #[expect(clippy::cast_precision_loss, reason = "a share for a progress bar")]
-        let (sent, left) = (
-            self.progress.sent_bytes as f64,
-            self.progress.remaining_bytes as f64,
-        );
-        match self.progress.phase.as_str() {
+        let (sent, left) = (self.sent_bytes as f64, self.remaining_bytes as f64);
+        match self.phase.as_str() {
             "switchover" | "over" => 0.99,
             _ if sent + left == 0.0 => 0.0,
             _ => 0.99 * sent / (sent + left),

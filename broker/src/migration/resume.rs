@@ -8,6 +8,8 @@ use api::machine::State;
 
 use super::Uri;
 use super::arrival;
+use super::arrivals::Fate;
+use super::departure::Departure;
 use super::mover::Mover;
 use super::record::{Outcome, Verdict};
 use super::source::{Leaving, undecided};
@@ -36,7 +38,8 @@ impl Broker {
                 continue;
             };
             let Ok(state) = MachineState::load(&place) else {
-                clean(&self.host, &place, None).await;
+                let fate = clean(&self.host, &place, None).await;
+                self.host.arrivals.settle(&name, fate);
                 continue;
             };
             let instance = Instance::adopt(&self.host, &name, None, place.clone(), &state).await;
@@ -52,10 +55,21 @@ impl Broker {
                 }
                 Err(error) => {
                     tracing::info!(machine = %name, %error, "it did not arrive");
-                    clean(&self.host, &place, Some(&state)).await;
+                    let fate = clean(&self.host, &place, Some(&state)).await;
+                    self.host.arrivals.settle(&name, fate);
                 }
             }
         }
+        for place in folder::list(&self.host.folder.join("machines")) {
+            let name = place.file_name().unwrap_or_default().to_string_lossy();
+            if let Ok(name) = MachineName::new(&name)
+                && folder::has_arrived(&place)
+            {
+                self.host.arrivals.settle(&name, Fate::Came);
+            }
+        }
+        let is_left = |name: &MachineName| pending.iter().any(|(left, _)| left == name);
+        self.host.arrivals.forget_lost(is_left);
         pending
     }
 
@@ -68,6 +82,8 @@ impl Broker {
         if !pending.arrived {
             return Some(pending);
         }
+        self.host.arrivals.settle(name, Fate::Came);
+        Departure::forget(&self.host, name);
         let place = self.host.folder.machine(name);
         if let Ok(former) = MachineState::load(&place) {
             clean(&self.host, &place, Some(&former)).await;
@@ -105,13 +121,7 @@ impl Broker {
                     job: Arc::clone(&job),
                 };
                 let Ok(core) = machine.core("moved") else {
-                    return match machine.state() {
-                        State::Off => Ok(()),
-                        _ => Err(Error::MachineFailed(format!(
-                            "{} ended while no broker watched",
-                            machine.name()
-                        ))),
-                    };
+                    return leaving.end_unwatched().await;
                 };
                 let mover = Mover::of(&core).await?;
                 match pending {
@@ -151,7 +161,8 @@ impl Broker {
                     }
                     Err(error) => {
                         tracing::error!(machine = %name, %error, "it cannot be awaited");
-                        found.instance.discard(&self.host).await;
+                        let fate = found.instance.discard(&self.host).await;
+                        self.host.arrivals.settle(&name, fate);
                         continue;
                     }
                 }
@@ -166,7 +177,8 @@ impl Broker {
         let left = std::mem::take(&mut *self.pending());
         for (name, found) in left {
             tracing::warn!(machine = %name, "no job is left that awaits it");
-            found.instance.discard(&self.host).await;
+            let fate = found.instance.discard(&self.host).await;
+            self.host.arrivals.settle(&name, fate);
             if let Ok(machine) = self.machine(name.as_str())
                 && machine.is_new()
             {
@@ -176,7 +188,7 @@ impl Broker {
             }
         }
         for machine in self.machines() {
-            if machine.state() != State::Paused {
+            if machine.state() != State::Paused || machine.job().is_some() {
                 continue;
             }
             let Ok(core) = machine.core("asked") else {
@@ -190,7 +202,9 @@ impl Broker {
                 ..
             }) = mover.now().await
             {
+                machine.set_away(true);
                 machine.set_reason(undecided(machine.name().as_str()));
+                self.resolve(&machine);
             }
         }
     }

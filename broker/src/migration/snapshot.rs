@@ -23,7 +23,8 @@ use super::ends::{Ends, From, Incoming};
 use super::mover::Mover;
 use crate::broker::Broker;
 use crate::definition::Definition;
-use crate::jobs::Kind;
+use crate::host::Host;
+use crate::jobs::{Job, Kind};
 use crate::machine::{Machine, start};
 use crate::name::MachineName;
 
@@ -87,7 +88,7 @@ fn read(path: &Path) -> Result<String, Error> {
     Ok(text)
 }
 
-async fn take(machine: &Machine, folder: &Path) -> Result<(), Error> {
+async fn take(host: &Host, machine: &Machine, job: &Job, folder: &Path) -> Result<(), Error> {
     let definition = machine.definition();
     let unavailable = |error: io::Error| {
         Error::ResourceUnavailable(format!("{} cannot be written: {error}", folder.display()))
@@ -99,7 +100,24 @@ async fn take(machine: &Machine, folder: &Path) -> Result<(), Error> {
     let ram = ends.ram.into_iter().map(BusFd::from).collect();
     let states = ends.states.into_iter();
     let states = states.map(|(id, fd)| (id, fd.into())).collect();
-    mover.0.snapshot(ends.control.into(), ram, states).await
+    mover.0.snapshot(ends.control.into(), ram, states).await?;
+    written(host, machine, job, &mover).await
+}
+
+/// Waits until a machine is in its files.
+///
+/// # Errors
+/// It is not; it goes on as it was.
+async fn written(host: &Host, machine: &Machine, job: &Job, mover: &Mover) -> Result<(), Error> {
+    let outcome = mover.watch(job, &host.publisher).await?;
+    let Some(why) = outcome.reason else {
+        return Ok(());
+    };
+    let text = format!("{} was not written into files: {why}", machine.name());
+    Err(match job.is_cancelled() {
+        true => Error::Cancelled(text),
+        false => Error::MigrationFailed(text),
+    })
 }
 
 impl Broker {
@@ -123,9 +141,9 @@ impl Broker {
         })?;
         let place = folder.clone();
         let begun = self
-            .begin(Kind::Snapshot, machine, |_, machine, job| async move {
+            .begin(Kind::Snapshot, machine, |broker, machine, job| async move {
                 job.set_phase("writing", 0.0);
-                let result = take(&machine, &folder).await;
+                let result = take(&broker.host, &machine, &job, &folder).await;
                 if result.is_err() {
                     discard(&folder);
                 }
@@ -136,6 +154,15 @@ impl Broker {
             discard(&place);
         }
         begun
+    }
+
+    /// Goes on with a snapshot that a broker before this one began.
+    ///
+    /// # Errors
+    /// The machine is not in its files.
+    pub(crate) async fn go_on_writing(&self, machine: &Machine, job: &Job) -> Result<(), Error> {
+        let mover = Mover::of(&machine.core("written into files")?).await?;
+        written(&self.host, machine, job, &mover).await
     }
 
     /// Makes a machine of a folder.

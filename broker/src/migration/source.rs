@@ -5,25 +5,35 @@
 //! others    peer: offer ─► accepted ─► connections ─► ready ─► core moves ─► forgotten here
 //! ```
 //! The cores decide who runs the machine ([`migration::commit`]); what is done here is the same
-//! after a broker was killed on the way, and another one asks the core how it ended.
+//! after a broker was killed on the way, and another one asks the core how it ended. What the core
+//! does not know the other broker is asked.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::Error;
 use api::job_migration::Place;
+use api::machine::State;
 use zbus::OwnedFd as BusFd;
 
 use super::Uri;
 use super::arrival;
+use super::departure::Departure;
 use super::ends::{Ends, From, Incoming};
 use super::mover::Mover;
 use super::options::Options;
-use super::peer::{Dial, Offer};
+use super::peer::{Dial, Offer, nonce};
 use super::record::{Outcome, Verdict};
 use crate::host::Host;
 use crate::jobs::Job;
 use crate::launch::Launcher;
 use crate::machine::{Instance, Machine, start};
+
+/// How long the job asks the other broker what became of the machine when its core does not know;
+/// later it is asked without the job.
+const ASK_FOR: Duration = Duration::from_secs(15);
+/// How soon it is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 /// A machine that moves.
 pub(crate) struct Leaving {
@@ -108,7 +118,11 @@ impl Leaving {
     ///
     /// # Errors
     /// The machine is elsewhere.
-    pub(crate) async fn end_local(&self, mover: &Mover, instance: Instance) -> Result<(), Error> {
+    pub(crate) async fn end_local(
+        &self,
+        mover: &Mover,
+        mut instance: Instance,
+    ) -> Result<(), Error> {
         let (host, machine) = (&self.host, &self.machine);
         let _leaving = MayBeSucceeded::new(machine);
         let outcome = mover.watch(&self.job, &host.publisher).await;
@@ -120,7 +134,7 @@ impl Leaving {
             return Err(self.stays(outcome));
         }
         // Both sides are here: the other core knows whether it has the machine.
-        let arrived = arrival::wait(host, machine.name(), &instance).await;
+        let arrived = arrival::wait(host, machine.name(), &mut instance).await;
         match (outcome, arrived) {
             (outcome, Ok(())) => {
                 if let Ok(outcome) = &outcome {
@@ -158,7 +172,14 @@ impl Leaving {
     async fn go_to(&self, uri: &Uri, options: &Options) -> Result<(), Error> {
         let mover = self.mover().await?;
         let definition = self.machine.definition();
+        let id = nonce().map_err(|error| Error::Internal(error.to_string()))?;
+        let departure = Departure {
+            uri: uri.to_string(),
+            id: id.clone(),
+            moved: false,
+        };
         let offer = Offer {
+            id,
             name: self.machine.name().to_string(),
             definition: definition.to_toml(),
             transient: self.machine.transient,
@@ -176,7 +197,12 @@ impl Leaving {
                 return Err(Error::Cancelled(format!("{} stays where it was", self.machine.name())));
             }
         };
-        self.begin(&mover, ends, options).await?;
+        // From here on it may become the other's, whatever becomes of this broker and its host.
+        departure.note(&self.host, self.machine.name());
+        if let Err(error) = self.begin(&mover, ends, options).await {
+            Departure::forget(&self.host, self.machine.name());
+            return Err(error);
+        }
         self.end_remote(&mover).await
     }
 
@@ -185,39 +211,135 @@ impl Leaving {
     /// # Errors
     /// The machine is elsewhere.
     pub(crate) async fn end_remote(&self, mover: &Mover) -> Result<(), Error> {
-        let (machine, job) = (&self.machine, &self.job);
+        let (host, machine) = (&self.host, &self.machine);
         let name = machine.name();
-        let outcome = match mover.watch(job, &self.host.publisher).await {
+        let outcome = match mover.watch(&self.job, &host.publisher).await {
             Ok(outcome) => outcome,
-            Err(error) => {
-                job.migration(|migration| migration.place = Place::Nowhere);
-                return Err(Error::MachineFailed(format!(
-                    "the core of {name} failed while it moved ({error}): unless it arrived at the \
-                     destination, it has ended"
-                )));
-            }
+            Err(error) => return Err(self.failed(mover, &error).await),
         };
         match outcome.result {
             Verdict::Moved | Verdict::Arrived => {
+                machine.set_away(true);
                 self.note(Place::Destination, &outcome);
+                let departure = Departure::moved(host, machine);
                 if let Ok(core) = machine.core("moved") {
                     // It ends by itself when it does not hear this.
                     let _ = core.terminate().await;
                 }
-                machine.gone().await;
+                self.left(&departure).await;
+                // Who looks there from now on finds it; its core has it, whatever is answered.
+                let _ = departure.ask(host).await;
                 Ok(())
             }
             Verdict::Kept => {
+                Departure::forget(host, name);
                 self.note(Place::Source, &outcome);
                 Err(self.stays(&outcome))
             }
             Verdict::Undecided => {
+                machine.set_away(true);
                 self.note(Place::Undecided, &outcome);
-                let text = undecided(name.as_str());
-                machine.set_reason(text.clone());
-                Err(Error::Undecided(text))
+                machine.set_reason(undecided(name.as_str()));
+                self.job.set_phase("asking the destination", 0.99);
+                match self.ask(ASK_FOR).await {
+                    Some(came) => self.decide(mover, came, &outcome).await,
+                    None => Err(Error::Undecided(undecided(name.as_str()))),
+                }
             }
         }
+    }
+
+    /// Asks the other broker whether the machine came, again and again for a while.
+    async fn ask(&self, within: Duration) -> Option<bool> {
+        let departure = Departure::of(&self.host, self.machine.name())?;
+        let asked = async {
+            loop {
+                if let Some(came) = departure.has_come(&self.host).await {
+                    return came;
+                }
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+        };
+        tokio::select! {
+            asked = tokio::time::timeout(within, asked) => asked.ok(),
+            () = self.job.cancelled() => None,
+        }
+    }
+
+    /// The other broker has said whether the machine came.
+    async fn decide(&self, mover: &Mover, came: bool, outcome: &Outcome) -> Result<(), Error> {
+        let (host, machine) = (&self.host, &self.machine);
+        mover.0.decide(came).await?;
+        machine.set_reason(String::new());
+        if came {
+            self.note(Place::Destination, outcome);
+            self.left(&Departure::moved(host, machine)).await;
+            return Ok(());
+        }
+        machine.set_away(false);
+        Departure::forget(host, machine.name());
+        self.note(Place::Source, outcome);
+        Err(self.stays(outcome))
+    }
+
+    /// Waits until nothing of a machine is left that is elsewhere.
+    async fn left(&self, departure: &Departure) {
+        self.machine.gone().await;
+        if self.machine.from_file {
+            self.machine
+                .set_reason(departure.advice(self.machine.name()));
+        }
+    }
+
+    /// What became of a machine whose core ended while no broker watched.
+    ///
+    /// # Errors
+    /// It did not move, or nobody knows.
+    pub(crate) async fn end_unwatched(&self) -> Result<(), Error> {
+        let (machine, name) = (&self.machine, self.machine.name());
+        match self.ask(ASK_FOR).await {
+            Some(true) => {
+                self.job
+                    .migration(|migration| migration.place = Place::Destination);
+                self.left(&Departure::moved(&self.host, machine)).await;
+                return Ok(());
+            }
+            Some(false) => Departure::forget(&self.host, name),
+            None if machine.state() == State::Off => return Ok(()),
+            None => {}
+        }
+        Err(Error::MachineFailed(format!(
+            "{name} ended while no broker watched"
+        )))
+    }
+
+    /// The machine's core failed while it moved: it is there, or has ended.
+    async fn failed(&self, mover: &Mover, error: &Error) -> Error {
+        let (host, machine) = (&self.host, &self.machine);
+        let name = machine.name();
+        if mover.0.progress().await.is_ok() {
+            // It lives, and had not begun when the broker before this one ended.
+            Departure::forget(host, name);
+            return Error::MigrationFailed(format!("{name} stays where it was: {error}"));
+        }
+        let (place, what) = match self.ask(ASK_FOR).await {
+            Some(true) => {
+                Departure::moved(host, machine);
+                (Place::Destination, "it runs at its destination")
+            }
+            Some(false) => {
+                Departure::forget(host, name);
+                (Place::Nowhere, "it has ended")
+            }
+            None => (
+                Place::Nowhere,
+                "unless it arrived at the destination, it has ended",
+            ),
+        };
+        self.job.migration(|migration| migration.place = place);
+        Error::MachineFailed(format!(
+            "the core of {name} failed while it moved ({error}): {what}"
+        ))
     }
 
     fn note(&self, place: Place, outcome: &Outcome) {
@@ -229,7 +351,9 @@ impl Leaving {
 
     fn stays(&self, outcome: &Outcome) -> Error {
         let name = self.machine.name();
-        let why = outcome.reason.as_deref().unwrap_or("nobody said why");
+        let trouble = self.job.record().migration.and_then(|it| it.trouble);
+        let why = trouble.or_else(|| outcome.reason.clone());
+        let why = why.as_deref().unwrap_or("nobody said why");
         let text = format!("{name} stays where it was: {why}");
         match self.job.is_cancelled() {
             true => Error::Cancelled(text),

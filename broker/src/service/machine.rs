@@ -37,9 +37,10 @@ impl MachineObject {
 
 impl OneMachine for MachineObject {
     async fn start(&self, caller: Caller, flags: u64) -> Result<OwnedObjectPath, Error> {
-        only_flags(flags, PAUSED)?;
+        only_flags(flags, PAUSED | FORCE)?;
         self.permit(&caller, Action::Manage, "start").await?;
-        self.broker.start(&self.machine, flags & PAUSED != 0).await
+        let (paused, force) = (flags & PAUSED != 0, flags & FORCE != 0);
+        self.broker.start(&self.machine, paused, force).await
     }
 
     async fn power_off(&self, caller: Caller, flags: u64) -> Result<OwnedObjectPath, Error> {

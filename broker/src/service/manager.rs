@@ -42,7 +42,7 @@ impl Machines for ManagerObject {
             .await?;
         if flags & START != 0 {
             // What goes wrong is its job's.
-            broker.start(&machine, false).await?;
+            broker.start(&machine, false, false).await?;
         }
         Ok(path::machine(name))
     }

@@ -68,7 +68,7 @@ async fn create(broker: &Broker, define: &Define) -> Result<(Machine, UnixStream
         .await
         .what(&name)?;
     let machine = Machine::at(broker, &name, path).await?;
-    start_one(broker, &machine, false, Wait::default()).await?;
+    start_one(broker, &machine, 0, Wait::default()).await?;
     let console = machine.proxy.open_console("", REPLAY).await.what(&name)?;
     Ok((
         machine,

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use api::Error;
-use api::machine::REPLAY;
+use api::machine::{PAUSED, REPLAY};
 use api::manager::TRANSIENT;
 
 use super::bundled;
@@ -34,16 +34,13 @@ pub async fn run(broker: &Broker, output: Output, mut run: Run) -> Result<()> {
     let flags = if run.keep { 0 } else { TRANSIENT };
     let machine = create(broker, &run, flags).await?;
     if run.detach || run.paused {
-        started(
-            &machine,
-            start_one(broker, &machine, run.paused, Wait::default()).await,
-            run.keep,
-        )
-        .await?;
+        let flags = if run.paused { PAUSED } else { 0 };
+        let start = start_one(broker, &machine, flags, Wait::default()).await;
+        started(&machine, start, run.keep).await?;
         return announce(output, &machine).await;
     }
     let watch = Watch::start(broker, &machine).await?;
-    let start = start_one(broker, &machine, true, Wait::default()).await;
+    let start = start_one(broker, &machine, PAUSED, Wait::default()).await;
     if let Err(Failure::Detached { .. }) = start {
         let name = &machine.name;
         say(&format!(

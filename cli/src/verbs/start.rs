@@ -1,6 +1,6 @@
 //! `godwit start`: machines that are off.
 
-use api::machine::PAUSED;
+use api::machine::{FORCE, PAUSED};
 
 use super::each;
 use crate::connection::{Broker, Machine};
@@ -18,7 +18,9 @@ pub async fn run(broker: &Broker, output: Output, start: Start) -> Result<()> {
         if matches!(state.as_str(), "running" | "paused") {
             return Ok(None);
         }
-        start_one(broker, &machine, start.paused, start.wait)
+        let flags = if start.force { FORCE } else { 0 };
+        let flags = if start.paused { flags | PAUSED } else { flags };
+        start_one(broker, &machine, flags, start.wait)
             .await
             .map(Some)
     })
@@ -31,10 +33,9 @@ pub async fn run(broker: &Broker, output: Output, start: Start) -> Result<()> {
 pub async fn start_one(
     broker: &Broker,
     machine: &Machine,
-    paused: bool,
+    flags: u64,
     wait: Wait,
 ) -> Result<view::Job> {
-    let flags = if paused { PAUSED } else { 0 };
     let path = machine.proxy.start(flags).await.what(&machine.name)?;
     let what = format!("start of {}", machine.name);
     wait_for(&Job::at(broker, &what, path).await?, wait).await

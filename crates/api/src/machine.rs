@@ -23,7 +23,8 @@ use crate::{Caller, Dictionary, Error};
 pub const PAUSED: u64 = 1;
 /// Flag of [`MachineProxy::open_console`]: only read.
 pub const READ_ONLY: u64 = 1;
-/// Flag of [`MachineProxy::open_console`]: take the console from who writes to it now.
+/// Flag of [`MachineProxy::open_console`]: take the console from who writes to it now. Of
+/// [`MachineProxy::start`]: start it although it has moved to another host.
 pub const FORCE: u64 = 2;
 /// Flag of [`MachineProxy::open_console`]: begin with what was printed lately.
 pub const REPLAY: u64 = 4;
@@ -176,7 +177,8 @@ pub struct Machine<M>(pub M);
     proxy(default_service = "org.godwit.Vmm1")
 )]
 impl<M: OneMachine> Machine<M> {
-    /// Starts it. Flag 1 leaves it paused. The job ends when the guest runs.
+    /// Starts it. Flag 1 leaves it paused. One that has moved to another host, or may be there, is
+    /// only started with flag 2. The job ends when the guest runs.
     #[zbus(out_args("job"), proxy(allow_interactive_auth))]
     async fn start(
         &self,

@@ -70,8 +70,9 @@ impl<M: Mover> Migration<M> {
         self.0.migrate(control, ram, states, options).await
     }
 
-    /// Writes the machine into files, which are empty: one for the core, 1 to 16 for memory, one
-    /// for each device with state, by id. The machine stands still meanwhile and then goes on.
+    /// Starts to write the machine into files, which are empty: one for the core, 1 to 16 for
+    /// memory, one for each device with state, by id. The machine stands still meanwhile and then
+    /// goes on; [`Self::wait`] tells how it ended: `kept`, with a `reason` if it was not written.
     /// `godwit-vmm --incoming snapshot=N,…` makes a machine of them, which is paused at first.
     async fn snapshot(
         &self,

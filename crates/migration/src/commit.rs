@@ -17,8 +17,12 @@
 //!   right to run; only the destination's word *Discarded*, or a person, gives it back.
 //! - The destination runs only after *Commit* has come, and never once it has said *Discarded*.
 //! - A destination that hears nothing in time, or whose link ends, discards itself. So a source
-//!   that is `Unresolved` is the only open end, it is paused, and it says so; what has to be found
-//!   out to decide it is whether the destination runs.
+//!   that is `Unresolved` is the only open end, it is paused, and it says so; what has to be found out to
+//!   decide it is whether the destination runs.
+//! - A destination writes down that it runs before it does, so that its broker can answer that also
+//!   when its core has ended. The broker answers nothing while the machine may still come, and
+//!   *never* only when its core is no more and has not written that. Only when the host is lost, or
+//!   what it wrote, a person has to find out.
 //!
 //! The types here are the ones that a core goes by, and the ones that a model checker runs through
 //! every interleaving of (`tests` below).
@@ -57,9 +61,9 @@ pub enum SourceInput {
     LinkLost,
     /// A wait ended without an answer.
     Deadline,
-    /// Somebody has made sure that the destination does not run.
+    /// The destination's broker, or somebody, has made sure that the destination does not run.
     TakenBack,
-    /// Somebody has made sure that the destination runs.
+    /// The same, that the destination runs.
     LetGo,
 }
 

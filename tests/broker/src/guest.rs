@@ -68,6 +68,24 @@ pub fn finish(console: &mut Console) -> Result<()> {
     Ok(())
 }
 
+/// Waits for two heartbeats that come after this was called, of a clock that never went back.
+pub fn beats(console: &mut Console) -> Result<u64> {
+    let begin = Instant::now();
+    let mut fresh = 0;
+    loop {
+        let (at, (number, back)) =
+            console.report("a heartbeat", DEADLINE, |report| match *report {
+                Report::Beat { n, back, .. } => Some((n, back)),
+                _ => None,
+            })?;
+        ensure!(back == 0, "the guest's clock went back {back} times");
+        fresh += u32::from(at > begin);
+        if fresh == 2 {
+            return Ok(number);
+        }
+    }
+}
+
 /// Waits until the guest has found its devices.
 pub fn active(console: &mut Console) -> Result<()> {
     let is_active = |report: &Report| matches!(report, Report::Active { .. }).then_some(());

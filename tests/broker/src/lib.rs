@@ -2,6 +2,7 @@
 
 mod guest;
 mod manner;
+mod relay;
 
 use std::collections::HashMap;
 use std::fs;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 pub use self::guest::*;
 pub use self::manner::Manner;
+pub use self::relay::Relay;
 use anyhow::{Context as _, Result, bail, ensure};
 use api::Dictionary;
 use api::device::DeviceProxy;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use api::Dictionary;
@@ -11,10 +11,9 @@ use api::job::State as JobState;
 use api::machine::{MachineProxy, State};
 use tempfile::TempDir;
 use test_broker::*;
-use test_framework::console::Console;
-use test_framework::machine::{DEADLINE, make_image};
+use test_framework::machine::make_image;
 use test_framework::network;
-use test_guest::{BlkMode, NetMode, Report, Workload};
+use test_guest::{BlkMode, NetMode, Workload};
 use zbus::{Connection, Variant};
 
 const KEY: &str = "a secret of two brokers\n";
@@ -47,24 +46,6 @@ fn diskless() -> Workload {
     Workload {
         blk: BlkMode::Off,
         ..busy()
-    }
-}
-
-/// Waits for two heartbeats that come after this was called, of a clock that never went back.
-fn beats(console: &mut Console) -> Result<u64> {
-    let begin = Instant::now();
-    let mut fresh = 0;
-    loop {
-        let (at, (number, back)) =
-            console.report("a heartbeat", DEADLINE, |report| match *report {
-                Report::Beat { n, back, .. } => Some((n, back)),
-                _ => None,
-            })?;
-        ensure!(back == 0, "the guest's clock went back {back} times");
-        fresh += u32::from(at > begin);
-        if fresh == 2 {
-            return Ok(number);
-        }
     }
 }
 
@@ -171,7 +152,8 @@ async fn there_and_back(
         let (state, result) = ended(&buses[from], at).await?;
         assert_eq!(state, JobState::Done, "{result:?}");
         vm = find(&buses[to], "vm").await?.context("it did not come")?;
-        becomes(&vm, State::Running).await?;
+        // Who sent it waits for that.
+        assert_eq!(vm.state().await?, State::Running);
         nothing_left(brokers[from], &buses[from], "vm").await?;
         console = test_broker::console(&vm).await?;
         let beat = beats(&mut console)?;
@@ -328,6 +310,7 @@ async fn a_migration_is_cancelled_and_tried_again() -> Result<()> {
 /// Who is killed in the middle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Victim {
+    SourceDisk,
     DestinationCore,
     DestinationDisk,
     SourceBroker,
@@ -345,6 +328,7 @@ async fn whoever_is_killed_the_machine_goes_on_and_moves_later() -> Result<()> {
     let definition = with_disks(definition(&hurried()), &disks(&folder, &["a"])?, 1);
     let mut vm = running(&bus, "vm", definition).await?;
     for victim in [
+        Victim::SourceDisk,
         Victim::DestinationCore,
         Victim::DestinationDisk,
         Victim::SourceBroker,
@@ -362,6 +346,10 @@ async fn whoever_is_killed_the_machine_goes_on_and_moves_later() -> Result<()> {
             pid.context("no process")
         };
         match victim {
+            Victim::SourceDisk => {
+                let disk = device(&bus, "vm", "disk0").await?;
+                kill_process(disk.process().await?)?;
+            }
             Victim::DestinationCore => kill_process(pid(&state["core"])?)?,
             Victim::DestinationDisk => kill_process(pid(&state["devices"][0]["process"])?)?,
             Victim::SourceBroker => {
@@ -377,13 +365,21 @@ async fn whoever_is_killed_the_machine_goes_on_and_moves_later() -> Result<()> {
                 there = b.connect().await?;
             }
         }
-        // What does not notice is ended as a user would.
-        let job = job(&bus, at.clone()).await?;
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        if job.state().await? == JobState::Running {
-            job.cancel().await?;
+        if !matches!(victim, Victim::SourceDisk | Victim::DestinationCore) {
+            // What does not notice is ended as a user would.
+            let job = job(&bus, at.clone()).await?;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            if job.state().await? == JobState::Running {
+                job.cancel().await?;
+            }
         }
         let (state, result) = ended(&bus, at).await?;
+        if victim == Victim::SourceDisk {
+            let message = text(&result, "Message");
+            ensure!(message.contains("device disk0 ended"), "{message}");
+            let disk = device(&bus, "vm", "disk0").await?;
+            until("a new process", async || Ok(disk.reconnects().await? == 1)).await?;
+        }
         assert_ne!(state, JobState::Done, "{victim:?}: {result:?}");
         assert_eq!(text(&result, "Place"), "source", "{victim:?}: {result:?}");
         assert_eq!(vm.state().await?, State::Running, "{victim:?}");
@@ -407,6 +403,47 @@ async fn whoever_is_killed_the_machine_goes_on_and_moves_later() -> Result<()> {
     beats(&mut console)?;
     finish(&mut console)?;
     becomes(&vm, State::Off).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_core_that_is_killed_while_it_is_copied_leaves_nothing_anywhere() -> Result<()> {
+    let (a, b) = (
+        Broker::start_with_doors(KEY)?,
+        Broker::start_with_doors(KEY)?,
+    );
+    let (bus, there) = (a.connect().await?, b.connect().await?);
+    let folder = TempDir::new()?;
+    let definition = with_disks(definition(&hurried()), &disks(&folder, &["a"])?, 1);
+    let vm = running(&bus, "vm", definition).await?;
+    let at = vm.migrate(&b.unix(), never_stops(), 0).await?;
+    copies(&bus, &at).await?;
+    kill_process(vm.process().await?)?;
+    let (state, result) = ended(&bus, at).await?;
+    assert_eq!(state, JobState::Failed, "{result:?}");
+    assert_eq!(text(&result, "Place"), "nowhere", "{result:?}");
+    becomes(&vm, State::Failed).await?;
+    nothing_left(&b, &there, "vm").await?;
+    // Nothing keeps it from being started again.
+    done(&bus, vm.start(0).await?).await?;
+    finish(&mut console(&vm).await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_is_awaited_comes_where_nobody_listens_else() -> Result<()> {
+    let (a, b) = (Broker::start()?, Broker::start()?);
+    let (bus, there) = (a.connect().await?, b.connect().await?);
+    let vm = running(&bus, "vm", definition(&diskless())).await?;
+    let uri = format!("unix:{}", b.folder().join("awaited").display());
+    let (state, result) = ended(&bus, vm.migrate(&uri, no_options(), 0).await?).await?;
+    assert_eq!(state, JobState::Failed, "{result:?}");
+    let options = HashMap::from([("listen".to_owned(), value(uri.clone()))]);
+    let manager = manager(&there).await?;
+    let awaits = manager.receive_migration("vm", options, 0).await?;
+    done(&bus, vm.migrate(&uri, no_options(), 0).await?).await?;
+    done(&there, awaits).await?;
+    let vm = find(&there, "vm").await?.context("it did not come")?;
+    nothing_left(&a, &bus, "vm").await?;
+    finish(&mut console(&vm).await?)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -167,7 +167,10 @@ impl Side {
         self.call(async |connection| {
             let mover = MigrationProxy::new(connection).await?;
             Ok(mover.snapshot(ends.control.into(), ram, states).await?)
-        })
+        })?;
+        let outcome = self.outcome()?;
+        ensure!(outcome["reason"].is_null(), "{outcome:#}");
+        Ok(())
     }
 
     /// A machine that waits for one to come, with the other's memory if it is shared.
@@ -256,6 +259,17 @@ impl Side {
                 let core = CoreProxy::new(connection).await?;
                 Ok(core.attach_link(id, link.into()).await?)
             })?;
+        }
+        let id = self.recipes[number].id().into_owned();
+        let end = Instant::now() + DEADLINE;
+        let is_back = |side: &Side| {
+            side.call(async |connection| {
+                let core = CoreProxy::new(connection).await?;
+                Ok(core.device_status(&id).await?.connected)
+            })
+        };
+        while !is_back(self)? {
+            ensure!(Instant::now() < end, "{id} is not found again");
         }
         Ok(())
     }

@@ -161,6 +161,7 @@ impl Machine {
             tsc,
             links: Arc::clone(&links),
             incoming: config.incoming,
+            end: config.end,
             without: config.without,
         });
         let mover = moving.watcher(ram.file());

@@ -44,6 +44,8 @@ pub struct MachineConfig {
     pub kvm: KvmSource,
     /// Where it comes from, if it is not booted.
     pub incoming: Option<Incoming>,
+    /// Is told that a machine has come, when it has.
+    pub end: Option<File>,
     /// What its migrations leave out.
     pub without: Without,
 }

@@ -12,7 +12,7 @@ use super::chain;
 use super::migrate::{Copied, Request as MigrateRequest};
 use super::request::{Request, RequestSink};
 use crate::hypervisor::{Ended, VcpuEvents};
-use crate::migration::snapshot::Files;
+use crate::migration::snapshot::{Files, Written};
 use crate::transport::TroubleSink;
 
 /// Something that the main thread must act on.
@@ -39,6 +39,8 @@ pub enum Event {
     Snapshot(Box<Files>, oneshot::Sender<Result<(), api::Error>>),
     /// Everything that can be moved from a running machine has been.
     Copied(Copied),
+    /// What was to be in files is, or is not.
+    Written(Box<Written>),
     /// The owner knows where the machine is.
     Decide(bool, oneshot::Sender<Result<(), api::Error>>),
     /// The process was told to end.

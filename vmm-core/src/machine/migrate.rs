@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,7 +27,7 @@ use crate::migration::destination::{self, Arriving, NewHost};
 use crate::migration::ram::CoreWrites;
 use crate::migration::saved_state::{CoreState, DeviceWiring, from_blob, to_blob};
 use crate::migration::setup::{MigrateOptions, Sockets};
-use crate::migration::snapshot::{self, Files, Subject};
+use crate::migration::snapshot::{self, Files, Subject, Writing, Written};
 use crate::migration::source::{self, Job, View};
 use crate::migration::status::{Outcome, Progress, Status, Verdict};
 use crate::migration::switchover::{Ended, Host, Switchover};
@@ -35,6 +37,9 @@ use crate::remote::device1::DeviceLinks;
 
 /// How long a core whose machine has moved stays, so that its owner can hear it.
 const LINGER: Duration = Duration::from_secs(5);
+
+/// What the owner's file is told when a machine has come and, from then on, is only here.
+const ARRIVED: &str = "arrived";
 
 /// A machine that is not booted.
 #[derive(Debug)]
@@ -99,6 +104,8 @@ pub(super) struct Parts {
     pub(super) links: Arc<DeviceLinks>,
     pub(super) incoming: Option<Incoming>,
     pub(super) without: Without,
+    /// The owner's file, which is told that the machine has come.
+    pub(super) end: Option<File>,
 }
 
 /// What a machine keeps for its migrations.
@@ -108,6 +115,8 @@ pub(super) struct Moving {
     pub(super) core_writes: CoreWrites,
     pub(super) status: watch::Sender<Status>,
     active: bool,
+    /// The machine is put into files.
+    stands_still: bool,
 }
 
 /// What the control thread may see and do while the main thread is busy.
@@ -132,6 +141,7 @@ impl Moving {
             }),
             parts,
             active: false,
+            stands_still: false,
         }
     }
 
@@ -161,6 +171,35 @@ impl Moving {
             Place::Gone(at) => Some(at),
             _ => None,
         }
+    }
+
+    /// Whether the machine is here and may be reset.
+    pub(super) fn is_here(&self) -> bool {
+        self.check_here().is_ok() && self.check_moves_on().is_ok()
+    }
+
+    /// Refuses what cannot be while the machine is put into files.
+    pub(super) fn check_moves_on(&self) -> Result<(), MachineError> {
+        match self.stands_still {
+            true => Err(MachineError::Migrating),
+            false => Ok(()),
+        }
+    }
+
+    fn begin(&mut self, phase: &'static str, cancel: Cancel) {
+        self.status.send_modify(|status| {
+            *status = Status {
+                active: true,
+                progress: Progress {
+                    phase,
+                    converging: true,
+                    ..Progress::default()
+                },
+                outcome: None,
+            };
+        });
+        self.parts.events.migration().set(Some(cancel));
+        self.active = true;
     }
 
     fn end(&mut self, outcome: Outcome) {
@@ -227,14 +266,38 @@ impl Machine {
         }
     }
 
-    /// Puts the machine into files; it goes on afterwards.
+    /// Stops the machine and begins to put it into files, on a thread of its own; it goes on
+    /// afterwards.
     pub(super) fn snapshot(&mut self, files: Files) -> Result<(), MachineError> {
         self.moving.check_here()?;
         if self.moving.active {
             return Err(MachineError::Migrating);
         }
-        let subject = self.subject();
-        Ok(snapshot::take(files, &subject, self)?)
+        let cancel = Cancel::new().map_err(no_thread)?;
+        let (begun, begins) = channel::<Box<Writing>>();
+        let events = self.moving.parts.events.clone();
+        let (status, end) = (self.moving.status.clone(), cancel.clone());
+        let write = move || {
+            if let Ok(writing) = begins.recv() {
+                events.send(Event::Written(Box::new(writing.write(&end, &status))));
+            }
+        };
+        let thread = thread::Builder::new().name("snapshot".into());
+        thread.spawn(write).map_err(no_thread)?;
+        let writing = snapshot::begin(files, self.subject(), self)?;
+        self.moving.begin("writing", cancel);
+        self.moving.stands_still = true;
+        // It waits for it.
+        let _ = begun.send(writing);
+        Ok(())
+    }
+
+    /// The machine was put into files, or was not.
+    pub(super) fn written(&mut self, written: Written) {
+        self.moving.stands_still = false;
+        let result = written.end(self);
+        let reason = result.err().map(|error| chain(&error));
+        self.moving.end(Outcome::kept(reason));
     }
 
     fn definition(&self) -> migration::wire::Definition {
@@ -254,12 +317,6 @@ impl Machine {
         if self.moving.active {
             return Err(MachineError::Migrating);
         }
-        let no_thread = |source| {
-            MachineError::from(MigrationError::System {
-                what: "a thread for the migration",
-                source,
-            })
-        };
         let cancel = Cancel::new().map_err(no_thread)?;
         let job = Job {
             view: View {
@@ -277,19 +334,7 @@ impl Machine {
             cancel: cancel.clone(),
             status: self.moving.status.clone(),
         };
-        self.moving.status.send_modify(|status| {
-            *status = Status {
-                active: true,
-                progress: Progress {
-                    phase: "negotiating",
-                    converging: true,
-                    ..Progress::default()
-                },
-                outcome: None,
-            };
-        });
-        self.moving.parts.events.migration().set(Some(cancel));
-        self.moving.active = true;
+        self.moving.begin("negotiating", cancel);
         let events = self.moving.parts.events.clone();
         let started = thread::Builder::new()
             .name("migration".into())
@@ -298,11 +343,7 @@ impl Machine {
             Ok(_) => Ok(()),
             Err(source) => {
                 let error = no_thread(source);
-                self.moving.end(Outcome {
-                    result: Verdict::Kept,
-                    reason: Some(chain(&error)),
-                    report: Report::default(),
-                });
+                self.moving.end(Outcome::kept(Some(chain(&error))));
                 Err(error)
             }
         }
@@ -339,6 +380,15 @@ impl Machine {
         if self.moving.place != Place::Undecided {
             return Err(MachineError::Elsewhere("is where everybody knows"));
         }
+        let result = match runs_there {
+            true => Verdict::Moved,
+            false => Verdict::Kept,
+        };
+        self.moving.status.send_modify(|status| {
+            if let Some(outcome) = &mut status.outcome {
+                outcome.result = result;
+            }
+        });
         if runs_there {
             self.moving.place = Place::Gone(Instant::now());
             return Ok(());
@@ -432,12 +482,28 @@ impl NewHost for Machine {
         self.load_core(from_blob(&core)?)
     }
 
+    fn arrived(&mut self) {
+        if let Some(end) = &mut self.moving.parts.end
+            && let Err(error) = writeln!(end, "{ARRIVED}")
+        {
+            tracing::warn!(%error, "the owner is not told that the machine is here");
+        }
+    }
+
     fn run(&mut self, running: bool) {
         if running {
             self.vcpus.run();
             self.state.send_replace(State::Running);
         }
     }
+}
+
+/// A failure to begin something.
+fn no_thread(source: std::io::Error) -> MachineError {
+    MachineError::from(MigrationError::System {
+        what: "a thread for the migration",
+        source,
+    })
 }
 
 /// Answers a caller, who may have stopped waiting.

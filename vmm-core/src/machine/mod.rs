@@ -185,6 +185,10 @@ impl Machine {
                 self.copied(copied);
                 None
             }
+            Event::Written(written) => {
+                self.written(*written);
+                None
+            }
             Event::Decide(runs_there, to) => {
                 let result = self.decide(runs_there);
                 migrate::answer(to, result);
@@ -196,7 +200,7 @@ impl Machine {
                 let _ = answer.send(result.map_err(CallError::from));
                 // A machine that could not be reset has no defined state.
                 failed
-                    .filter(|_| command == Command::Reset && self.moving.check_here().is_ok())
+                    .filter(|_| command == Command::Reset && self.moving.is_here())
                     .map(Reason::Internal)
             }
         }
@@ -204,6 +208,7 @@ impl Machine {
 
     fn command(&mut self, command: Command) -> Result<(), MachineError> {
         self.moving.check_here()?;
+        self.moving.check_moves_on()?;
         match command {
             Command::Pause => self.pause(),
             Command::Resume => self.resume(),

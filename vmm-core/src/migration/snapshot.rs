@@ -2,32 +2,38 @@
 //! device's own state.
 //!
 //! ```text
-//! take     vCPUs stop ─ devices stop and save ─ memory ─ core ─ the machine goes on
+//! take     vCPUs stop ─ devices stop and save ─ memory ─ core's file ─ the machine goes on
+//!          machine's thread ───────────────┤  a thread of its own  ├─ machine's thread
 //! restore  core's frame, definition compared ─ devices load, memory ─ core ─ resumed by its owner
 //! ```
-//! What is written is whole when the call returns without an error. What is read is checked as if
+//! What is written is whole when it ended without an error. What is read is checked as if
 //! it came from a stranger.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Write as _};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 
 use migration::channel::Cancel;
 use migration::frame::{FrameError, FrameReader, FrameWriter};
+use migration::link::LinkError;
 use migration::report::Recorder;
 use migration::schema::{Schema, SchemaError, UnitId};
 use migration::wire::{Blob, Definition};
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
-use super::barrier::{self, Barrier};
+use super::barrier::{self, Arrival, Barrier};
 use super::destination::NewHost;
 use super::error::system;
 use super::ram::{DirtyTracker, RamReceiver, RamSender};
 use super::saved_state::{CoreState, from_blob, to_blob};
 use super::setup::Sockets;
 use super::states::StateSockets;
+use super::status::Status;
 use super::switchover::Host;
 use super::unit::{Crew, Unit};
 use super::without::Without;
@@ -88,57 +94,143 @@ impl From<FrameError> for MigrationError {
     }
 }
 
-/// Writes the machine, and lets it go on if it ran.
-pub fn take(files: Files, subject: &Subject, host: &mut impl Host) -> Result<(), MigrationError> {
-    let crew = Crew::start(&subject.units, &Without::default())
-        .map_err(system("a thread for a device"))?;
-    let result = write(files, subject, &crew, host);
-    if host.ran() {
-        let resumed = crew.each(|_, unit| Ok(unit.pci.resume()?));
-        let names = crew.names();
-        let recorder = &mut Recorder::start();
-        let deadline = BLACKOUT_DEADLINE;
-        let resumed = barrier::wait(Barrier::F, "resume", names, &resumed, deadline, recorder);
-        host.run();
-        resumed?;
-    }
-    result
+/// A machine that stands still, and what of it is still to be written.
+pub struct Writing {
+    subject: Subject,
+    core_file: OwnedFd,
+    ram: Vec<OwnedFd>,
+    core: Blob,
+    /// Its threads save the devices.
+    crew: Crew,
+    saved: Receiver<Arrival<()>>,
 }
 
-fn write(
+/// Stops the machine, whose devices begin to save themselves. On a failure it goes on.
+pub fn begin(
     files: Files,
-    subject: &Subject,
-    crew: &Crew,
+    subject: Subject,
     host: &mut impl Host,
-) -> Result<(), MigrationError> {
-    let (core_file, ram, states) = split(files, subject)?;
-    let channels = u32::try_from(ram.len()).unwrap_or(u32::MAX);
-    let recorder = &mut Recorder::start();
+) -> Result<Box<Writing>, MigrationError> {
+    let (core_file, ram, states) = split(files, &subject)?;
+    let crew = Crew::start(&subject.units, &Without::default())
+        .map_err(system("a thread for a device"))?;
+    let begun = stop(&crew, &states, host);
+    match begun {
+        Ok((core, saved)) => Ok(Box::new(Writing {
+            subject,
+            core_file,
+            ram,
+            core,
+            crew,
+            saved,
+        })),
+        Err(error) => {
+            go_on(&crew, host)?;
+            Err(error)
+        }
+    }
+}
+
+fn stop(
+    crew: &Crew,
+    states: &StateSockets,
+    host: &mut impl Host,
+) -> Result<(Blob, Receiver<Arrival<()>>), MigrationError> {
     host.stop_vcpus()?;
     if let Some(what) = host.pending_request() {
         return Err(MigrationError::Guest(what));
     }
+    let recorder = &mut Recorder::start();
     let (stopped, saved) = states.stop_and_save(crew);
-    let deadline = BLACKOUT_DEADLINE;
-    let names = crew.names();
+    let (names, deadline) = (crew.names(), BLACKOUT_DEADLINE);
     let devices = barrier::wait(Barrier::D, "stop", names, &stopped, deadline, recorder)?;
-    let cancel = Cancel::new().map_err(system("an eventfd"))?;
+    Ok((to_blob(&host.save_core(devices)?)?, saved))
+}
+
+/// Lets devices and vCPUs run if they did before.
+fn go_on(crew: &Crew, host: &mut impl Host) -> Result<(), MigrationError> {
+    if !host.ran() {
+        return Ok(());
+    }
+    let resumed = crew.each(|_, unit| Ok(unit.pci.resume()?));
+    let recorder = &mut Recorder::start();
+    let (names, deadline) = (crew.names(), BLACKOUT_DEADLINE);
+    let resumed = barrier::wait(Barrier::F, "resume", names, &resumed, deadline, recorder);
+    host.run();
+    resumed.map(drop)
+}
+
+/// What came of writing; the machine still stands still.
+pub struct Written {
+    crew: Crew,
+    result: Result<(), MigrationError>,
+}
+
+impl Writing {
+    /// Writes it, on another thread than the machine's. `cancel` ends it, `status` shows how far it
+    /// is.
+    pub fn write(self, cancel: &Cancel, status: &watch::Sender<Status>) -> Written {
+        let Self {
+            subject,
+            core_file,
+            ram,
+            core,
+            crew,
+            saved,
+        } = self;
+        let result = write(&subject, ram, cancel, status).and_then(|channels| {
+            let (names, deadline) = (crew.names(), BLACKOUT_DEADLINE);
+            let recorder = &mut Recorder::start();
+            barrier::wait(Barrier::E, "save", names, &saved, deadline, recorder)?;
+            let state = SnapshotState {
+                definition: subject.definition,
+                channels,
+                core,
+            };
+            let file = BufWriter::new(File::from(core_file));
+            let (mut file, _) = FrameWriter::begin(file, &core_unit()?, &state)?.finish()?;
+            file.flush().map_err(system("the core's file"))
+        });
+        Written { crew, result }
+    }
+}
+
+impl fmt::Debug for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Written").field(&self.result).finish()
+    }
+}
+
+impl Written {
+    /// Lets the machine go on if it ran. How writing ended.
+    pub fn end(self, host: &mut impl Host) -> Result<(), MigrationError> {
+        go_on(&self.crew, host).and(self.result)
+    }
+}
+
+/// Writes memory; into how many files.
+fn write(
+    subject: &Subject,
+    ram: Vec<OwnedFd>,
+    cancel: &Cancel,
+    status: &watch::Sender<Status>,
+) -> Result<u32, MigrationError> {
+    let channels = u32::try_from(ram.len()).unwrap_or(u32::MAX);
     let mut tracker = DirtyTracker::everything(&subject.memory, &subject.slots);
-    let mut sender = RamSender::start(ram, &subject.memory.guest(), &cancel)?;
+    let mut sender = RamSender::start(ram, &subject.memory.guest(), cancel)?;
     while let Some((page, words)) = tracker.take_last_chunk() {
         let holes = tracker.holes(page, &words)?;
         sender.send_with_holes(page, &words, &holes)?;
+        status.send_modify(|status| {
+            status.progress.sent_bytes = sender.sent();
+            status.progress.remaining_bytes = tracker.pending_bytes();
+        });
+        if cancel.is_cancelled() {
+            return Err(MigrationError::Link(LinkError::Cancelled));
+        }
     }
     sender.end()?;
-    barrier::wait(Barrier::E, "save", names, &saved, deadline, recorder)?;
-    let state = SnapshotState {
-        definition: subject.definition.clone(),
-        channels,
-        core: to_blob(&host.save_core(devices)?)?,
-    };
-    let file = BufWriter::new(File::from(core_file));
-    let (mut file, _) = FrameWriter::begin(file, &core_unit()?, &state)?.finish()?;
-    file.flush().map_err(system("the core's file"))
+    Ok(channels)
 }
 
 /// Makes the machine that is in `files` this one. It is paused afterwards, whatever it was.

@@ -7,7 +7,7 @@ use serde::Serialize;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Progress {
-    /// `idle`, `negotiating`, `copying`, `switchover`, `over`.
+    /// `idle`, `negotiating`, `copying`, `switchover`, `writing` (into files), `over`.
     pub phase: &'static str,
     /// Rounds of copying, the one that runs included.
     pub round: u64,
@@ -37,6 +37,17 @@ pub struct Outcome {
     pub reason: Option<String>,
     /// What it took.
     pub report: Report,
+}
+
+impl Outcome {
+    /// The machine is here, as it was, and why it is not where it was wanted.
+    pub fn kept(reason: Option<String>) -> Self {
+        Self {
+            result: Verdict::Kept,
+            reason,
+            report: Report::default(),
+        }
+    }
 }
 
 /// Where the machine is after a migration.

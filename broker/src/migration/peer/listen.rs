@@ -14,8 +14,8 @@ use tokio::sync::{Semaphore, mpsc};
 
 use super::frame::{Direction, FrameError, Key, Link, MAX_GREETING, Sealed, Stream};
 use super::{
-    ANSWER_DEADLINE, Answer, CHANNELS_DEADLINE, First, Hello, MAX_CHANNELS, Offer, VERSION,
-    key_for, nonce,
+    ANSWER_DEADLINE, Answer, CHANNELS_DEADLINE, First, Hello, MAX_CHANNELS, Offer, Request,
+    VERSION, key_for, nonce,
 };
 use crate::broker::Broker;
 use crate::migration::Uri;
@@ -24,6 +24,8 @@ use crate::migration::receive::Arriving;
 
 /// Most connections that are served at one time: a few machines with all their devices.
 const MAX_CONNECTIONS: usize = 512;
+/// How long an answer waits for a machine that is about to come; its asker waits longer.
+const FATE_WAIT: Duration = Duration::from_secs(5);
 /// Before it is tried again to accept when that fails.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -144,7 +146,7 @@ async fn meet(
                 return Err(FrameError::Forged);
             };
             let link = greet(key, stream, hello).await?;
-            take_offer(broker, expected, uri, link).await
+            serve_request(broker, expected, uri, link).await
         }
         First::Channel { token, name } => {
             let known = expected.with(|known| known.get(&token).cloned());
@@ -180,13 +182,28 @@ async fn greet(key: &Key, mut stream: Stream, hello: Hello) -> Result<Link, Fram
     })
 }
 
-async fn take_offer(
+async fn serve_request(
     broker: &Arc<Broker>,
     expected: &Expected,
     uri: &Uri,
     mut link: Link,
 ) -> Result<(), FrameError> {
-    let offer: Offer = link.receive(ANSWER_DEADLINE).await?;
+    match link.receive(ANSWER_DEADLINE).await? {
+        Request::Offer(offer) => take_offer(broker, expected, uri, link, offer).await,
+        Request::Ask(id) => {
+            let fate = broker.host.arrivals.ask(&id, FATE_WAIT).await;
+            link.send(&Answer::Fate(fate), ANSWER_DEADLINE).await
+        }
+    }
+}
+
+async fn take_offer(
+    broker: &Arc<Broker>,
+    expected: &Expected,
+    uri: &Uri,
+    mut link: Link,
+    offer: Offer,
+) -> Result<(), FrameError> {
     let channels = offer.channels;
     let arriving = if (1..=MAX_CHANNELS).contains(&channels) {
         Arriving::accept(broker, uri, offer).await

@@ -12,6 +12,9 @@
 //!   ◄────────────────────────── Refused (reasons) | Ready
 //!   the cores talk
 //! ```
+//! In the place of an offer it may be asked what became of a machine that was offered before:
+//! *Ask* (its id) is answered by its *Fate*.
+//!
 //! Whoever has the key may send machines here, and who has not learns nothing. What is sent on
 //! the raw connections is neither hidden nor protected by it: the network must be trusted. On a
 //! Unix socket the kernel says who the other is, and the key is empty.
@@ -33,6 +36,7 @@ use self::frame::{Direction, Link, MAX_GREETING, Sealed, Stream};
 pub use self::frame::{FrameError, Key};
 pub use self::listen::{Listener, serve};
 use super::Uri;
+use super::arrivals::Fate;
 use super::ends::Ends;
 
 /// Version of what two brokers say to each other.
@@ -69,9 +73,20 @@ struct Hello {
     nonce: String,
 }
 
+/// What a broker wants.
+#[derive(Debug, Serialize, Deserialize)]
+enum Request {
+    /// To send a machine.
+    Offer(Offer),
+    /// To know what became of one.
+    Ask(String),
+}
+
 /// A machine that is offered.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Offer {
+    /// What it can be asked for by later.
+    pub(crate) id: String,
     /// Its name.
     pub(crate) name: String,
     /// What it is, in TOML.
@@ -91,9 +106,12 @@ pub(crate) enum Answer {
     Ready,
     /// It may not, and nothing of it is left.
     Refused(Vec<String>),
+    /// What became of the machine that was asked for, if that is known.
+    Fate(Option<Fate>),
 }
 
-fn nonce() -> Result<String, FrameError> {
+/// A number that nobody has used or can guess, in hexadecimal digits.
+pub(super) fn nonce() -> Result<String, FrameError> {
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes).map_err(io::Error::other)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
@@ -162,24 +180,41 @@ impl Dial<'_> {
             Error::DestinationUnreachable(format!("{} does not take it: {error}", self.uri))
         };
         let mut link = self.link().await.map_err(unreachable)?;
-        link.send(&offer, ANSWER_DEADLINE)
+        let (name, channels) = (offer.name.clone(), offer.channels);
+        link.send(&Request::Offer(offer), ANSWER_DEADLINE)
             .await
             .map_err(unreachable)?;
         let token = match link.receive(ANSWER_DEADLINE).await.map_err(unreachable)? {
             Answer::Accepted(token) => token,
-            other => return Err(self.refused(&offer.name, other)),
+            other => return Err(self.refused(&name, other)),
         };
         let mut ends = Vec::new();
-        for name in Ends::names(offer.channels, devices) {
-            let fd = self.channel(&link, &token, &name).await;
-            ends.push((name, fd.map_err(unreachable)?));
+        for channel in Ends::names(channels, devices) {
+            let fd = self.channel(&link, &token, &channel).await;
+            ends.push((channel, fd.map_err(unreachable)?));
         }
         match link.receive(READY_DEADLINE).await.map_err(unreachable)? {
             Answer::Ready => {}
-            other => return Err(self.refused(&offer.name, other)),
+            other => return Err(self.refused(&name, other)),
         }
         Ends::of(ends)
             .ok_or_else(|| Error::Internal("a connection has another name than it should".into()))
+    }
+
+    /// Asks what became of a machine that was offered; `None` if that is not known there.
+    ///
+    /// # Errors
+    /// Nobody answers who has the key.
+    pub(crate) async fn ask(&self, id: &str) -> Result<Option<Fate>, FrameError> {
+        let mut link = self.link().await?;
+        link.send(&Request::Ask(id.to_owned()), ANSWER_DEADLINE)
+            .await?;
+        match link.receive(ANSWER_DEADLINE).await? {
+            Answer::Fate(fate) => Ok(fate),
+            other => Err(FrameError::Io(io::Error::other(format!(
+                "it said {other:?} out of turn"
+            )))),
+        }
     }
 
     fn refused(&self, name: &str, answer: Answer) -> Error {

@@ -11,6 +11,9 @@ struct World {
     destination: Destination,
     source_lives: bool,
     destination_lives: bool,
+    /// The destination's core has ended by itself; its host is there, and its broker can read what
+    /// it has left.
+    destination_ended: bool,
     to_destination: Vec<SourceWord>,
     to_source: Vec<DestinationWord>,
     /// Nothing passes any more. Each side notices when it does.
@@ -31,6 +34,7 @@ enum Step {
     Cut,
     SourceDies,
     DestinationDies,
+    DestinationEnds,
 }
 
 struct Everything {
@@ -38,22 +42,44 @@ struct Everything {
     /// Breaks the protocol on purpose, so that the checks themselves are checked.
     destination_runs_without_commit: bool,
     source_returns_at_deadline: bool,
+    /// The destination's broker takes a machine that is still expected for one that never came.
+    broker_answers_early: bool,
 }
 
 const FAITHFUL: Everything = Everything {
     hosts_die: true,
     destination_runs_without_commit: false,
     source_returns_at_deadline: false,
+    broker_answers_early: false,
 };
 
 impl World {
     fn runs(&self) -> u32 {
         u32::from(self.source_lives && self.source.may_run())
-            + u32::from(self.destination_lives && self.destination.may_run())
+            + u32::from(self.destination_works() && self.destination.may_run())
+    }
+
+    fn destination_works(&self) -> bool {
+        self.destination_lives && !self.destination_ended
+    }
+
+    /// What the destination's broker answers when it is asked whether the machine came: what its
+    /// core does, or has left when it ended. Nothing as long as it may still come.
+    fn has_come(&self) -> Option<bool> {
+        match self.destination {
+            Destination::Running => Some(true),
+            Destination::Discarded => Some(false),
+            Destination::Receiving | Destination::Loaded => self.destination_ended.then_some(false),
+        }
     }
 
     fn has_lost_a_host(&self) -> bool {
         !self.source_lives || !self.destination_lives
+    }
+
+    /// It came, and its core has failed since, as any machine's may.
+    fn has_failed_there(&self) -> bool {
+        self.destination_ended && self.destination == Destination::Running
     }
 }
 
@@ -98,6 +124,7 @@ impl Model for Everything {
             destination: Destination::Receiving,
             source_lives: true,
             destination_lives: true,
+            destination_ended: false,
             to_destination: Vec::new(),
             to_source: Vec::new(),
             cut: false,
@@ -119,17 +146,18 @@ impl Model for Everything {
                     steps.extend([ToSource::Failed, ToSource::Deadline].map(Step::Source));
                 }
                 Source::Committed => steps.push(Step::Source(ToSource::Deadline)),
-                // Whoever decides has looked.
-                Source::Unresolved => {
-                    let runs = world.destination_lives && world.destination == At::Running;
-                    let never = !world.destination_lives || world.destination == At::Discarded;
-                    if runs {
-                        steps.push(Step::Source(ToSource::LetGo));
-                    }
-                    if never {
+                // The brokers ask one another; when the other host is lost, somebody decides.
+                Source::Unresolved => match world.has_come() {
+                    _ if !world.destination_lives => {
                         steps.push(Step::Source(ToSource::TakenBack));
                     }
-                }
+                    Some(true) => steps.push(Step::Source(ToSource::LetGo)),
+                    Some(false) => steps.push(Step::Source(ToSource::TakenBack)),
+                    None if self.broker_answers_early => {
+                        steps.push(Step::Source(ToSource::TakenBack));
+                    }
+                    None => {}
+                },
                 Source::Gone | Source::Kept => {}
             }
             if world.cut && !world.source_noticed {
@@ -142,7 +170,7 @@ impl Model for Everything {
                 steps.push(Step::SourceDies);
             }
         }
-        if world.destination_lives {
+        if world.destination_works() {
             let waits = [ToDestination::Failed, ToDestination::Deadline];
             match world.destination {
                 // It can be complete only after the source has stopped and sent the last of it.
@@ -161,9 +189,10 @@ impl Model for Everything {
             if !world.to_destination.is_empty() {
                 steps.push(Step::ArriveAtDestination);
             }
-            if self.hosts_die {
-                steps.push(Step::DestinationDies);
-            }
+            steps.push(Step::DestinationEnds);
+        }
+        if self.hosts_die && world.destination_lives {
+            steps.push(Step::DestinationDies);
         }
         if !world.cut {
             steps.push(Step::Cut);
@@ -208,8 +237,11 @@ impl Model for Everything {
                 next.cut = true;
                 next.to_source.clear();
             }
-            Step::DestinationDies => {
-                next.destination_lives = false;
+            Step::DestinationDies | Step::DestinationEnds => {
+                match step {
+                    Step::DestinationEnds => next.destination_ended = true,
+                    _ => next.destination_lives = false,
+                }
                 next.cut = true;
                 next.to_destination.clear();
             }
@@ -223,12 +255,30 @@ impl Model for Everything {
             Property::always("never none for ever", |model, world: &World| {
                 let mut steps = Vec::new();
                 model.actions(world, &mut steps);
-                let dies = |step: &Step| {
-                    matches!(step, Step::SourceDies | Step::DestinationDies | Step::Cut)
+                let fails = |step: &Step| {
+                    use Step::{Cut, DestinationDies, DestinationEnds, SourceDies};
+                    matches!(step, SourceDies | DestinationDies | DestinationEnds | Cut)
                 };
-                let at_rest = steps.iter().all(dies);
-                !at_rest || world.has_lost_a_host() || world.runs() == 1
+                let at_rest = steps.iter().all(fails);
+                let lost = world.has_lost_a_host() || world.has_failed_there();
+                !at_rest || lost || world.runs() == 1
             }),
+            Property::always(
+                "nobody has to decide where both hosts are",
+                |model, world: &World| {
+                    let mut steps = Vec::new();
+                    model.actions(world, &mut steps);
+                    let goes_on = |step: &Step| {
+                        matches!(
+                            step,
+                            Step::Source(_) | Step::Destination(_) | Step::ArriveAtDestination
+                        )
+                    };
+                    world.source != Source::Unresolved
+                        || world.has_lost_a_host()
+                        || steps.iter().any(goes_on)
+                },
+            ),
             Property::always("who cannot know says so", |_, world: &World| {
                 // A source that lives and is at rest either runs, has heard that the other runs,
                 // or is the one state that says that somebody must decide.
@@ -248,8 +298,11 @@ impl Model for Everything {
             Property::sometimes("taken back by word", |_, world: &World| {
                 world.source == Source::Kept && world.destination == Destination::Discarded
             }),
-            Property::sometimes("somebody must decide", |_, world: &World| {
+            Property::sometimes("somebody must ask", |_, world: &World| {
                 world.source == Source::Unresolved && !world.has_lost_a_host()
+            }),
+            Property::sometimes("taken back by a broker's word", |_, world: &World| {
+                world.source == Source::Kept && world.destination_ended
             }),
         ]
     }
@@ -281,6 +334,10 @@ fn a_broken_protocol_is_found_out() {
         },
         Everything {
             source_returns_at_deadline: true,
+            ..FAITHFUL
+        },
+        Everything {
+            broker_answers_early: true,
             ..FAITHFUL
         },
     ];

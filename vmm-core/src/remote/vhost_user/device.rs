@@ -268,6 +268,20 @@ impl VhostUserDevice {
         result
     }
 
+    /// Fails if the back-end is not the one that was there `reconnects` ago, or is gone, whether
+    /// that was noticed before or not. It is sent nothing.
+    pub fn check_served_since(&self, reconnects: u32) -> Result<(), VhostUserError> {
+        let state = self.shared.state();
+        match &state.phase {
+            Phase::Connected(session)
+                if self.reconnects() == reconnects && !session.connection.has_hung_up() =>
+            {
+                Ok(())
+            }
+            _ => Err(self.shared.away()),
+        }
+    }
+
     /// Ends every wait for an answer, of this device and of all others of its machine: who has not
     /// answered by now is taken for gone.
     pub fn give_up(&self) {

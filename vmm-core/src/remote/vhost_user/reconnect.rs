@@ -97,7 +97,8 @@ impl Shared {
             }
             Err(error) if error.may_pass() => {
                 self.set_phase(state, Phase::Away);
-                state.failures += 1;
+                // One that only says nothing has not been harmed by what the driver wants.
+                state.failures += u32::from(error.is_hang_up());
                 if state.failures == MAX_FAILURES && state.wanted.take().is_some() {
                     self.report(&error);
                 }
