@@ -19,6 +19,9 @@ pub const PROGRAMS: &[&str] = &[
     "godwit-vmm",
 ];
 
+/// The bundled guest, which goes to `lib/godwit`, where `godwit run --demo` looks for it.
+pub const DEMO_GUEST: &str = "godwit-demo-guest";
+
 /// Files of the source tree and where they go below the prefix.
 const BELOW_PREFIX: &[(&str, &str)] = &[
     (
@@ -128,6 +131,8 @@ pub struct Install<'a> {
     pub source: &'a Path,
     /// Where the built programs are.
     pub programs: &'a Path,
+    /// The bundled guest.
+    pub guest: &'a Path,
     /// The root of the system, or the folder that a package is made of.
     pub destdir: &'a Path,
     /// Where programs and units go, such as `/usr/local`.
@@ -141,14 +146,9 @@ impl Install<'_> {
     /// A program was not built, or a file cannot be written.
     pub fn run(&self) -> Result<(), InstallError> {
         for name in PROGRAMS {
-            let program = self.programs.join(name);
-            if !program.is_file() {
-                return Err(InstallError::Missing(program));
-            }
-            let to = self.below_prefix(&format!("bin/{name}"));
-            make_parent(&to)?;
-            fs::copy(&program, &to).map_err(failed(&to))?;
+            self.put(&self.programs.join(name), &format!("bin/{name}"))?;
         }
+        self.put(self.guest, &format!("lib/godwit/{DEMO_GUEST}"))?;
         for (from, to) in BELOW_PREFIX {
             self.copy(from, &self.below_prefix(to))?;
         }
@@ -162,6 +162,16 @@ impl Install<'_> {
         let pages = self.below_prefix("share/man/man1");
         self.godwit(&["man", &pages.display().to_string()])?;
         Ok(())
+    }
+
+    /// Copies what was built.
+    fn put(&self, from: &Path, to: &str) -> Result<(), InstallError> {
+        if !from.is_file() {
+            return Err(InstallError::Missing(from.to_owned()));
+        }
+        let to = self.below_prefix(to);
+        make_parent(&to)?;
+        fs::copy(from, &to).map(drop).map_err(failed(&to))
     }
 
     fn below(&self, prefix: &Path, to: &str) -> PathBuf {
@@ -266,6 +276,7 @@ mod tests {
         let install = Install {
             source: &source(),
             programs: &built,
+            guest: &built.join("godwit"),
             destdir: &root,
             prefix: Path::new("/usr/local"),
         };
@@ -283,6 +294,7 @@ mod tests {
             root.join("usr/share/polkit-1/rules.d/50-godwit.rules")
                 .is_file()
         );
+        assert!(local.join("lib/godwit/godwit-demo-guest").is_file());
         fs::remove_file(built.join("godwit-blk")).unwrap();
         assert!(matches!(install.run(), Err(InstallError::Missing(_))));
     }

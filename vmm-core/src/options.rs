@@ -94,7 +94,8 @@ pub struct Options {
     /// control=N|snapshot=N[,ram=N]…[,state=ID:N]…[,memory=N], all inherited descriptors
     #[arg(long, value_name = "FROM", conflicts_with = "paused")]
     incoming: Option<String>,
-    /// Mechanisms that its migrations leave out, for benchmarks: early-map, parallel, channels
+    /// Mechanisms that its migrations leave out, for benchmarks: early-map, layout, parallel,
+    /// channels
     #[arg(long, hide = true, value_name = "LIST", value_delimiter = ',')]
     without: Vec<Mechanism>,
     /// Does not start the guest before it is resumed

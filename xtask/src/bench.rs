@@ -68,7 +68,7 @@ pub enum Bench {
         /// Moves of each.
         #[arg(long, default_value_t = 10)]
         runs: usize,
-        /// Moves each machine also without each of these: early-map, parallel, channels.
+        /// Moves each machine also without each of these: early-map, layout, parallel, channels.
         #[arg(long, value_name = "LIST", value_delimiter = ',')]
         without: Vec<String>,
         /// Writes the timeline of a typical move here, for Perfetto's viewer.

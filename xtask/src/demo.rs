@@ -166,7 +166,7 @@ impl Drop for Reader {
 
 /// Puts the bundled guest where `godwit` looks for it: beside the programs.
 fn put_guest(programs: &Path) -> Result<()> {
-    let place = programs.join("godwit-demo-guest");
+    let place = programs.join(packaging::DEMO_GUEST);
     // A machine may run the one that is there.
     let new = place.with_extension("new");
     fs::copy(test_guest::program(), &new)

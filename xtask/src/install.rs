@@ -31,6 +31,7 @@ pub fn install(place: Place) -> Result<()> {
     let install = Install {
         source: root(),
         programs: &programs,
+        guest: test_guest::program(),
         destdir: &place.destdir,
         prefix: &place.prefix,
     };

@@ -7,10 +7,12 @@
 //! broker when nobody answers at a Unix socket; other verbs say that there is none.
 
 mod address;
+mod agent;
 mod launch;
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use api::device::DeviceProxy;
@@ -23,6 +25,7 @@ use zbus::proxy::CacheProperties;
 use zbus::{Connection, OwnedObjectPath};
 
 use self::address::Place;
+use self::agent::Agent;
 use crate::error::{Failure, Result, What as _, is_gone};
 use crate::view;
 
@@ -34,19 +37,23 @@ const CALL_DEADLINE: Duration = Duration::from_secs(90);
 /// Counters by name.
 pub type Counters = BTreeMap<String, u64>;
 
-/// What to do when nobody answers.
+/// What a broker is wanted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IfAbsent {
-    /// Start the embedded broker.
-    Start,
-    /// Fail.
-    Fail,
+pub enum Purpose {
+    /// To look, as everybody may.
+    Look,
+    /// To change what there is. On the system bus a person may be asked for a password.
+    Change,
+    /// The same, and to make something: an embedded broker is started where none answers.
+    Make,
 }
 
 /// A connection to a broker.
 #[derive(Clone, Debug)]
 pub struct Broker {
     connection: Connection,
+    /// Kept until the broker is not needed any more.
+    _agent: Option<Arc<Agent>>,
 }
 
 impl Broker {
@@ -54,25 +61,33 @@ impl Broker {
     ///
     /// # Errors
     /// None answers, and none could be started.
-    pub async fn find(bus: Option<&str>, if_absent: IfAbsent) -> Result<Self> {
+    pub async fn find(bus: Option<&str>, purpose: Purpose) -> Result<Self> {
         let place = match Place::given(bus) {
             Some(place) => place,
             None => match system().await {
-                Some(connection) => return Ok(Self { connection }),
+                Some(connection) => {
+                    let agent = match purpose {
+                        Purpose::Look => None,
+                        Purpose::Change | Purpose::Make => Agent::start().await,
+                    };
+                    return Ok(Self {
+                        connection,
+                        _agent: agent.map(Arc::new),
+                    });
+                }
                 None => Place::embedded(),
             },
         };
-        let connection = match connect(&place).await {
-            Ok(connection) => connection,
-            Err(Failure::NoBroker { .. }) if if_absent == IfAbsent::Start => {
-                let Place::Socket(socket) = &place else {
-                    return connect(&place).await.map(|connection| Self { connection });
-                };
+        let connection = match (connect(&place).await, &place) {
+            (Err(Failure::NoBroker { .. }), Place::Socket(socket)) if purpose == Purpose::Make => {
                 launch::start(socket, || connect(&place)).await?
             }
-            Err(failure) => return Err(failure),
+            (answer, _) => answer?,
         };
-        Ok(Self { connection })
+        Ok(Self {
+            connection,
+            _agent: None,
+        })
     }
 
     /// The connection, for proxies of its objects.

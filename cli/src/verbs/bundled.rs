@@ -47,7 +47,9 @@ fn installed() -> Option<PathBuf> {
     let program = env::current_exe().ok()?;
     let folder = program.parent()?;
     let places = [folder.join(GUEST), folder.join("../lib/godwit").join(GUEST)];
-    places.into_iter().find(|guest| guest.is_file())
+    let guest = places.into_iter().find(|guest| guest.is_file())?;
+    // A definition takes no path with `..` in it.
+    guest.canonicalize().ok()
 }
 
 fn scratch_disk(folder: &Path) -> Result<PathBuf> {

@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 
 use super::bundled::{self, DISK};
 use super::start::start_one;
-use crate::connection::{Broker, IfAbsent, Machine};
+use crate::connection::{Broker, Machine, Purpose};
 use crate::definition;
 use crate::error::{Failure, Result, What as _, is_gone};
 use crate::job::{Interrupts, Job};
@@ -44,7 +44,7 @@ pub async fn run(bus: Option<&str>, demo: Demo) -> Result<()> {
         ..Define::default()
     };
     let _scratch = bundled::complete(&mut define)?;
-    let broker = Broker::find(bus, IfAbsent::Start).await?;
+    let broker = Broker::find(bus, Purpose::Make).await?;
     let (machine, console) = create(&broker, &define).await?;
     let printer = std::thread::spawn(move || print(console));
     let mut interrupts = Interrupts::new()?;

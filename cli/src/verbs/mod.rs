@@ -20,7 +20,7 @@ mod stop;
 mod top;
 mod watch;
 
-use crate::connection::{Broker, IfAbsent};
+use crate::connection::{Broker, Purpose};
 use crate::error::{Failure, Result};
 use crate::options::{Options, Verb};
 use crate::render::{Output, say};
@@ -32,31 +32,31 @@ use crate::render::{Output, say};
 pub async fn run(options: Options) -> Result<()> {
     let output = Output::new(&options.common);
     let bus = options.common.bus.as_deref();
-    let find = |if_absent| Broker::find(bus, if_absent);
+    let find = |purpose| Broker::find(bus, purpose);
     match options.verb {
-        Verb::Run(run) => run::run(&find(IfAbsent::Start).await?, output, *run).await,
-        Verb::Start(start) => start::run(&find(IfAbsent::Start).await?, output, start).await,
+        Verb::Run(run) => run::run(&find(Purpose::Make).await?, output, *run).await,
+        Verb::Start(start) => start::run(&find(Purpose::Make).await?, output, start).await,
         Verb::Demo(demo) => demo::run(bus, demo).await,
         Verb::Completions { shell } => completions::run(shell),
         Verb::Man { folder } => man::run(&folder),
-        Verb::List(list) => list::run(&find(IfAbsent::Fail).await?, output, list).await,
-        Verb::Show(show) => show::run(&find(IfAbsent::Fail).await?, output, show).await,
-        Verb::Stop(stop) => stop::run(&find(IfAbsent::Fail).await?, output, stop).await,
-        Verb::Reset(names) => control::reset(&find(IfAbsent::Fail).await?, names).await,
-        Verb::Pause(names) => control::pause(&find(IfAbsent::Fail).await?, names).await,
-        Verb::Resume(names) => control::resume(&find(IfAbsent::Fail).await?, names).await,
-        Verb::Remove(names) => control::remove(&find(IfAbsent::Fail).await?, names).await,
-        Verb::Migrate(it) => migrate::migrate(&find(IfAbsent::Fail).await?, output, it).await,
-        Verb::Decide(it) => migrate::decide(&find(IfAbsent::Fail).await?, it).await,
-        Verb::Snapshot(it) => migrate::snapshot(&find(IfAbsent::Fail).await?, output, it).await,
-        Verb::Restore(it) => migrate::restore(&find(IfAbsent::Start).await?, output, it).await,
-        Verb::Console(console) => console::run(&find(IfAbsent::Fail).await?, console).await,
-        Verb::Job(job) => job::run(&find(IfAbsent::Fail).await?, output, job).await,
-        Verb::Device(device) => device::run(&find(IfAbsent::Fail).await?, output, device).await,
-        Verb::Balloon(verb) => balloon::run(&find(IfAbsent::Fail).await?, output, verb).await,
-        Verb::Logs(logs) => logs::run(&find(IfAbsent::Fail).await?, logs).await,
-        Verb::Top(top) => top::run(&find(IfAbsent::Fail).await?, output, top).await,
-        Verb::Reload => reload::run(&find(IfAbsent::Fail).await?).await,
+        Verb::List(list) => list::run(&find(Purpose::Look).await?, output, list).await,
+        Verb::Show(show) => show::run(&find(Purpose::Look).await?, output, show).await,
+        Verb::Stop(stop) => stop::run(&find(Purpose::Change).await?, output, stop).await,
+        Verb::Reset(names) => control::reset(&find(Purpose::Change).await?, names).await,
+        Verb::Pause(names) => control::pause(&find(Purpose::Change).await?, names).await,
+        Verb::Resume(names) => control::resume(&find(Purpose::Change).await?, names).await,
+        Verb::Remove(names) => control::remove(&find(Purpose::Change).await?, names).await,
+        Verb::Migrate(it) => migrate::migrate(&find(Purpose::Change).await?, output, it).await,
+        Verb::Decide(it) => migrate::decide(&find(Purpose::Change).await?, it).await,
+        Verb::Snapshot(it) => migrate::snapshot(&find(Purpose::Change).await?, output, it).await,
+        Verb::Restore(it) => migrate::restore(&find(Purpose::Make).await?, output, it).await,
+        Verb::Console(console) => console::run(&find(Purpose::Change).await?, console).await,
+        Verb::Job(job) => job::run(&find(Purpose::Change).await?, output, job).await,
+        Verb::Device(device) => device::run(&find(Purpose::Change).await?, output, device).await,
+        Verb::Balloon(verb) => balloon::run(&find(Purpose::Change).await?, output, verb).await,
+        Verb::Logs(logs) => logs::run(&find(Purpose::Change).await?, logs).await,
+        Verb::Top(top) => top::run(&find(Purpose::Look).await?, output, top).await,
+        Verb::Reload => reload::run(&find(Purpose::Change).await?).await,
     }
 }
 

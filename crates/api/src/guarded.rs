@@ -2,12 +2,14 @@
 //!
 //! `zbus` takes memory for a message as soon as its head says how long it is, up to 128 MiB, and
 //! panics on a handshake that is just a newline. Here everything is looked at before `zbus` sees
-//! it; what is beyond the [`Limits`] ends the connection.
+//! it; what is beyond the [`Limits`] ends the connection, or is answered with an error.
 
+use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io::{self, IoSlice, IoSliceMut, Read as _};
+use std::mem::{self, MaybeUninit};
 use std::net::Shutdown;
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
@@ -25,12 +27,18 @@ use zbus::connection::socket::{ReadHalf, Socket, Split, WriteHalf};
 use zbus::connection::{AuthMechanism, Builder};
 use zbus::export::async_trait::async_trait;
 use zbus::fdo::ConnectionCredentials;
+use zbus::message::{Flags, Type};
 
 /// Longest exchange of words before the first message.
 const MAX_HANDSHAKE: usize = 4096;
 /// Length of the part of a message that says how long the message is (D-Bus specification,
 /// «Message Format»).
 const HEAD: usize = 16;
+/// Name of the bus itself.
+pub(crate) const DRIVER: &str = "org.freedesktop.DBus";
+/// What a client is taken to have called that sent too long a message, with its size and the most
+/// that is read. It is no secret: who calls it by itself is told the same.
+pub(crate) const TOO_LONG: &str = "MessageTooLong";
 /// Most descriptors of one `sendmsg` (SCM_MAX_FD).
 const MOST_DESCRIPTORS: usize = 253;
 
@@ -41,6 +49,9 @@ pub(crate) struct Limits {
     pub(crate) mechanism: AuthMechanism,
     /// Longest message, header and body.
     pub(crate) message: u64,
+    /// Longest message in whose place a call of [`TOO_LONG`] is handed on, which is for the bus to
+    /// answer. One that is longer ends the connection.
+    pub(crate) skipped: u64,
     /// Most messages in a second.
     pub(crate) rate: u32,
     /// Most descriptors with a message; with 0, none are passed to it either.
@@ -216,18 +227,19 @@ impl Words {
     }
 }
 
-/// Messages, whose sizes and number are looked at as they pass.
+/// Messages, whose sizes and number are looked at before they are handed on.
 #[derive(Debug)]
 struct Messages {
     link: Link,
     limits: Limits,
-    head: [u8; HEAD],
-    /// Bytes of `head` that are there.
-    have: usize,
+    /// What is handed on before more is read: as much as is there of the next message's head, or
+    /// what stands for a message that is too long.
+    ready: VecDeque<u8>,
     /// Bytes of the message that are still to come.
     left: u64,
-    /// Descriptors that came with the message.
+    /// Descriptors that came with the message, and those that are still to be handed on.
     descriptors: usize,
+    passed: Vec<OwnedFd>,
     /// Messages in the second that began then.
     rate: (Instant, u32),
 }
@@ -237,60 +249,73 @@ impl Messages {
         Self {
             link,
             limits,
-            head: [0; HEAD],
-            have: 0,
+            ready: VecDeque::new(),
             left: 0,
             descriptors: 0,
+            passed: Vec::new(),
             rate: (Instant::now(), 0),
         }
     }
 
-    /// Takes note of bytes that were read.
-    fn pass(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            if self.left > 0 {
-                let len = usize::try_from(self.left).map_or(bytes.len(), |l| l.min(bytes.len()));
-                self.left -= len as u64;
-                bytes = &bytes[len..];
-            } else {
-                let len = bytes.len().min(HEAD - self.have);
-                self.head[self.have..self.have + len].copy_from_slice(&bytes[..len]);
-                self.have += len;
-                bytes = &bytes[len..];
-                if self.have < HEAD {
-                    continue;
-                }
-                self.have = 0;
-                self.left = self.rest()?;
-                self.count()?;
-            }
-            if self.left == 0 {
-                self.descriptors = 0;
-            }
-        }
-        Ok(())
-    }
-
-    /// Bytes of the message that follow its head.
-    fn rest(&self) -> io::Result<u64> {
-        let head = &self.head;
-        let word = |at: usize| -> u64 {
-            let bytes = [head[at], head[at + 1], head[at + 2], head[at + 3]];
-            let word = match head[0] {
-                b'B' => u32::from_be_bytes(bytes),
-                _ => u32::from_le_bytes(bytes),
-            };
-            word.into()
-        };
-        let (body, fields) = (word(4), word(12));
-        let rest = fields.next_multiple_of(8) + body;
-        let (size, most) = (rest + HEAD as u64, self.limits.message);
-        if size > most {
+    /// Reads bytes of the message; none when the peer has gone.
+    async fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let (len, descriptors) = self.link.read(buffer).await?;
+        self.descriptors += descriptors.len();
+        let most = self.limits.descriptors;
+        if self.descriptors > most {
             return Err(refuse(format_args!(
-                "its message has {size} bytes, at most {most} are read"
+                "more than {most} descriptors come with its message"
             )));
         }
-        Ok(rest)
+        self.passed.extend(descriptors);
+        Ok(len)
+    }
+
+    /// Reads the head of the next message that may be handed on; whether there is one.
+    async fn begin(&mut self) -> io::Result<bool> {
+        while self.ready.is_empty() {
+            self.descriptors = 0;
+            let mut head = [0; HEAD];
+            let mut have = 0;
+            while have < HEAD {
+                match self.read(&mut head[have..]).await? {
+                    0 => return Ok(false),
+                    len => have += len,
+                }
+            }
+            self.count()?;
+            let head = Head(head);
+            self.left = head.rest();
+            let size = self.left + HEAD as u64;
+            if size <= self.limits.message {
+                self.ready.extend(head.0);
+            } else if size <= self.limits.skipped {
+                if !self.skip().await? {
+                    return Ok(false);
+                }
+                self.ready.extend(head.too_long(size, self.limits.message)?);
+            } else {
+                let most = self.limits.message;
+                return Err(refuse(format_args!(
+                    "its message has {size} bytes, at most {most} are read"
+                )));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Forgets the rest of the message; whether all of it came.
+    async fn skip(&mut self) -> io::Result<bool> {
+        let mut buffer = [0; 4096];
+        while self.left > 0 {
+            let len = bounded(buffer.len(), self.left);
+            match self.read(&mut buffer[..len]).await? {
+                0 => return Ok(false),
+                len => self.left -= len as u64,
+            }
+        }
+        self.passed.clear();
+        Ok(true)
     }
 
     fn count(&mut self) -> io::Result<()> {
@@ -309,16 +334,60 @@ impl Messages {
 #[async_trait]
 impl ReadHalf for Messages {
     async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-        let (len, descriptors) = self.link.read(buffer).await?;
-        self.descriptors += descriptors.len();
-        let most = self.limits.descriptors;
-        if self.descriptors > most {
-            return Err(refuse(format_args!(
-                "more than {most} descriptors come with its message"
-            )));
+        if self.left == 0 && self.ready.is_empty() && !self.begin().await? {
+            return Ok((0, Vec::new()));
         }
-        self.pass(&buffer[..len])?;
-        Ok((len, descriptors))
+        let len = if self.ready.is_empty() {
+            let len = bounded(buffer.len(), self.left);
+            let len = self.read(&mut buffer[..len]).await?;
+            self.left -= len as u64;
+            len
+        } else {
+            self.ready.read(buffer)?
+        };
+        Ok((len, mem::take(&mut self.passed)))
+    }
+}
+
+/// At most `left`.
+fn bounded(len: usize, left: u64) -> usize {
+    usize::try_from(left).map_or(len, |left| left.min(len))
+}
+
+/// The first bytes of a message.
+#[derive(Debug)]
+struct Head([u8; HEAD]);
+
+impl Head {
+    fn word(&self, at: usize) -> u32 {
+        let bytes = [self.0[at], self.0[at + 1], self.0[at + 2], self.0[at + 3]];
+        match self.0[0] {
+            b'B' => u32::from_be_bytes(bytes),
+            _ => u32::from_le_bytes(bytes),
+        }
+    }
+
+    /// Bytes of the message that follow.
+    fn rest(&self) -> u64 {
+        let (body, fields) = (u64::from(self.word(4)), u64::from(self.word(12)));
+        fields.next_multiple_of(8) + body
+    }
+
+    /// What stands for this message of `size` bytes, of which `most` are read: a call with the
+    /// same number, which the bus answers with an error. Nothing where nobody waits for an answer.
+    fn too_long(&self, size: u64, most: u64) -> io::Result<Vec<u8>> {
+        let (kind, flags) = (self.0[1], self.0[2]);
+        if kind != Type::MethodCall as u8 || flags & Flags::NO_REPLY_EXPECTED.bits() != 0 {
+            return Ok(Vec::new());
+        }
+        let wrong = |_| refuse("its message has no number");
+        let serial = NonZeroU32::try_from(self.word(8)).map_err(wrong)?;
+        let call = Message::method_call("/", TOO_LONG)
+            .destination(DRIVER)
+            .interface(DRIVER)
+            .serial(serial)
+            .build(&(size, most));
+        Ok(call.map_err(io::Error::other)?.data().to_vec())
     }
 }
 
@@ -365,7 +434,13 @@ impl WriteHalf for Writer {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
+
+    /// Longest message that is read, and that is skipped.
+    const MOST: u32 = 64 << 10;
+    const SKIPPED: u32 = 256 << 10;
 
     fn runtime() -> tokio::runtime::Runtime {
         let mut builder = tokio::runtime::Builder::new_current_thread();
@@ -378,7 +453,8 @@ mod tests {
         let link = Link(Arc::new(UnixStream::from_std(ours).unwrap()));
         let limits = Limits {
             mechanism: AuthMechanism::External,
-            message: 64 << 10,
+            message: MOST.into(),
+            skipped: SKIPPED.into(),
             rate: 100,
             descriptors,
             patience: Duration::from_secs(5),
@@ -395,42 +471,83 @@ mod tests {
         head
     }
 
-    #[test]
-    fn sizes_are_known_however_the_bytes_come() {
-        let runtime = runtime();
-        let _context = runtime.enter();
-        // A message of 16 + 8 + 3 bytes, twice, then one that is too long.
-        let mut bytes = call(5, 3);
-        bytes.extend([0; 11]);
-        bytes = bytes.repeat(2);
-        bytes.extend(call(0, 64 << 10));
-        for step in 1..bytes.len() {
-            let (mut messages, _peer) = messages(0);
-            let parts: Vec<_> = bytes.chunks(step).collect();
-            let last = parts.len() - 1;
-            for (at, part) in parts.into_iter().enumerate() {
-                assert_eq!(
-                    messages.pass(part).is_err(),
-                    at == last,
-                    "in steps of {step}"
-                );
+    /// Everything that is handed on of what a peer sends.
+    fn handed_on(
+        runtime: &tokio::runtime::Runtime,
+        messages: &mut Messages,
+    ) -> io::Result<Vec<u8>> {
+        let mut all = Vec::new();
+        loop {
+            let mut buffer = [0; 100];
+            match runtime.block_on(messages.recvmsg(&mut buffer))?.0 {
+                0 => return Ok(all),
+                len => all.extend_from_slice(&buffer[..len]),
             }
         }
     }
 
     #[test]
+    fn sizes_are_known_however_the_bytes_come() {
+        let runtime = runtime();
+        let _context = runtime.enter();
+        // A message of 16 + 8 + 3 bytes, twice, then one that is too long.
+        let mut good = call(5, 3);
+        good.extend([0; 11]);
+        let good = good.repeat(2);
+        let bytes = [good.clone(), call(0, SKIPPED)].concat();
+        for step in 1..bytes.len() {
+            let (mut messages, mut peer) = messages(0);
+            for part in bytes[..good.len()].chunks(step) {
+                peer.write_all(part).unwrap();
+            }
+            let mut read = vec![0; good.len()];
+            let mut have = 0;
+            while have < read.len() {
+                let got = runtime.block_on(messages.recvmsg(&mut read[have..]));
+                have += got.unwrap().0;
+            }
+            assert_eq!(read, good, "in steps of {step}");
+            for part in bytes[good.len()..].chunks(step) {
+                peer.write_all(part).unwrap();
+            }
+            let last = handed_on(&runtime, &mut messages);
+            assert!(last.is_err(), "in steps of {step}: {last:?}");
+        }
+    }
+
+    #[test]
+    fn in_the_place_of_a_long_message_stands_a_short_one() {
+        let runtime = runtime();
+        let _context = runtime.enter();
+        let (mut messages, mut peer) = messages(0);
+        let long = |kind: u8, flags: u8| {
+            let mut long = call(0, MOST);
+            (long[1], long[2]) = (kind, flags);
+            long.resize(HEAD + MOST as usize, 7);
+            long
+        };
+        let mut last = call(1, 0);
+        last.resize(HEAD + 8, 0);
+        let sent = [long(1, 0), long(4, 0), long(1, 1), last.clone()].concat();
+        let sender = std::thread::spawn(move || peer.write_all(&sent).unwrap());
+        let read = handed_on(&runtime, &mut messages).unwrap();
+        sender.join().unwrap();
+        // One has an answer to wait for.
+        let short = Head(call(0, MOST).try_into().unwrap());
+        let short = short
+            .too_long(u64::from(MOST) + 16, u64::from(MOST))
+            .unwrap();
+        assert_eq!(read, [short, last].concat());
+    }
+
+    #[test]
     fn descriptors_are_counted_for_each_message() {
         let runtime = runtime();
-        let (mut messages, peer) = {
-            let _context = runtime.enter();
-            messages(2)
-        };
+        let _context = runtime.enter();
+        let (mut messages, peer) = messages(2);
         peer.set_nonblocking(true).unwrap();
-        let peer = {
-            let _context = runtime.enter();
-            UnixStream::from_std(peer).unwrap()
-        };
-        let mut bytes = call(0, 0);
+        let peer = UnixStream::from_std(peer).unwrap();
+        let bytes = call(0, 0);
         let null = std::fs::File::open("/dev/null").unwrap();
         let mut read = || {
             let mut buffer = [0; HEAD];
@@ -442,10 +559,9 @@ mod tests {
             assert_eq!(read().unwrap().1.len(), 2);
         }
         // One message with a descriptor for each of its bytes.
-        bytes.truncate(3);
-        for (at, byte) in bytes.iter().enumerate() {
+        for byte in &bytes[..3] {
             send(&peer, &[*byte], &[null.as_fd()]).unwrap();
-            assert_eq!(read().is_err(), at == 2);
         }
+        assert!(read().is_err());
     }
 }

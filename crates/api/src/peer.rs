@@ -24,6 +24,7 @@ use crate::guarded::{self, Limits};
 const LIMITS: Limits = Limits {
     mechanism: AuthMechanism::Anonymous,
     message: 64 << 10,
+    skipped: 0,
     rate: 2000,
     descriptors: 1,
     patience: Duration::from_secs(5),

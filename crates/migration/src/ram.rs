@@ -216,8 +216,8 @@ pub struct Sent {
 pub trait PageSink {
     /// Whether the machine has this page.
     fn has(&self, page: u64) -> bool;
-    /// Fills a page.
-    fn fill(&self, page: u64, content: &[u8]) -> io::Result<()>;
+    /// Fills pages from `first` on, all that `content` has.
+    fn fill(&self, first: u64, content: &[u8]) -> io::Result<()>;
 }
 
 /// Reads one channel. Nothing of a record is passed on before all of it is known to be whole.
@@ -334,8 +334,12 @@ impl<R: Read> RamReader<R> {
             record: self.records,
             source,
         };
-        for (page, bytes) in pages_of(first, content).zip(bytes.chunks_exact(PAGE)) {
-            memory.fill(page, bytes).map_err(failed)?;
+        let mut bytes = bytes;
+        for (page, count) in runs(first, content) {
+            // At most 64 pages.
+            let (run, rest) = bytes.split_at(count as usize * PAGE);
+            memory.fill(page, run).map_err(failed)?;
+            bytes = rest;
         }
         for page in pages_of(first, zero) {
             memory.fill(page, &ZERO).map_err(failed)?;
@@ -380,6 +384,17 @@ pub fn pages_of(first: u64, bits: u64) -> impl Iterator<Item = u64> {
         .map(move |at| first + at)
 }
 
+/// First pages and lengths of what is set in `bits` without a gap.
+fn runs(first: u64, mut bits: u64) -> impl Iterator<Item = (u64, u32)> {
+    std::iter::from_fn(move || {
+        let start = bits.trailing_zeros();
+        let count = bits.checked_shr(start)?.trailing_ones();
+        let through = u64::MAX.checked_shl(start + count).unwrap_or(0);
+        bits &= through;
+        Some((first + u64::from(start), count))
+    })
+}
+
 /// Part of a header; callers stay inside.
 fn part<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     std::array::from_fn(|i| bytes[at + i])
@@ -399,9 +414,20 @@ mod tests {
             page < 1000
         }
         fn fill(&self, page: u64, content: &[u8]) -> io::Result<()> {
-            self.0.borrow_mut().insert(page, content.to_vec());
+            let pages = (page..).zip(content.chunks(PAGE));
+            let pages = pages.map(|(page, content)| (page, content.to_vec()));
+            self.0.borrow_mut().extend(pages);
             Ok(())
         }
+    }
+
+    #[test]
+    fn what_is_together_is_one_run() {
+        let runs = |bits| runs(64, bits).collect::<Vec<_>>();
+        assert_eq!(runs(0), []);
+        assert_eq!(runs(u64::MAX), [(64, 64)]);
+        assert_eq!(runs(0b1101), [(64, 1), (66, 2)]);
+        assert_eq!(runs(1 << 63 | 1), [(64, 1), (127, 1)]);
     }
 
     /// Page 64 is zero, others are full of their number.

@@ -8,18 +8,23 @@
 //! | request | body | answer |
 //! |---|---|---|
 //! | [`START`] | for each ring its index and base, u32 each | nothing, or why not, as text |
-//! | [`STOP`] | | for each ring that ran its index and base |
+//! | [`STOP`] | | for each ring that ran its index and base; with a descriptor a second one: nothing, or why not, as text |
 //! | [`HOLD`] | u32 1 or 0 | nothing, or why not, as text |
 //! | [`FORECAST`] | | bytes, microseconds to stop, microseconds to start, u64 each |
+//! | [`PREFAULT`] | | nothing |
 //!
 //! - A ring is *wired* when it has size, addresses, call and kick descriptor and is not enabled.
 //! - START takes what only one process may have, as HOLD 1 does; then it sets the bases, enables the
 //!   rings, and lets them run. If it says why not, nothing runs.
-//! - STOP stops all rings, drained, and leaves them wired.
+//! - STOP stops all rings, drained, and leaves them wired. If it comes with a descriptor, the device
+//!   then saves its state into it, as after SET_DEVICE_STATE_FD; the second answer says how that
+//!   ended, as CHECK_DEVICE_STATE would.
 //! - HOLD 1 takes what only one process may have (the lock of an image); HOLD 0 gives it up, while
 //!   no ring runs. Asking for what is so already is fine.
 //! - FORECAST says what the device's part in a switchover will take, as far as it is known: bytes of
 //!   state, and the time of its own that it takes to stop and to start.
+//! - PREFAULT is answered when all of guest memory that holds something is mapped, so that no ring
+//!   waits for it.
 
 use std::time::Duration;
 
@@ -33,9 +38,10 @@ pub const START: u32 = 0x4757_0001;
 pub const STOP: u32 = 0x4757_0002;
 /// Takes or gives up what only one process may have.
 pub const HOLD: u32 = 0x4757_0003;
-
 /// Says what a switchover will take.
 pub const FORECAST: u32 = 0x4757_0004;
+/// Maps what is there of guest memory.
+pub const PREFAULT: u32 = 0x4757_0005;
 
 /// Most rings in a message.
 pub const MAX_RINGS: usize = 256;

@@ -5,7 +5,8 @@
 //! Hello (definition) ─────────────────▶
 //!                    ◀───────────────── Refused (every reason) | Welcome
 //! Wiring, Alive …    ─────────────────▶                         memory on its own channels
-//!                    ◀───────────────── Ready, for each Wiring  (barrier A)
+//! Copied             ─────────────────▶                         once, after the first round
+//!                    ◀───────────────── Ready, for each Wiring; Prepared (barrier A)
 //! Stopping           ─────────────────▶                         devices begin to load
 //! Core               ─────────────────▶                         devices' states on theirs
 //!                    ◀───────────────── Loaded                  (barrier E)
@@ -130,6 +131,8 @@ pub enum ToDestination {
     Hello(Hello),
     /// How devices are wired at the moment; said again when that changes.
     Wiring(Blob),
+    /// Memory is there, but for what changes: devices may map it, and wait for their states.
+    Copied,
     /// Still copying.
     Alive,
     /// The blackout begins: devices may begin to load.
@@ -157,6 +160,13 @@ pub enum ToSource {
     },
     /// Barrier A: all is in place for what the last Wiring said. Answers each.
     Ready,
+    /// Barrier A too: what is there is mapped, and a rehearsal was held. Answers Copied.
+    Prepared {
+        /// Microseconds that it took to save a core's state and to load it.
+        core_us: u64,
+        /// Microseconds that it took to ask all devices something.
+        devices_us: u64,
+    },
     /// Barrier E: everything is loaded and verified.
     Loaded,
     /// The machine is here, and runs if it ran.
@@ -180,7 +190,7 @@ impl ToSource {
             Self::Loaded => Some(SourceInput::Loaded),
             Self::Running { .. } => Some(SourceInput::Running),
             Self::Discarded { .. } | Self::Refused { .. } => Some(SourceInput::Discarded),
-            Self::Welcome | Self::Ready => None,
+            Self::Welcome | Self::Ready | Self::Prepared { .. } => None,
         }
     }
 }

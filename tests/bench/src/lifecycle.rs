@@ -2,11 +2,11 @@
 //! run, and from the word to end them until nothing of them is left, one and twenty at once; and
 //! the memory of each process meanwhile.
 //!
-//! A machine has a disk and a network device. It runs when its start's job is done, which is when
+//! A machine has a disk, a network device and a balloon. It runs when its start's job is done, which is when
 //! its core lets the guest run; it has ended when the job to terminate it is done, which is when no
 //! process of it is left. The jobs' signals are the moments taken.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
@@ -111,8 +111,10 @@ async fn once(count: usize) -> Result<Run> {
     for number in 0..count {
         let image = broker.image(&format!("disk{number}"), 16)?;
         let mut definition = with_disks(definition(&Workload::default()), &[image], 1);
-        let net = std::collections::HashMap::from([("tap", Variant::from(tap(number)))]);
+        let net = HashMap::from([("tap", Variant::from(tap(number)))]);
         definition.insert("net".into(), value(vec![net]));
+        let balloon = HashMap::<&str, Variant<'_>>::new();
+        definition.insert("balloon".into(), value(vec![balloon]));
         definitions.push((format!("vm{number}"), definition));
     }
     let names: Vec<_> = definitions.iter().map(|(name, _)| name.clone()).collect();
@@ -167,7 +169,7 @@ async fn all_done(ends: &mut JobRemovedStream, count: usize, began: Instant) -> 
 async fn processes(bus: &Connection, manager: &ManagerProxy<'_>, name: &str) -> Result<Vec<u32>> {
     let vm = machine(bus, manager.get_machine(name).await?).await?;
     let mut all = vec![vm.process().await?];
-    for id in ["disk0", "net0"] {
+    for id in ["disk0", "net0", "balloon0"] {
         all.push(device(bus, name, id).await?.process().await?);
     }
     Ok(all)
@@ -217,7 +219,7 @@ fn summarise(report: &mut Report, count: usize, runs: &[Run]) {
         let name = metric(count, &format!("memory of {program}"));
         report.summarise(name, &own, "MiB");
     }
-    for program in ["godwit-blk", "godwit-net"] {
+    for program in ["godwit-balloon", "godwit-blk", "godwit-net"] {
         let name = metric(count, &format!("memory of {program}"));
         if let Some(summary) = report.summary.get(&name) {
             report

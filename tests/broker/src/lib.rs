@@ -26,6 +26,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use test_framework::console::Console;
+use test_framework::keeper::Keeper;
 use test_framework::machine::{DEADLINE, make_image};
 use test_framework::process::{Launch, Process};
 use test_framework::programs::program;
@@ -40,6 +41,8 @@ const LOOK: Duration = Duration::from_millis(10);
 #[derive(Debug)]
 pub struct Broker {
     process: Option<Process>,
+    /// Ends its machines, which outlive it.
+    keeper: Option<Keeper>,
     folder: TempDir,
     options: Vec<(&'static str, String)>,
     manner: Manner,
@@ -54,8 +57,9 @@ impl Broker {
     }
 
     fn new() -> Result<Self> {
-        let broker = Self {
+        let mut broker = Self {
             process: None,
+            keeper: None,
             folder: TempDir::new().context("no folder for a broker")?,
             options: Vec::new(),
             manner: Manner::of_tests()?,
@@ -63,6 +67,7 @@ impl Broker {
         let left = broker.manner.leftovers()?;
         ensure!(left.is_empty(), "an earlier test left {left:?}");
         fs::create_dir(broker.folder.path().join("config"))?;
+        broker.keeper = Some(Keeper::of(&[broker.folder.path(), &broker.run()])?);
         Ok(broker)
     }
 
@@ -220,9 +225,17 @@ impl Broker {
         files
     }
 
-    /// Processes of its machines that run, and units that systemd knows.
-    pub fn programs(&self) -> Result<Vec<String>> {
-        let mut found = self.manner.leftovers()?;
+    /// Processes of its machines that run, and units that systemd knows when they have had time
+    /// to go.
+    pub fn left(&self) -> Result<Vec<String>> {
+        let mut left = self.manner.leftovers()?;
+        left.extend(self.programs());
+        Ok(left)
+    }
+
+    /// Processes of its machines that run.
+    pub fn programs(&self) -> Vec<String> {
+        let mut found = Vec::new();
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let Ok(pid) = name.parse::<u32>() else {
@@ -238,7 +251,7 @@ impl Broker {
                 found.push(fs::read_to_string(entry.path().join("comm")).unwrap_or_default());
             }
         }
-        Ok(found)
+        found
     }
 
     /// A disk of `mib` MiB of zeroes.
@@ -250,7 +263,7 @@ impl Broker {
 
     /// What its metrics socket says.
     pub fn metrics(&self) -> Result<String> {
-        let mut stream = StdUnixStream::connect(self.folder.path().join("run/metrics"))?;
+        let mut stream = StdUnixStream::connect(self.run().join("metrics"))?;
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
@@ -269,21 +282,7 @@ impl Broker {
 impl Drop for Broker {
     fn drop(&mut self) {
         self.process = None;
-        let places = ["machines", "incoming"];
-        let places = places.map(|part| fs::read_dir(self.run().join(part)));
-        for place in places.into_iter().flatten().flatten() {
-            let Ok(place) = place else { continue };
-            let text = fs::read_to_string(place.path().join("state.json")).unwrap_or_default();
-            let state: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-            let devices = state["devices"].as_array().into_iter().flatten();
-            let devices = devices.map(|device| &device["process"]["pid"]);
-            for pid in devices.chain([&state["core"]["pid"]]) {
-                if let Some(pid) = pid.as_i64().and_then(|pid| i32::try_from(pid).ok()) {
-                    // It may have ended already.
-                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-                }
-            }
-        }
+        self.keeper = None;
         self.manner.forget_killed();
         // Only a folder in the temporary one goes by itself.
         let _ = fs::remove_dir_all(self.run());

@@ -148,7 +148,7 @@ fn what_is_documented_for_busctl_works() -> Result<()> {
     ] {
         ensure!(told.contains(wanted), "no {wanted} in {told}");
     }
-    let left = broker.programs()?;
+    let left = broker.left()?;
     ensure!(left.is_empty(), "{left:?} are left");
     Ok(())
 }

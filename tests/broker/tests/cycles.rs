@@ -62,7 +62,7 @@ async fn two_hundred_machines_leave_nothing_behind() -> Result<()> {
     let grown = own_memory(broker.id())?.saturating_sub(before.1);
     assert!(grown < MAX_GROWTH, "the broker has grown by {grown} KiB");
     assert_eq!(jobs(broker.files()), files);
-    let programs = broker.programs()?;
+    let programs = broker.left()?;
     assert!(programs.is_empty(), "{programs:?} are left");
     Ok(())
 }

@@ -69,6 +69,15 @@ async fn hostile_requests_are_refused_with_a_name() -> Result<()> {
         assert!(error.to_string().starts_with(key), "{error}");
         assert!(error.to_string().len() < 500, "an error does not repeat it");
     }
+    let mut huge = good();
+    huge.insert("cmdline".into(), value("x".repeat(1 << 20)));
+    let error = manager.create_machine("vm", huge, START).await.unwrap_err();
+    // A bus of the system lets more pass, and the broker says what is too long.
+    let is_named = match broker.manner() {
+        Manner::SystemBus => matches!(error, Error::InvalidDefinition(_)),
+        Manner::Direct | Manner::Units => matches!(error, Error::LimitsExceeded(_)),
+    };
+    assert!(is_named, "{error:?}");
     let error = manager
         .create_machine("vm", good(), 1 << 40)
         .await

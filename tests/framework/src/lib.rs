@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`programs`] | where the built programs are |
 //! | [`process`] | one program: started, listened to, ended with its owner |
+//! | [`keeper`] | who ends what outlives its broker |
 //! | [`console`] | what a guest prints, and what it is told |
 //! | [`frontend`] | a vhost-user front-end without a guest, for device processes alone |
 //! | [`machine`] | a core with its device processes |
@@ -13,6 +14,7 @@
 
 pub mod console;
 pub mod frontend;
+pub mod keeper;
 pub mod machine;
 pub mod network;
 pub mod process;

@@ -25,7 +25,7 @@ use crate::migration::MigrationError;
 use crate::migration::definition::define;
 use crate::migration::destination::{self, Arriving, NewHost};
 use crate::migration::ram::CoreWrites;
-use crate::migration::saved_state::{CoreState, DeviceWiring};
+use crate::migration::saved_state::{CoreState, DeviceWiring, from_blob, to_blob};
 use crate::migration::setup::{MigrateOptions, Sockets};
 use crate::migration::snapshot::{self, Files, Subject, Writing, Written};
 use crate::migration::source::{self, Job, View};
@@ -483,6 +483,11 @@ impl NewHost for Machine {
         {
             tracing::warn!(%error, "the owner is not told that the machine is here");
         }
+    }
+
+    fn rehearse(&mut self) -> Result<(), MigrationError> {
+        let core = to_blob(&self.save_core(Vec::new())?)?;
+        self.load_core(from_blob(&core)?)
     }
 
     fn run(&mut self, running: bool) {

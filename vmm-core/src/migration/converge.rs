@@ -5,14 +5,15 @@ use std::time::{Duration, Instant};
 use super::MigrationError;
 use super::setup::MigrateOptions;
 
-/// What the cores themselves add, and each vCPU: state is saved, sent and restored.
-const CORE: Duration = Duration::from_micros(500);
-const PER_VCPU: Duration = Duration::from_micros(250);
 /// Times that the link is crossed and back: the core's state, and the commit.
 const LINK_TURNS: u32 = 2;
-/// Times that all devices are asked and answer, one after the other: stop, save, its end, locks;
-/// start.
-const DEVICE_TURNS: u32 = 5;
+/// Times that all devices are asked and answer, one after the other: stop and save, locks; the end
+/// of loading, start.
+const DEVICE_TURNS: u32 = 2;
+const DEVICE_TURNS_THERE: u32 = 2;
+/// Times that somebody is woken and wakes in turn: vCPUs to stop, the ends of the memory channels on
+/// both sides, vCPUs to go on; and on each crossing of the link.
+const WAKE_TURNS: u32 = 4 + LINK_TURNS;
 /// A rate before anything was measured, in bytes a second.
 const FIRST_RATE: u64 = 100 << 20;
 /// A round that sends less says nothing about the rate.
@@ -39,8 +40,14 @@ pub struct Measured {
 pub struct Around {
     /// The link, there and back.
     pub link: Duration,
+    /// A thread that is woken and wakes the one that it was woken by.
+    pub wake: Duration,
+    /// The core's state: saved and loaded.
+    pub core: Duration,
     /// All devices asked something at once: until the last has answered.
     pub devices: Duration,
+    /// The same at the destination.
+    pub devices_there: Duration,
     /// The slowest device's own time to stop, and the slowest one's to start.
     pub transitions: Duration,
     /// Bytes of the devices' states.
@@ -62,7 +69,6 @@ pub enum Decision {
 #[derive(Debug)]
 pub struct Convergence {
     options: MigrateOptions,
-    vcpus: u32,
     around: Around,
     rate: u64,
     dirty_rate: u64,
@@ -73,11 +79,10 @@ pub struct Convergence {
 }
 
 impl Convergence {
-    /// For a machine of so many vCPUs.
-    pub fn new(options: MigrateOptions, vcpus: u32) -> Self {
+    /// Nothing is known yet.
+    pub fn new(options: MigrateOptions) -> Self {
         Self {
             options,
-            vcpus,
             around: Around::default(),
             rate: FIRST_RATE,
             dirty_rate: 0,
@@ -111,8 +116,9 @@ impl Convergence {
         let bytes = remaining.saturating_add(around.state_bytes);
         let moved = u128::from(bytes) * 1_000_000 / u128::from(self.rate);
         Duration::from_micros(u64::try_from(moved).unwrap_or(u64::MAX))
-            .saturating_add(CORE + PER_VCPU * self.vcpus)
-            .saturating_add(around.link * LINK_TURNS + around.devices * DEVICE_TURNS)
+            .saturating_add(around.core + around.wake * WAKE_TURNS + around.link * LINK_TURNS)
+            .saturating_add(around.devices * DEVICE_TURNS)
+            .saturating_add(around.devices_there * DEVICE_TURNS_THERE)
             .saturating_add(around.transitions)
     }
 
@@ -174,7 +180,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn convergence(options: MigrateOptions) -> Convergence {
-        let mut convergence = Convergence::new(options, 1);
+        let mut convergence = Convergence::new(options);
         convergence.measured(Measured {
             sent: 100 * MIB,
             time: Duration::from_secs(1),
@@ -186,20 +192,20 @@ mod tests {
     #[test]
     fn what_is_left_is_predicted_at_the_measured_rate() {
         let mut convergence = convergence(MigrateOptions::default());
-        assert_eq!(convergence.predict(0), Duration::from_micros(750));
-        assert_eq!(
-            convergence.predict(50 * MIB),
-            Duration::from_micros(500_750)
-        );
+        assert_eq!(convergence.predict(0), Duration::ZERO);
+        assert_eq!(convergence.predict(50 * MIB), Duration::from_millis(500));
         convergence.found(Around {
             link: Duration::from_micros(100),
+            wake: Duration::from_micros(10),
+            core: Duration::from_micros(400),
             devices: Duration::from_micros(1000),
+            devices_there: Duration::from_micros(2000),
             transitions: Duration::from_millis(200),
             state_bytes: 10 * MIB,
         });
         assert_eq!(
             convergence.predict(50 * MIB),
-            Duration::from_micros(600_000 + 750 + 200 + 5000 + 200_000)
+            Duration::from_micros(600_000 + 400 + 60 + 200 + 2000 + 4000 + 200_000)
         );
         assert_eq!(
             (convergence.rate(), convergence.dirty_rate()),

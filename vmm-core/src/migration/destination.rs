@@ -3,6 +3,7 @@
 //! ```text
 //! Hello ─▶ obstacles? ─▶ Welcome
 //! Wiring ─▶ PCI, interrupts, doorbells, rings in place ─▶ Ready (▮A)    (any number of times)
+//! Copied ─▶ every device maps what is there, and waits for its twin's state ─▶ Prepared (▮A)
 //! Stopping ─▶ every device loads from its socket
 //! Core ─▶ vCPUs, chips, PCI ─▶ wait for devices and memory ─▶ Loaded (▮E)
 //! Commit ─▶ devices take their locks and start ▮F ─▶ vCPUs run ─▶ Running
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use migration::channel::Cancel;
 use migration::commit::{Destination, DestinationInput};
 use migration::link::{Link, LinkError};
-use migration::report::{Costs, Recorder};
+use migration::report::{Costs, Recorder, micros};
 use migration::wire::{Blob, Definition, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
 
 use super::barrier::{self, Arrival, Barrier};
@@ -25,13 +26,15 @@ use super::error::system;
 use super::ram::RamReceiver;
 use super::saved_state::{CoreState, DeviceWiring, WiringState, from_blob};
 use super::setup::Sockets;
-use super::switchover::StateSockets;
+use super::states::StateSockets;
 use super::unit::{Crew, Unit};
 use super::without::{Mechanism, Without};
 use super::{ANSWER_DEADLINE, BLACKOUT_DEADLINE, LAST_WORD_DEADLINE, MigrationError};
 use crate::costs;
 use crate::memory::Memory;
 
+/// How long devices may take to map memory.
+const PREFAULT_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a destination waits for its source to come at all.
 const HELLO_DEADLINE: Duration = Duration::from_secs(600);
 
@@ -41,6 +44,8 @@ pub trait NewHost {
     fn load_core(&mut self, core: CoreState) -> Result<(), MigrationError>;
     /// Takes note, for who asks when this process is no more, that the machine is here.
     fn arrived(&mut self);
+    /// Saves a core's state and loads it again, of a machine that is yet to come.
+    fn rehearse(&mut self) -> Result<(), MigrationError>;
     /// Lets vCPUs run, if the machine ran.
     fn run(&mut self, running: bool);
 }
@@ -75,8 +80,8 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
         cancel,
     } = arriving;
     let states = sockets.take_states(&units, shared_memory)?;
-    let states =
-        StateSockets::new(states, &without).map_err(system("a copy of a device's socket"))?;
+    let states = StateSockets::new(states, &units, &without)
+        .map_err(system("a copy of a device's socket"))?;
     let mut incoming = Incoming {
         link: Link::new(sockets.control, cancel),
         state: Destination::Receiving,
@@ -87,6 +92,7 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
         states,
         loading: None,
         memory: None,
+        layout: None,
         running: false,
         before: Costs::default(),
     };
@@ -96,6 +102,7 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
             if !shared_memory {
                 incoming.memory = Some(RamReceiver::start(sockets.ram, &memory.guest())?);
             }
+            incoming.layout = incoming.without.has(Mechanism::Layout).then_some(memory);
             incoming.serve(host)
         });
     if let Err(error) = &result {
@@ -115,6 +122,8 @@ struct Incoming {
     /// Since when devices load.
     loading: Option<(Instant, Receiver<Arrival<()>>)>,
     memory: Option<RamReceiver>,
+    /// What is laid out again in the stop, without [`Mechanism::Layout`].
+    layout: Option<Arc<Memory>>,
     /// Whether the machine ran at the source.
     running: bool,
     /// What had been done when the blackout began.
@@ -154,6 +163,9 @@ impl Incoming {
             let message: ToDestination = self.link.receive(ANSWER_DEADLINE)?;
             match (self.state, message) {
                 (Destination::Receiving, ToDestination::Wiring(blob)) => self.wire(&blob)?,
+                (Destination::Receiving, ToDestination::Copied) if self.loading.is_none() => {
+                    self.prepare(host)?;
+                }
                 (Destination::Receiving, ToDestination::Alive) => {}
                 (Destination::Receiving, ToDestination::Stopping) if self.loading.is_none() => {
                     self.before = costs::now();
@@ -182,6 +194,31 @@ impl Incoming {
             self.meet(Barrier::A, "wire", &wired)?;
         }
         self.say(&ToSource::Ready)
+    }
+
+    /// Lets devices map what memory holds, and wait for their twins' states; and finds out what it
+    /// takes to load a machine here.
+    fn prepare(&mut self, host: &mut impl NewHost) -> Result<(), MigrationError> {
+        let (_, devices) = self.crew.ask(&mut self.recorder)?;
+        if !self.without.has(Mechanism::EarlyMap) {
+            let states = self.states.clone();
+            let prepared = self.crew.each(move |number, unit| {
+                unit.remote.prefault(PREFAULT_DEADLINE)?;
+                states.load_ahead(number, unit)
+            });
+            let names = self.crew.names();
+            let (within, recorder) = (PREFAULT_DEADLINE, &mut self.recorder);
+            barrier::wait(Barrier::A, "prepare", names, &prepared, within, recorder)?;
+        }
+        // The first one finds nothing in the caches.
+        host.rehearse()?;
+        let begin = Instant::now();
+        host.rehearse()?;
+        self.recorder.note("core", "rehearse", begin, 0);
+        self.say(&ToSource::Prepared {
+            core_us: micros(begin.elapsed()),
+            devices_us: micros(devices),
+        })
     }
 
     /// Loads everything that is left, up to barrier E.
@@ -221,6 +258,11 @@ impl Incoming {
             &mut self.recorder,
         )?;
         self.meet(Barrier::E, "restore", &restored)?;
+        if let Some(memory) = &self.layout {
+            let begin = Instant::now();
+            lay_out_again(memory)?;
+            self.recorder.note("core", "lay out", begin, 0);
+        }
         if let Some(memory) = self.memory.take() {
             let begin = Instant::now();
             let bytes = memory.wait(BLACKOUT_DEADLINE)?;
@@ -323,6 +365,19 @@ pub(super) fn restore_devices(
     Ok(())
 }
 
+/// Every region of memory anew, one by one.
+fn lay_out_again(memory: &Memory) -> Result<(), MigrationError> {
+    for region in memory.regions() {
+        let mut layout = memory.begin();
+        layout.remove(region.gpa())?;
+        layout.commit()?;
+        let mut layout = memory.begin();
+        layout.add(region)?;
+        layout.commit()?;
+    }
+    Ok(())
+}
+
 /// Whether `devices` are those of `units`.
 fn check_units(units: &[Arc<Unit>], devices: &[DeviceWiring]) -> Result<(), MigrationError> {
     let ids = devices.iter().map(|device| &device.id);
@@ -379,6 +434,7 @@ fn unexpected(message: &ToDestination, expected: &'static str) -> MigrationError
     let said = match message {
         ToDestination::Hello(_) => "hello",
         ToDestination::Wiring(_) => "its wiring",
+        ToDestination::Copied => "that its memory is copied",
         ToDestination::Alive => "that it lives",
         ToDestination::Stopping => "that it stops",
         ToDestination::Core(_) => "its state",

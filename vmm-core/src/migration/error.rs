@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use super::barrier::Barrier;
 use crate::hypervisor::{HypervisorError, VcpuError};
+use crate::memory::LayoutError;
 use crate::pci::ConfigError;
 use crate::platform::saved_state::InvalidState;
 use crate::remote::vhost_user::VhostUserError;
@@ -48,6 +49,9 @@ pub enum MigrationError {
         /// What was waited for.
         expected: &'static str,
     },
+    /// Memory could not be laid out anew.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
     /// The guest is too fast.
     #[error(
         "the guest dirties {} KiB/s and {} KiB/s can be sent: allow a longer downtime, or let \

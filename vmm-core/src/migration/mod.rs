@@ -43,9 +43,11 @@ pub mod saved_state;
 pub mod setup;
 pub mod snapshot;
 pub mod source;
+mod states;
 pub mod status;
 pub mod switchover;
 pub mod unit;
+mod wake;
 pub mod without;
 
 use std::time::Duration;

@@ -32,8 +32,9 @@ use super::error::system;
 use super::ram::{DirtyTracker, RamReceiver, RamSender};
 use super::saved_state::{CoreState, from_blob, to_blob};
 use super::setup::Sockets;
+use super::states::StateSockets;
 use super::status::Status;
-use super::switchover::{Host, StateSockets};
+use super::switchover::Host;
 use super::unit::{Crew, Unit};
 use super::without::Without;
 use super::{BLACKOUT_DEADLINE, MigrationError};
@@ -293,7 +294,7 @@ fn split(
         states: files.states,
     };
     let states = sockets.take_states(&subject.units, false)?;
-    let states = StateSockets::new(states, &Without::default())
+    let states = StateSockets::new(states, &subject.units, &Without::default())
         .map_err(system("a copy of a device's file"))?;
     Ok((sockets.control, sockets.ram, states))
 }

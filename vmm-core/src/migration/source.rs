@@ -1,8 +1,8 @@
 //! The source before the stop, on a thread of its own while the machine runs.
 //!
 //! ```text
-//! Hello ─▶ Welcome ─ logs on ─ wiring ─ round 1 (all pages) ─ round 2 (dirty ones) … ─ stop
-//!                                       ▲ Ready may come at any time after Welcome
+//! Hello ─▶ Welcome ─ logs on ─ wiring ─ round 1 (all pages) ─ Copied ─ round 2 (dirty ones) … ─ stop
+//!                                       ▲ Ready may come at any time after Welcome, and twice must
 //! ```
 //! Whatever fails here leaves the machine as it is: it never stopped.
 
@@ -16,7 +16,7 @@ use migration::rings::Forecast;
 use migration::wire::{Blob, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
 use tokio::sync::watch;
 
-use super::barrier::{self, Barrier};
+use super::barrier::Barrier;
 use super::converge::{Around, Convergence, Decision, Measured};
 use super::definition::used;
 use super::error::system;
@@ -24,9 +24,11 @@ use super::free_pages::FreePages;
 use super::ram::{CoreWrites, DirtyTracker, Pace, RamSender, WORD_PAGES};
 use super::saved_state::{DeviceWiring, WiringState, to_blob};
 use super::setup::{MigrateOptions, Sockets};
+use super::states::StateSockets;
 use super::status::{Progress, Status};
-use super::switchover::{StateSockets, Switchover};
+use super::switchover::Switchover;
 use super::unit::{Crew, Unit};
+use super::wake::wake_up;
 use super::without::Without;
 use super::{
     ALIVE_EVERY, ANSWER_DEADLINE, LAST_WORD_DEADLINE, MigrationError, READY_DEADLINE, READY_STEP,
@@ -96,15 +98,15 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
             device: unit.id.clone(),
         });
     }
-    let states =
-        StateSockets::new(states, &without).map_err(system("a copy of a device's socket"))?;
+    let states = StateSockets::new(states, &view.units, &without)
+        .map_err(system("a copy of a device's socket"))?;
     let regions = view.memory.regions();
     let mut source = Source {
         free_pages: FreePages::new(&view.units, &view.links, &regions),
         link: Link::new(sockets.control, cancel.clone()),
         recorder: Recorder::start(),
         report: Report::default(),
-        convergence: Convergence::new(options, view.definition.cpus),
+        convergence: Convergence::new(options),
         around: Around::default(),
         view,
         options,
@@ -251,6 +253,9 @@ impl Source {
         }
         self.look_around(&crew)?;
         self.tell_wiring()?;
+        if self.options.shared_memory {
+            self.say_copied()?;
+        }
         Ok(crew)
     }
 
@@ -281,7 +286,12 @@ impl Source {
                         self.round(memory, first)?;
                     }
                 }
-                (Decision::Copy, Some(memory)) => self.round(memory, first)?,
+                (Decision::Copy, Some(memory)) => {
+                    self.round(memory, first)?;
+                    if first {
+                        self.say_copied()?;
+                    }
+                }
                 (Decision::Throttle(percent), Some(memory)) => {
                     let throttle = &mut self.view.throttle;
                     throttle.set(percent).map_err(system("a thread"))?;
@@ -381,16 +391,13 @@ impl Source {
     /// Finds out what a switchover would take besides memory. Once: a device that is busy must not
     /// hold up the copying.
     fn look_around(&mut self, crew: &Crew) -> Result<(), MigrationError> {
-        let begin = Instant::now();
-        let asked = crew.each(|_, unit| Ok(unit.remote.forecast()?));
-        let (names, within) = (crew.names(), ANSWER_DEADLINE);
-        let recorder = &mut self.recorder;
-        let forecasts = barrier::wait(Barrier::A, "forecast", names, &asked, within, recorder)?;
+        let (forecasts, devices) = crew.ask(&mut self.recorder)?;
         let slowest = |time: fn(&Forecast) -> Duration| forecasts.iter().map(time).max();
         let stop = slowest(|forecast| forecast.stop).unwrap_or_default();
         let start = slowest(|forecast| forecast.start).unwrap_or_default();
+        self.around.wake = wake_up().map_err(system("a pair of sockets"))?;
         self.around.link = self.link.round_trip();
-        self.around.devices = begin.elapsed();
+        self.around.devices = devices;
         self.around.transitions = stop.saturating_add(start);
         self.around.state_bytes = forecasts
             .iter()
@@ -417,6 +424,15 @@ impl Source {
         while self.link.has_message() {
             match self.link.receive(ANSWER_DEADLINE)? {
                 ToSource::Ready if self.unready > 0 => self.pass_a(),
+                ToSource::Prepared {
+                    core_us,
+                    devices_us,
+                } if self.unready > 0 => {
+                    self.around.core = Duration::from_micros(core_us);
+                    self.around.devices_there = Duration::from_micros(devices_us);
+                    self.convergence.found(self.around);
+                    self.pass_a();
+                }
                 other => return Err(unexpected(other, "nothing")),
             }
         }
@@ -452,6 +468,12 @@ impl Source {
             self.asked = Instant::now();
         }
         self.listen()
+    }
+
+    /// Memory is at the destination: its devices may map it.
+    fn say_copied(&mut self) -> Result<(), MigrationError> {
+        self.unready += 1;
+        self.say(&ToDestination::Copied)
     }
 
     fn say(&mut self, message: &ToDestination) -> Result<(), MigrationError> {
@@ -512,6 +534,7 @@ pub(super) fn unexpected(message: ToSource, expected: &'static str) -> Migration
         ToSource::Discarded { reason } => return MigrationError::GivenUp { reason },
         ToSource::Welcome => "welcome",
         ToSource::Ready => "ready",
+        ToSource::Prepared { .. } => "prepared",
         ToSource::Loaded => "loaded",
         ToSource::Running { .. } => "running",
     };

@@ -8,19 +8,14 @@
 //! without its locks the machine stays paused. Afterwards
 //! only the other side's word, or a person's, does: see [`migration::commit`].
 
-use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use migration::channel::{Cancel, StateChannel};
+use migration::channel::Cancel;
 use migration::commit::{Source, SourceInput, SourceWord};
 use migration::link::Link;
 use migration::report::{Recorder, Report, micros};
 use migration::wire::{ToDestination, ToSource};
-use nix::sys::socket::{Shutdown as SocketShutdown, shutdown};
 use tokio::sync::watch;
 
 use super::barrier::{self, Arrival, Barrier};
@@ -28,12 +23,11 @@ use super::error::system;
 use super::free_pages::FreePages;
 use super::saved_state::{CoreState, DeviceWiring, to_blob};
 use super::source::{MovingMemory, View, say_last, unexpected};
+use super::states::StateSockets;
 use super::status::Status;
-use super::unit::{Crew, Unit, arrive};
-use super::without::{Mechanism, Turns, Without};
+use super::unit::Crew;
 use super::{BLACKOUT_DEADLINE, MigrationError};
 use crate::costs;
-use crate::remote::vhost_user::StateDirection;
 
 /// How long a device has to come back when a migration is given up. One that takes longer is taken
 /// for gone, until its owner starts it anew.
@@ -329,156 +323,5 @@ impl Switchover {
     fn say(&mut self, message: &ToDestination) -> Result<(), MigrationError> {
         let left = self.left();
         Ok(self.link.send(message, left)?)
-    }
-}
-
-/// The sockets from device to device. A copy of each is kept here until its device has saved, so
-/// that a device that waits for a silent twin can be made to stop waiting.
-#[derive(Clone)]
-pub(super) struct StateSockets {
-    pairs: Arc<Mutex<Vec<Option<Pair>>>>,
-    /// Without [`Mechanism::Channels`]: who may use the cores' only way.
-    turns: Option<Arc<Turns>>,
-}
-
-struct Pair {
-    given: Option<OwnedFd>,
-    kept: OwnedFd,
-}
-
-impl StateSockets {
-    pub(super) fn new(sockets: Vec<Option<OwnedFd>>, without: &Without) -> io::Result<Self> {
-        let pair = |socket: OwnedFd| {
-            Ok(Pair {
-                kept: socket.try_clone()?,
-                given: Some(socket),
-            })
-        };
-        let pairs = sockets
-            .into_iter()
-            .map(|socket| socket.map(pair).transpose());
-        let pairs = pairs.collect::<io::Result<_>>()?;
-        let turns = without.has(Mechanism::Channels);
-        Ok(Self {
-            pairs: Arc::new(Mutex::new(pairs)),
-            turns: turns.then(Arc::default),
-        })
-    }
-
-    fn pairs(&self) -> MutexGuard<'_, Vec<Option<Pair>>> {
-        self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Stops every device, and lets it save at once; each arrives twice.
-    pub(super) fn stop_and_save(
-        &self,
-        crew: &Crew,
-    ) -> (Receiver<Arrival<DeviceWiring>>, Receiver<Arrival<()>>) {
-        let ((stop, stopped), (save, saved)) = (channel(), channel());
-        crew.send(|number| {
-            let (stop, save, states) = (stop.clone(), save.clone(), self.clone());
-            Box::new(move |unit| {
-                let is_stopped = arrive(&stop, number, || {
-                    unit.pci.stop()?;
-                    Ok(DeviceWiring {
-                        id: unit.id.clone(),
-                        state: unit.pci.save()?,
-                    })
-                });
-                if is_stopped {
-                    arrive(&save, number, || states.save(number, unit));
-                }
-            })
-        });
-        (stopped, saved)
-    }
-
-    /// Lets a stopped device save itself into its socket. Nothing for one without state.
-    fn save(&self, number: usize, unit: &Unit) -> Result<(), MigrationError> {
-        self.transfer(number, unit, StateDirection::Save)
-    }
-
-    /// Lets a stopped device load itself from its socket.
-    pub(super) fn load(&self, number: usize, unit: &Unit) -> Result<(), MigrationError> {
-        self.transfer(number, unit, StateDirection::Load)
-    }
-
-    fn transfer(
-        &self,
-        number: usize,
-        unit: &Unit,
-        direction: StateDirection,
-    ) -> Result<(), MigrationError> {
-        match &self.turns {
-            None => self.straight(number, unit, direction),
-            Some(turns) => turns.take(number, BLACKOUT_DEADLINE, || {
-                self.through_cores(number, unit, direction)
-            }),
-        }
-    }
-
-    /// As without channels of its own: both cores pass the device's state on.
-    fn through_cores(
-        &self,
-        number: usize,
-        unit: &Unit,
-        direction: StateDirection,
-    ) -> Result<(), MigrationError> {
-        let given = self.pairs()[number].as_mut().and_then(|p| p.given.take());
-        if given.is_none() {
-            return Ok(());
-        }
-        let (ours, theirs) = UnixStream::pair().map_err(system("a device's socket"))?;
-        let mut file = match unit.remote.transfer_state(direction, theirs.into())? {
-            Some(file) => file,
-            None => OwnedFd::from(ours).into(),
-        };
-        self.relay(number, &mut file, direction)?;
-        // The device sees the end.
-        drop(file);
-        Ok(unit.remote.check_state(BLACKOUT_DEADLINE)?)
-    }
-
-    fn straight(
-        &self,
-        number: usize,
-        unit: &Unit,
-        direction: StateDirection,
-    ) -> Result<(), MigrationError> {
-        let given = self.pairs()[number].as_mut().and_then(|p| p.given.take());
-        let Some(socket) = given else { return Ok(()) };
-        if let Some(mut file) = unit.remote.transfer_state(direction, socket)? {
-            self.relay(number, &mut file, direction)?;
-        }
-        let result = unit.remote.check_state(BLACKOUT_DEADLINE);
-        // With the last copy the twin sees the end.
-        self.pairs()[number] = None;
-        Ok(result?)
-    }
-
-    /// For a back-end that insists on a descriptor of its own.
-    fn relay(
-        &self,
-        number: usize,
-        file: &mut std::fs::File,
-        direction: StateDirection,
-    ) -> Result<(), MigrationError> {
-        let pair = self.pairs()[number].take();
-        let Some(pair) = pair else { return Ok(()) };
-        let cancel = Cancel::new().map_err(system("an eventfd"))?;
-        let mut socket = StateChannel::new(pair.kept, BLACKOUT_DEADLINE, cancel);
-        let copied = match direction {
-            StateDirection::Save => io::copy(file, &mut socket),
-            StateDirection::Load => io::copy(&mut socket, file),
-        };
-        copied.map(drop).map_err(system("a device's state"))
-    }
-
-    /// Ends every transfer that is still under way.
-    pub(super) fn cut(&self) {
-        for pair in self.pairs().iter().flatten() {
-            // A file, or a socket that is closed already, needs none.
-            let _ = shutdown(pair.kept.as_raw_fd(), SocketShutdown::Both);
-        }
     }
 }

@@ -7,11 +7,14 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::MigrationError;
-use super::barrier::Arrival;
+use migration::report::Recorder;
+use migration::rings::Forecast;
+
+use super::barrier::{self, Arrival, Barrier};
 use super::without::{Mechanism, Without};
+use super::{ANSWER_DEADLINE, MigrationError};
 use crate::remote::vhost_user::VhostUserDevice;
 use crate::transport::VirtioPciDevice;
 
@@ -126,6 +129,24 @@ impl Crew {
             })
         });
         arrivals
+    }
+
+    /// Asks all devices at once what a switchover will take; and how long it took to ask them.
+    pub fn ask(
+        &self,
+        recorder: &mut Recorder,
+    ) -> Result<(Vec<Forecast>, Duration), MigrationError> {
+        let mut ask = || {
+            let begin = Instant::now();
+            let asked = self.each(|_, unit| Ok(unit.remote.forecast()?));
+            let within = ANSWER_DEADLINE;
+            let names = &self.names;
+            let answers = barrier::wait(Barrier::A, "forecast", names, &asked, within, recorder)?;
+            Ok((answers, begin.elapsed()))
+        };
+        // The first answers come from processes that have slept.
+        ask()?;
+        ask()
     }
 }
 

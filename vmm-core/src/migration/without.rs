@@ -15,6 +15,9 @@ pub enum Mechanism {
     /// Devices map memory and know their rings before the stop. Without it they are told when they
     /// start.
     EarlyMap,
+    /// Devices and KVM know the layout of memory before the stop, by one change. Without it they are
+    /// told again in the stop, region by region, as by a machine that is made while it arrives.
+    Layout,
     /// All devices stop, save, load and start at once. Without it one after the other.
     Parallel,
     /// A device's state goes straight to its twin. Without it through both cores, one device's after
@@ -24,7 +27,7 @@ pub enum Mechanism {
 
 /// A word that names no mechanism.
 #[derive(Debug, Error)]
-#[error("{0:?} is no mechanism: there are early-map, parallel, channels")]
+#[error("{0:?} is no mechanism: there are early-map, layout, parallel, channels")]
 pub struct NoMechanism(String);
 
 impl FromStr for Mechanism {
@@ -33,6 +36,7 @@ impl FromStr for Mechanism {
     fn from_str(word: &str) -> Result<Self, NoMechanism> {
         match word {
             "early-map" => Ok(Self::EarlyMap),
+            "layout" => Ok(Self::Layout),
             "parallel" => Ok(Self::Parallel),
             "channels" => Ok(Self::Channels),
             word => Err(NoMechanism(word.into())),

@@ -344,7 +344,9 @@ impl Common {
             return Ok(());
         }
         self.activate(msix)?;
-        for (i, queue) in self.queues.iter().enumerate().filter(|(_, q)| q.enabled) {
+        let unseen = !self.device.looks_at_rings();
+        let queues = self.queues.iter().enumerate();
+        for (i, queue) in queues.filter(|(_, q)| q.enabled && unseen) {
             let call = msix.event(queue_source(i)).map_err(DeviceError::new)?;
             for event in [&queue.kick, &call] {
                 event.write(1).map_err(DeviceError::new)?;

@@ -113,6 +113,8 @@ pub trait VirtioDevice: Send + Sync {
     fn wire(&self, features: u64, queues: Vec<ActivatedQueue>) -> Result<(), DeviceError>;
     /// Starts the queues that the driver has enabled, with the features it accepted.
     fn activate(&self, features: u64, queues: Vec<ActivatedQueue>) -> Result<(), DeviceError>;
+    /// Whether queues that start are looked at, and their driver called, without a kick.
+    fn looks_at_rings(&self) -> bool;
     /// Stops every activated queue, drained, and says where each goes on.
     fn stop(&self) -> Result<Vec<StoppedQueue>, DeviceError>;
     /// Stops whatever runs and forgets everything that the driver did.

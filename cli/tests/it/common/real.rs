@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+use test_framework::keeper::Keeper;
 use test_guest::Workload;
 
 use super::{Ended, godwit, run};
@@ -19,6 +20,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// A folder for a broker, which is started by whoever needs it. All of it ends with this.
 pub struct Real {
     pub bus: PathBuf,
+    _keeper: Keeper,
     folder: TempDir,
 }
 
@@ -27,6 +29,7 @@ impl Real {
         let folder = TempDir::new().unwrap();
         Self {
             bus: folder.path().join("godwit/bus"),
+            _keeper: Keeper::of(&[folder.path()]).unwrap(),
             folder,
         }
     }
@@ -65,17 +68,11 @@ impl Real {
         command
     }
 
-    /// The broker's process.
-    pub fn broker(&self) -> Option<Pid> {
-        let stream = UnixStream::connect(&self.bus).ok()?;
-        let peer = getsockopt(&stream, PeerCredentials).ok()?;
-        Some(Pid::from_raw(peer.pid()))
-    }
-
     /// Kills the broker, and waits until it is gone.
     pub fn kill_broker(&self) {
-        let broker = self.broker().unwrap();
-        kill(broker, Signal::SIGKILL).unwrap();
+        let stream = UnixStream::connect(&self.bus).unwrap();
+        let broker = getsockopt(&stream, PeerCredentials).unwrap().pid();
+        kill(Pid::from_raw(broker), Signal::SIGKILL).unwrap();
         eventually("the broker is gone", || {
             UnixStream::connect(&self.bus).is_err()
                 && !Path::new(&format!("/proc/{broker}/fd/0")).exists()
@@ -85,26 +82,6 @@ impl Real {
     /// One machine as `show` has it.
     pub fn show(&self, name: &str) -> serde_json::Value {
         self.run(&format!("show {name} --json")).json()[0].take()
-    }
-}
-
-impl Drop for Real {
-    fn drop(&mut self) {
-        if self.broker().is_none() {
-            return;
-        }
-        // What a failed test left.
-        let list = self.run("list --json");
-        let machines: serde_json::Value = serde_json::from_str(&list.stdout).unwrap_or_default();
-        for machine in machines.as_array().into_iter().flatten() {
-            self.run(&format!(
-                "stop --force {}",
-                machine["name"].as_str().unwrap_or_default()
-            ));
-        }
-        if let Some(broker) = self.broker() {
-            let _ = kill(broker, Signal::SIGTERM);
-        }
     }
 }
 

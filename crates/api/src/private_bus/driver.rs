@@ -10,6 +10,7 @@ use zbus::{DynamicType, Message, OwnedMatchRule, Variant};
 
 use super::client::{Client, Credentials, refuse};
 use super::{DRIVER, SERVICE_UNIQUE_NAME, Shared};
+use crate::guarded::TOO_LONG;
 
 const XML: &str = include_str!("driver.xml");
 /// Longest match rule, in bytes.
@@ -62,6 +63,14 @@ pub(super) fn answer(
             | "GetConnectionUnixProcessID"
             | "GetConnectionCredentials",
         ) => about(bus, call, member),
+        (DRIVER, TOO_LONG) => {
+            let (size, most) = call.body().deserialize::<(u64, u64)>().unwrap_or_default();
+            refuse(
+                &header,
+                LIMITS_EXCEEDED,
+                &format!("the message has {size} bytes, at most {most} are read"),
+            )
+        }
         ("org.freedesktop.DBus.Peer", "Ping") => reply(&header, &()),
         ("org.freedesktop.DBus.Introspectable", "Introspect") => reply(&header, &XML),
         ("org.freedesktop.DBus.Properties", "GetAll") => reply(&header, &properties()),

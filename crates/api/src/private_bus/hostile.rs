@@ -128,6 +128,23 @@ async fn messages_that_are_none_end_the_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_is_too_long_is_refused_by_name() {
+    let (bus, _service) = bus(user()).await;
+    let client: Connection = Builder::unix_stream(dial(&bus)).unwrap_built().await;
+    for size in [256 << 10, 1 << 20, 15 << 20] {
+        let text = ("x".repeat(size),);
+        let called = client.call_method(Some(SERVICE), PATH, Some(SERVICE), "Add", &text);
+        let refused = tokio::time::timeout(PATIENCE, called).await.unwrap();
+        let text = refused.unwrap_err().to_string();
+        assert!(text.starts_with("org.freedesktop.DBus.Error.LimitsExceeded: the message has"));
+        assert!(text.ends_with("at most 262144 are read"), "{text}");
+        // It is served on.
+        let counter = CounterProxy::new(&client).await.unwrap();
+        counter.add(0).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_does_not_read_is_not_read() {
     let (bus, _service) = bus(user()).await;
     let stream = shaken(&bus).await;

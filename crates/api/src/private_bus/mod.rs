@@ -17,7 +17,8 @@
 //! | what a client may do | what follows |
 //! |---|---|
 //! | take more than 10 s for its handshake | it is disconnected |
-//! | send a message of more than 256 KiB, or 64 descriptors with one | it is disconnected before memory is taken for it |
+//! | send a message of more than 256 KiB | it is told an error; no memory is taken for it |
+//! | send one of more than 16 MiB, or with more than 64 descriptors | it is disconnected |
 //! | send what is no D-Bus | it is disconnected |
 //! | call again while 64 of its calls have no reply | no more is read of it until they have |
 //! | call more than 1000 times in a minute without wanting a reply | it is disconnected |
@@ -46,12 +47,10 @@ use zbus::names::{BusName, OwnedUniqueName, UniqueName};
 use zbus::{Guid, Message, OwnedGuid};
 
 use self::client::{Client, Credentials};
-use crate::guarded::{self, Limits};
+use crate::guarded::{self, DRIVER, Limits};
 
 /// Unique name of the service.
 const SERVICE_UNIQUE_NAME: &str = ":1.0";
-/// Name of the bus itself.
-const DRIVER: &str = "org.freedesktop.DBus";
 /// How long a client may take to authenticate itself.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// Most clients at a time.
@@ -67,6 +66,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const CLIENT_LIMITS: Limits = Limits {
     mechanism: AuthMechanism::External,
     message: 256 << 10,
+    skipped: 16 << 20,
     rate: u32::MAX,
     // A migration takes one for the cores, 16 for memory and one a device.
     descriptors: 64,
@@ -75,6 +75,7 @@ const CLIENT_LIMITS: Limits = Limits {
 /// Of a service that is called from another process.
 const SERVICE_LIMITS: Limits = Limits {
     message: 1 << 20,
+    skipped: 0,
     rate: 10_000,
     ..CLIENT_LIMITS
 };

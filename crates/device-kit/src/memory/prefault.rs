@@ -33,7 +33,8 @@ pub enum PrefaultMode {
     All,
 }
 
-/// Prefaults each memory table that comes. No method waits for the thread.
+/// Prefaults each memory table that comes. No method waits for the thread, and only
+/// [`Prefaulter::finish`] for a walk.
 #[derive(Debug)]
 pub(crate) struct Prefaulter {
     health: Health,
@@ -91,6 +92,15 @@ impl Prefaulter {
         self.change(|work| work.mode = mode);
     }
 
+    /// Walks what there is now once more, to its end and on this thread: what came since the last
+    /// walk is mapped when it returns.
+    pub(crate) fn finish(&self) {
+        let Some(walk) = self.begin(&mut self.work()) else {
+            return;
+        };
+        walk();
+    }
+
     /// Ends the walk under way.
     pub(crate) fn cancel(&self) {
         self.work().walk.cancelled.store(true, Ordering::Relaxed);
@@ -113,27 +123,34 @@ impl Prefaulter {
     /// pages to be faulted in at their first use.
     fn change(&self, change: impl FnOnce(&mut Work)) {
         let mut work = self.work();
-        work.walk.cancelled.store(true, Ordering::Relaxed);
         change(&mut work);
-        work.walk = Arc::default();
-        if let (Some(memory), true) = (&work.memory, work.mode != PrefaultMode::Off) {
-            let (memory, walk) = (Arc::clone(memory), Arc::clone(&work.walk));
-            let (mode, health) = (work.mode, self.health.clone());
-            walk.running.store(true, Ordering::Relaxed);
-            let run = move || {
-                walk.over(&memory, mode, &health);
-                walk.running.store(false, Ordering::Relaxed);
-                health.touch();
-            };
-            if let Err(error) = thread::Builder::new().name("prefault".into()).spawn(run) {
-                tracing::warn!(%error, "guest memory is not prefaulted");
-                self.health
-                    .error(&format_args!("guest memory is not prefaulted: {error}"));
-                work.walk.running.store(false, Ordering::Relaxed);
-            }
+        if let Some(walk) = self.begin(&mut work)
+            && let Err(error) = thread::Builder::new().name("prefault".into()).spawn(walk)
+        {
+            tracing::warn!(%error, "guest memory is not prefaulted");
+            self.health
+                .error(&format_args!("guest memory is not prefaulted: {error}"));
+            work.walk.running.store(false, Ordering::Relaxed);
         }
         drop(work);
         self.health.touch();
+    }
+
+    /// Puts a new walk in the place of the one under way; nothing if there is nothing to walk.
+    fn begin(&self, work: &mut Work) -> Option<impl FnOnce() + Send + use<>> {
+        work.walk.cancelled.store(true, Ordering::Relaxed);
+        work.walk = Arc::default();
+        let memory = Arc::clone(work.memory.as_ref()?);
+        if work.mode == PrefaultMode::Off {
+            return None;
+        }
+        let (mode, walk, health) = (work.mode, Arc::clone(&work.walk), self.health.clone());
+        walk.running.store(true, Ordering::Relaxed);
+        Some(move || {
+            walk.over(&memory, mode, &health);
+            walk.running.store(false, Ordering::Relaxed);
+            health.touch();
+        })
     }
 }
 

@@ -412,9 +412,7 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
 
     fn check_device_state(&self) -> Result<()> {
         self.check_transfer().map_err(|reason| {
-            tracing::warn!(reason, "state transfer failed");
-            let what = format!("a transfer of its state failed: {reason}");
-            self.services.health.error(&what);
+            self.transfer_failed(&reason);
             ProtocolError::BackendInternalError
         })
     }

@@ -251,6 +251,24 @@ impl<D: Device> Session<D> {
         }
     }
 
+    /// Saves the state of the stopped device here and now: the front-end waits for nothing else.
+    fn save_now(&self, fd: OwnedFd) -> Result<(), String> {
+        let state = &mut *self.state();
+        if state.transfer.is_some() {
+            return Err("a transfer before it is not checked yet".to_owned());
+        }
+        self.go(state, DeviceState::StopCopy)
+            .map_err(|error| chain(&error))?;
+        let outcome = transfer::save_now(&*self.services.device, &self.services.unit, fd);
+        self.account(state, Direction::Save, outcome)
+    }
+
+    fn transfer_failed(&self, reason: &str) {
+        tracing::warn!(reason, "state transfer failed");
+        let what = format!("a transfer of its state failed: {reason}");
+        self.services.health.error(&what);
+    }
+
     fn check_transfer(&self) -> Result<(), String> {
         let mut state = self.state();
         let Some(transfer) = state.transfer.take() else {

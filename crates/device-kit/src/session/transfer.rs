@@ -1,5 +1,11 @@
-//! Saved state on its way, in a thread of its own: SET_DEVICE_STATE_FD starts it, and
-//! CHECK_DEVICE_STATE asks for its end. The control thread answers meanwhile.
+//! Saved state on its way.
+//!
+//! ```text
+//! SET_DEVICE_STATE_FD ─▶ a thread of its own ─▶ CHECK_DEVICE_STATE asks for its end
+//! STOP with a channel ─▶ on the control thread, at once
+//! ```
+//! A device that is to load may wait for its twin to stop, as long as that takes: only from the first
+//! byte on there is a deadline.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -16,6 +22,9 @@ use crate::device::{Device, StateError};
 
 /// A peer that does not take or give all of the state within this time is given up.
 const CHANNEL_DEADLINE: Duration = Duration::from_secs(60);
+/// The twin's machine is copied before it stops. Whoever waits for it ends the session when it does
+/// not come.
+const TWIN_DEADLINE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// The thread ends within this time after the channel did.
 const END_DEADLINE: Duration = Duration::from_secs(70);
 
@@ -32,6 +41,8 @@ pub(super) enum TransferError {
     Frame(#[from] FrameError),
     #[error(transparent)]
     Device(#[from] StateError),
+    #[error("nothing came from the device's twin")]
+    Twin(#[source] std::io::Error),
     #[error("the state thread cannot be started")]
     Thread(#[from] std::io::Error),
     #[error("the state thread did not end within {} s", END_DEADLINE.as_secs())]
@@ -56,7 +67,7 @@ impl Transfer {
         fd: OwnedFd,
     ) -> Result<Self, TransferError> {
         let cancel = Cancel::new()?;
-        let channel_end = StateChannel::new(fd, CHANNEL_DEADLINE, cancel.clone());
+        let channel_end = StateChannel::new(fd, TWIN_DEADLINE, cancel.clone());
         let (report, result) = channel();
         let work = move || {
             let outcome = match direction {
@@ -90,7 +101,25 @@ impl Transfer {
     }
 }
 
-fn save<D: Device>(device: &D, unit: &UnitId, channel: StateChannel) -> Result<u64, TransferError> {
+/// Saves a stopped device; the bytes moved.
+pub(super) fn save_now<D: Device>(
+    device: &D,
+    unit: &UnitId,
+    fd: OwnedFd,
+) -> Result<u64, TransferError> {
+    save(
+        device,
+        unit,
+        StateChannel::new(fd, CHANNEL_DEADLINE, Cancel::new()?),
+    )
+}
+
+fn save<D: Device>(
+    device: &D,
+    unit: &UnitId,
+    mut channel: StateChannel,
+) -> Result<u64, TransferError> {
+    channel.set_deadline(CHANNEL_DEADLINE);
     let state = device.save()?;
     let mut frame = FrameWriter::begin(channel, unit, &state)?;
     if let Some(bulk) = device.bulk() {
@@ -100,7 +129,13 @@ fn save<D: Device>(device: &D, unit: &UnitId, channel: StateChannel) -> Result<u
     Ok(len)
 }
 
-fn load<D: Device>(device: &D, unit: &UnitId, channel: StateChannel) -> Result<u64, TransferError> {
+fn load<D: Device>(
+    device: &D,
+    unit: &UnitId,
+    mut channel: StateChannel,
+) -> Result<u64, TransferError> {
+    channel.await_readable().map_err(TransferError::Twin)?;
+    channel.set_deadline(CHANNEL_DEADLINE);
     let mut reader = FrameReader::begin(channel)?;
     let state = reader.structured::<D::SavedState>(unit)?;
     let len = match device.bulk() {

@@ -17,20 +17,32 @@ enum Request {
     Stop,
     Hold(bool),
     Forecast,
+    Prefault,
 }
 
 /// Whether a request is one of these.
 pub(super) fn is_one(request: u32) -> bool {
-    [rings::START, rings::STOP, rings::HOLD, rings::FORECAST].contains(&request)
+    [
+        rings::START,
+        rings::STOP,
+        rings::HOLD,
+        rings::FORECAST,
+        rings::PREFAULT,
+    ]
+    .contains(&request)
 }
 
 impl<D: Device> Session<D> {
     /// Takes one of these messages from the socket, does it, and answers.
-    pub(super) fn wired_rings(&self, mut stream: &UnixStream) -> Result<(), SessionError> {
+    pub(super) fn wired_rings(&self, stream: &UnixStream) -> Result<(), SessionError> {
         let Message {
-            request, body, fds, ..
+            request,
+            body,
+            mut fds,
+            ..
         } = take_message(stream, 0..=MAX_RINGS * 8)?;
-        if !fds.is_empty() {
+        let channel = fds.pop();
+        if !fds.is_empty() || (channel.is_some() && request != rings::STOP) {
             return Err(SessionError::WiredRings("has descriptors"));
         }
         if self.protocol_features() & rings::FEATURE == 0 {
@@ -41,15 +53,20 @@ impl<D: Device> Session<D> {
             Request::Stop => rings::encode(&self.stop_wired()?),
             Request::Hold(hold) => self.hold(hold)?,
             Request::Forecast => self.services.device.forecast().encode(),
+            Request::Prefault => {
+                self.services.prefault.finish();
+                Vec::new()
+            }
         };
-        let mut answer = Vec::with_capacity(HEADER + body.len());
-        // Bounded by the number of rings and the length of a reason.
-        let size = u32::try_from(body.len()).unwrap_or(0);
-        for word in [request, VERSION_1 | FLAG_REPLY, size] {
-            answer.extend(word.to_ne_bytes());
+        answer(stream, request, body)?;
+        let Some(channel) = channel else {
+            return Ok(());
+        };
+        let saved = self.save_now(channel);
+        if let Err(reason) = &saved {
+            self.transfer_failed(reason);
         }
-        answer.extend(body);
-        stream.write_all(&answer).map_err(SessionError::Connection)
+        answer(stream, request, saved.map_or_else(cut, |()| Vec::new()))
     }
 
     /// Why not, or nothing.
@@ -109,10 +126,24 @@ impl<D: Device> Session<D> {
     fn reason(&self, error: &OptionError) -> Vec<u8> {
         tracing::warn!(%error, "the machine cannot be served here");
         self.services.health.error(error);
-        let mut reason = error.to_string();
-        reason.truncate(reason.floor_char_boundary(MAX_REASON));
-        reason.into_bytes()
+        cut(error.to_string())
     }
+}
+
+fn cut(mut reason: String) -> Vec<u8> {
+    reason.truncate(reason.floor_char_boundary(MAX_REASON));
+    reason.into_bytes()
+}
+
+fn answer(mut stream: &UnixStream, request: u32, body: Vec<u8>) -> Result<(), SessionError> {
+    let mut answer = Vec::with_capacity(HEADER + body.len());
+    // Bounded by the number of rings and the length of a reason.
+    let size = u32::try_from(body.len()).unwrap_or(0);
+    for word in [request, VERSION_1 | FLAG_REPLY, size] {
+        answer.extend(word.to_ne_bytes());
+    }
+    answer.extend(body);
+    stream.write_all(&answer).map_err(SessionError::Connection)
 }
 
 fn parse(request: u32, body: &[u8]) -> Result<Request, SessionError> {
@@ -120,6 +151,7 @@ fn parse(request: u32, body: &[u8]) -> Result<Request, SessionError> {
         (rings::START, body) => rings::decode(body).map(Request::Start),
         (rings::STOP, []) => Some(Request::Stop),
         (rings::FORECAST, []) => Some(Request::Forecast),
+        (rings::PREFAULT, []) => Some(Request::Prefault),
         (rings::HOLD, body) => match body.try_into().map(u32::from_ne_bytes) {
             Ok(0) => Some(Request::Hold(false)),
             Ok(1) => Some(Request::Hold(true)),

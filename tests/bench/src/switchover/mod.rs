@@ -28,13 +28,16 @@ pub(crate) const MAX_DOWNTIME_MS: u64 = 300;
 /// Which machines move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SwitchoverPreset {
-    /// One network device and one disk, idle, beside a machine of vCPUs alone.
+    /// A network device, a disk and a balloon, idle, beside a machine of vCPUs alone.
     OneEach,
     /// 8 network devices of 16 queue pairs and 16 disks of 4 queues, beside one of each.
     #[value(name = "seeds-24")]
     Seeds24,
     /// 16 network devices and 16 disks of 4 queues, beside QEMU.
     Many,
+    /// 4 devices of 100 MiB of state that take 100 ms for a transition, beside one of them.
+    #[value(name = "slow-4")]
+    Slow4,
     /// Guests that dirty memory, beside QEMU.
     Dirty,
     /// Within this computer, memory kept: 2 and 32 devices.
@@ -111,6 +114,13 @@ impl Switchover {
             summarise(&mut report, &subject.name, moves);
         }
         judge(&mut report);
+        let whole = subjects.iter().zip(&moves);
+        for (subject, moves) in
+            whole.filter(|(s, _)| matches!(&s.who, Who::Godwit(spec) if spec.without.is_empty()))
+        {
+            let reports: Vec<_> = moves.iter().filter_map(|m| m.report.as_ref()).collect();
+            phases::judge_predictions(&mut report, &subject.name, &reports);
+        }
         for Subject { name, .. } in &subjects {
             for mechanism in &self.without {
                 let without = format!("{name} without {mechanism}: gap");
@@ -156,6 +166,12 @@ fn summarise(report: &mut Report, name: &str, moves: &[Move]) {
     report.summarise(format!("{name}: total"), &all(|m| m.total_ms), "ms");
     let mib = |m: &Move| (m.bytes >> 10) as f64 / 1024.0;
     report.summarise(format!("{name}: sent"), &all(mib), "MiB");
+    let apart = moves.iter().filter_map(|m| {
+        let copying = phases::state_copying_us(m.report.as_ref()?)?;
+        Some(m.gap_ms - godwit::ms(copying))
+    });
+    let apart: Vec<_> = apart.collect();
+    report.summarise(format!("{name}: {}", presets::APART), &apart, "ms");
     let reports: Vec<_> = moves.iter().filter_map(|m| m.report.as_ref()).collect();
     phases::summarise(report, name, &reports);
 }

@@ -3,7 +3,12 @@
 use migration::report::{Report as Moved, Side};
 
 use super::godwit::ms;
-use crate::report::Report;
+use crate::report::{Goal, Report};
+
+/// A prediction is right if it is as close to the truth, in percent of the truth.
+const CLOSE: u64 = 25;
+/// How many are to be right, in percent.
+const RIGHT: f64 = 90.0;
 
 /// Adds a metric for each span of the blackout; of devices the slowest counts.
 pub(crate) fn summarise(report: &mut Report, name: &str, moves: &[&Moved]) {
@@ -32,6 +37,36 @@ pub(crate) fn summarise(report: &mut Report, name: &str, moves: &[&Moved]) {
     }
     let predicted: Vec<_> = moves.iter().map(|m| ms(m.predicted_us)).collect();
     report.summarise(format!("{name}: predicted"), &predicted, "ms");
+    let ratio = |m: &&Moved| m.predicted_us as f64 / m.blackout_us.max(1) as f64;
+    let ratios: Vec<_> = moves.iter().map(ratio).collect();
+    report.summarise(format!("{name}: predicted to truth"), &ratios, "×");
+}
+
+/// How many of the predictions were close to the truth.
+pub(crate) fn judge_predictions(report: &mut Report, name: &str, moves: &[&Moved]) {
+    if moves.is_empty() {
+        return;
+    }
+    let is_close = |m: &&&Moved| {
+        m.predicted_us.abs_diff(m.blackout_us) * 100 <= m.blackout_us.saturating_mul(CLOSE)
+    };
+    let right = moves.iter().filter(is_close).count() * 100;
+    let right = right as f64 / moves.len() as f64;
+    let name = format!("{name}: predictions within {CLOSE} %");
+    report.goals.push(Goal::at_least(name, right, RIGHT, "%"));
+}
+
+/// Microseconds from the stop of the last device until all states were loaded, if devices have any:
+/// both sides run on this computer, so their clocks are the same.
+pub(crate) fn state_copying_us(moved: &Moved) -> Option<u64> {
+    let stopped = moved.source.origin_us + moved.source.span("core", "barrier D")?.end_us;
+    let loads = moved
+        .destination
+        .spans
+        .iter()
+        .filter(|s| s.name == "load" && s.track != "core");
+    let loaded = moved.destination.origin_us + loads.map(|span| span.end_us).max()?;
+    Some(loaded.saturating_sub(stopped))
 }
 
 /// The spans of one side that began in the blackout.

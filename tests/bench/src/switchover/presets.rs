@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use test_framework::machine::{Device, make_image};
 use test_framework::network;
 use test_guest::{Activate, Workload};
-use test_migration::{Kind, Spec};
+use test_migration::{Counter, Kind, Spec};
 
 use super::{MAX_DOWNTIME_MS, SwitchoverPreset};
 use crate::peer::qemu::{Disks, Machine};
@@ -40,11 +40,15 @@ pub(super) fn plan(preset: SwitchoverPreset, folder: &Path) -> Result<Plan> {
         SwitchoverPreset::OneEach => Plan {
             subjects: vec![
                 godwit("vCPUs alone", parts.machine(&[], &[])?),
-                godwit("net, blk", parts.machine(&[1], &[1])?),
+                godwit("net, blk, balloon", {
+                    let mut spec = parts.machine(&[1], &[1])?;
+                    spec.balloon = true;
+                    spec
+                }),
             ],
             judge: |report| {
-                most(report, "net, blk", "vCPUs alone", "gap", 1.5);
-                at_most(report, "net, blk: gap", 2.0);
+                most(report, "net, blk, balloon", "vCPUs alone", "gap", 1.5);
+                at_most(report, "net, blk, balloon: gap", 2.0);
             },
         },
         SwitchoverPreset::Seeds24 => Plan {
@@ -68,6 +72,28 @@ pub(super) fn plan(preset: SwitchoverPreset, folder: &Path) -> Result<Plan> {
                 judge: |report| {
                     most(report, "godwit", "qemu, vhost-user-blk", "gap", 0.1);
                     most(report, "godwit", "qemu, its own disks", "gap", 0.1);
+                },
+            }
+        }
+        SwitchoverPreset::Slow4 => {
+            let mut slow = |devices: usize| {
+                let mut spec = parts.machine(&[], &[])?;
+                spec.counters = vec![slow_device(); devices];
+                anyhow::Ok(spec)
+            };
+            let mut serial = slow(4)?;
+            serial.without = vec!["parallel".into()];
+            Plan {
+                subjects: vec![
+                    godwit("4 devices one by one", serial),
+                    godwit("1 device", slow(1)?),
+                    godwit("4 devices", slow(4)?),
+                ],
+                judge: |report| {
+                    most(report, "4 devices", "1 device", APART, 1.1);
+                    let serial = format!("4 devices one by one: {APART}");
+                    let name = "4 devices one by one to at once, copying apart";
+                    report.compare(name, &serial, &format!("4 devices: {APART}"));
                 },
             }
         }
@@ -109,6 +135,19 @@ pub(super) fn plan(preset: SwitchoverPreset, folder: &Path) -> Result<Plan> {
             }
         }
     })
+}
+
+/// The gap without the time in which devices' states were copied.
+pub(super) const APART: &str = "gap, copying apart";
+
+/// A device that takes 100 ms for each of its transitions, and has 100 MiB of state.
+fn slow_device() -> Counter {
+    Counter {
+        queues: 1,
+        state_bytes: 100 << 20,
+        script: "stop=100 start=100".into(),
+        map_limit: None,
+    }
 }
 
 /// Ours, QEMU's, MiB of RAM, MiB of the span, MiB dirtied a second.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -9,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use migration::channel::{Cancel, StateChannel};
 use migration::ram::{PageSink, RamError, RamReader};
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
+use vm_memory::{
+    Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap,
+};
 
 use super::PAGE;
 use crate::memory::GuestMemory;
@@ -28,10 +31,26 @@ impl PageSink for Sink {
         self.0.check_range(GuestAddress(page * PAGE), bytes)
     }
 
-    fn fill(&self, page: u64, content: &[u8]) -> io::Result<()> {
-        self.0
-            .write_slice(content, GuestAddress(page * PAGE))
-            .map_err(io::Error::other)
+    fn fill(&self, first: u64, content: &[u8]) -> io::Result<()> {
+        let start = GuestAddress(first * PAGE);
+        // Of a file of huge pages, which knows no write, or of none.
+        let by_mapping = || {
+            let written = self.0.write_slice(content, start);
+            written.map_err(io::Error::other)
+        };
+        let region = self.0.find_region(start);
+        let within = region.map(|region| (region, start.0 - region.start_addr().0));
+        let whole = |region: &GuestRegionMmap, at| region.len() - at >= content.len() as u64;
+        match within.and_then(|(region, at)| Some((region, at, region.file_offset()?))) {
+            // Into the file, which costs no fault and clears no page first.
+            Some((region, at, file)) if whole(region, at) => {
+                match file.file().write_all_at(content, file.start() + at) {
+                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => by_mapping(),
+                    written => written,
+                }
+            }
+            _ => by_mapping(),
+        }
     }
 }
 

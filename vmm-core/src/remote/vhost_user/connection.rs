@@ -66,6 +66,11 @@ impl Connection {
         self.reply_ack = negotiated;
     }
 
+    /// How long a message may take that has no deadline of its own.
+    pub(super) fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
     pub(super) fn device(&self) -> &str {
         &self.device
     }
@@ -166,13 +171,32 @@ impl Connection {
         &mut self,
         request: u32,
         message: &'static str,
-        body: Vec<u8>,
+        body: &[u8],
+        deadline: Duration,
     ) -> Result<(), VhostUserError> {
-        let answers = self.exchange(request, message, &[body], None)?;
-        let Some(why) = answers.first().filter(|answer| !answer.is_empty()) else {
+        costs::MESSAGES.add();
+        let sent = send(&self.socket, request, body, None);
+        let sent = sent.map_err(|error| ProtocolError::SocketError(error).into());
+        sent.map_err(|error| self.explain(message, deadline, false, error))?;
+        self.hear(request, message, deadline)
+    }
+
+    /// Waits for an answer to one of our own requests that is nothing, or why not.
+    pub(super) fn hear(
+        &mut self,
+        request: u32,
+        message: &'static str,
+        deadline: Duration,
+    ) -> Result<(), VhostUserError> {
+        let guard = self.watchdog.guard(&self.socket, deadline);
+        let result = receive(&self.socket, request);
+        let late = guard.has_fired();
+        drop(guard);
+        let why = result.map_err(|error| self.explain(message, deadline, late, error.into()))?;
+        if why.is_empty() {
             return Ok(());
-        };
-        let why = why.get(..MAX_REASON).unwrap_or(why);
+        }
+        let why = why.get(..MAX_REASON).unwrap_or(&why);
         // Somebody else's text, to be shown on one line.
         let why = String::from_utf8_lossy(why).replace(char::is_control, " ");
         Err(VhostUserError::Declined {

@@ -19,7 +19,7 @@ use super::session::{Session, Wanted};
 use super::shared::{Phase, Shared, Standing, State};
 use super::{
     DirtyLog, Endpoint, StateDirection, VhostUserConfig, VhostUserError, Watchdog, device_config,
-    monitor, negotiation, queues, state,
+    monitor, negotiation, queues, rings, state,
 };
 use crate::memory::{LayoutChange, LayoutListener, Memory};
 use crate::transport::{
@@ -74,6 +74,7 @@ impl VhostUserDevice {
                 phase: Phase::Connected(Box::new(session)),
                 regions: Vec::new(),
                 wanted: None,
+                leaving: None,
                 inflight: None,
                 log: None,
                 unwritten: BTreeMap::new(),
@@ -193,6 +194,44 @@ impl VhostUserDevice {
         let result = session.forecast();
         self.shared.note(state, &result);
         result
+    }
+
+    /// Whether the back-end is of ours: what can be told ahead is, and one message does what takes
+    /// others several.
+    pub fn is_ours(&self) -> bool {
+        matches!(&self.shared.state().phase, Phase::Connected(session) if session.is_ours())
+    }
+
+    /// Has the back-end map what guest memory holds, where it can be asked to.
+    pub fn prefault(&self, deadline: Duration) -> Result<(), VhostUserError> {
+        let state = &mut *self.shared.state();
+        let Phase::Connected(session) = &mut state.phase else {
+            return Ok(());
+        };
+        let result = session.prefault(deadline);
+        self.shared.note(state, &result);
+        result
+    }
+
+    /// The next [`VirtioDevice::stop`] has a back-end of ours save its state into `channel`, by the
+    /// same message. [`Self::saved`] waits for the end.
+    pub fn save_at_stop(&self, channel: OwnedFd) {
+        let state = &mut *self.shared.state();
+        state.touched = true;
+        state.leaving = Some(channel);
+    }
+
+    /// Waits until the back-end has saved its state as [`Self::save_at_stop`] said. The channel comes
+    /// back if no ring ran, so that none was stopped, and nothing was saved.
+    pub fn saved(&self, deadline: Duration) -> Result<Option<OwnedFd>, VhostUserError> {
+        let state = &mut *self.shared.state();
+        if let Some(channel) = state.leaving.take() {
+            return Ok(Some(channel));
+        }
+        let connection = self.shared.stopped_session(state)?;
+        let result = rings::saved(connection, deadline);
+        self.shared.note(state, &result);
+        result.map(|()| None)
     }
 
     /// Lets the back-end save its state into `fd`, or load it from there, while no ring
@@ -319,13 +358,18 @@ impl VirtioDevice for VhostUserDevice {
         })
     }
 
+    fn looks_at_rings(&self) -> bool {
+        self.is_ours()
+    }
+
     fn stop(&self) -> Result<Vec<StoppedQueue>, DeviceError> {
         let state = &mut *self.shared.state();
         let Some(wanted) = state.wanted.take() else {
             return Ok(Vec::new());
         };
+        let leaving = state.leaving.take();
         let result = match &mut state.phase {
-            Phase::Connected(session) => session.stop(&wanted),
+            Phase::Connected(session) => session.stop(&wanted, leaving.as_ref()),
             _ => Err(self.shared.away()),
         };
         self.shared.note(state, &result);

@@ -4,6 +4,9 @@
 //! stops them by one message. Of any other, each ring is started and stopped by itself, and nothing
 //! is told ahead: some read their place in a ring when they hear its address.
 
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::time::Duration;
+
 use migration::rings as ours;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::FrontendReq;
@@ -115,13 +118,21 @@ pub(super) fn start_wired(
         base: queue.base.0,
     });
     let body = ours::encode(&bases.collect::<Vec<_>>());
-    connection.ask(ours::START, "START_RINGS", body)
+    connection.ask(ours::START, "START_RINGS", &body, connection.deadline())
 }
 
 /// Has a back-end of ours take what only one process may have, or give it up.
 pub(super) fn hold(connection: &mut Connection, hold: bool) -> Result<(), VhostUserError> {
-    let body = u32::from(hold).to_ne_bytes().to_vec();
-    connection.ask(ours::HOLD, "HOLD", body)
+    let body = u32::from(hold).to_ne_bytes();
+    connection.ask(ours::HOLD, "HOLD", &body, connection.deadline())
+}
+
+/// Has a back-end of ours map what guest memory holds, which may take a while.
+pub(super) fn prefault(
+    connection: &mut Connection,
+    deadline: Duration,
+) -> Result<(), VhostUserError> {
+    connection.ask(ours::PREFAULT, "PREFAULT", &[], deadline)
 }
 
 /// Asks a back-end of ours what a switchover will take.
@@ -132,13 +143,18 @@ pub(super) fn forecast(connection: &mut Connection) -> Result<ours::Forecast, Vh
     forecast.ok_or_else(|| connection.nonsense(NAME, "it has not 24 bytes"))
 }
 
-/// Stops all rings of a back-end of ours, drained.
+const STOP: &str = "STOP_RINGS";
+
+/// Stops all rings of a back-end of ours, drained; then it saves its state into `channel`, if it
+/// gets one, and [`saved`] must be asked.
 pub(super) fn stop_wired(
     connection: &mut Connection,
     queues: &[ActivatedQueue],
+    channel: Option<&OwnedFd>,
 ) -> Result<Vec<StoppedQueue>, VhostUserError> {
-    const NAME: &str = "STOP_RINGS";
-    let answers = connection.exchange(ours::STOP, NAME, &[Vec::new()], None)?;
+    const NAME: &str = STOP;
+    let channel = channel.map(|channel| channel.as_raw_fd());
+    let answers = connection.exchange(ours::STOP, NAME, &[Vec::new()], channel)?;
     let rings = answers.first().and_then(|answer| ours::decode(answer));
     let Some(rings) = rings else {
         return Err(connection.nonsense(NAME, "no list of rings"));
@@ -157,6 +173,11 @@ pub(super) fn stop_wired(
         }
         None => Ok(stopped),
     }
+}
+
+/// Waits until a back-end of ours that was stopped has saved its state.
+pub(super) fn saved(connection: &mut Connection, deadline: Duration) -> Result<(), VhostUserError> {
+    connection.hear(ours::STOP, STOP, deadline)
 }
 
 /// Sets rings up and lets them run. Nothing is awaited; [`Connection::sync`] does.

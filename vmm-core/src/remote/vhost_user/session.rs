@@ -1,9 +1,11 @@
 //! A session: a connection on which features are agreed, and what the back-end has been
 //! told since.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use migration::rings::Forecast;
 use vhost::VhostBackend;
@@ -183,7 +185,7 @@ impl Session {
     }
 
     /// Whether the back-end is of ours: rings are wired ahead, and start and stop at once.
-    fn is_ours(&self) -> bool {
+    pub(super) fn is_ours(&self) -> bool {
         self.has(WIRED_RINGS)
     }
 
@@ -206,10 +208,22 @@ impl Session {
         Ok(Forecast::default())
     }
 
-    /// Stops the rings, drained.
-    pub(super) fn stop(&mut self, wanted: &Wanted) -> Result<Vec<StoppedQueue>, VhostUserError> {
+    /// Maps what guest memory holds, where the back-end can be asked to.
+    pub(super) fn prefault(&mut self, deadline: Duration) -> Result<(), VhostUserError> {
         if self.is_ours() {
-            rings::stop_wired(&mut self.connection, &wanted.queues)
+            rings::prefault(&mut self.connection, deadline)?;
+        }
+        Ok(())
+    }
+
+    /// Stops the rings, drained. A back-end of ours then saves into `channel`.
+    pub(super) fn stop(
+        &mut self,
+        wanted: &Wanted,
+        channel: Option<&OwnedFd>,
+    ) -> Result<Vec<StoppedQueue>, VhostUserError> {
+        if self.is_ours() {
+            rings::stop_wired(&mut self.connection, &wanted.queues, channel)
         } else {
             rings::stop(&mut self.connection, &wanted.queues)
         }

@@ -1,6 +1,7 @@
 //! What a device and its monitor share: what the guest wants, and who serves it.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{
@@ -30,6 +31,8 @@ pub(super) struct State {
     pub(super) phase: Phase,
     pub(super) regions: Vec<Region>,
     pub(super) wanted: Option<Wanted>,
+    /// Where a back-end of ours saves its state when it has stopped.
+    pub(super) leaving: Option<OwnedFd>,
     pub(super) inflight: Option<Inflight>,
     pub(super) log: Option<Arc<DirtyLog>>,
     /// What a driver wrote to the configuration while the back-end was away, by offset.
@@ -345,7 +348,7 @@ impl Shared {
             return Ok(());
         };
         if let Some(wanted) = wanted {
-            session.stop(&wanted)?;
+            session.stop(&wanted, None)?;
         }
         session.reset()
     }

@@ -70,6 +70,9 @@ impl VirtioDevice for FakeDevice {
         *self.active.lock().unwrap() = queues;
         Ok(())
     }
+    fn looks_at_rings(&self) -> bool {
+        false
+    }
     fn stop(&self) -> Result<Vec<StoppedQueue>, DeviceError> {
         let active = std::mem::take(&mut *self.active.lock().unwrap());
         Ok(active
