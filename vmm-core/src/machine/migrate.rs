@@ -477,28 +477,17 @@ impl NewHost for Machine {
         Ok(self.bridge.restore(&core.bridge)?)
     }
 
-<<<<<<< HEAD
-=======
     fn rehearse(&mut self) -> Result<(), MigrationError> {
         let core = to_blob(&self.save_core(Vec::new())?)?;
         self.load_core(from_blob(&core)?)
     }
 
->>>>>>> main
     fn arrived(&mut self) {
         if let Some(end) = &mut self.moving.parts.end
             && let Err(error) = writeln!(end, "{ARRIVED}")
         {
             tracing::warn!(%error, "the owner is not told that the machine is here");
         }
-<<<<<<< HEAD
-    }
-
-    fn rehearse(&mut self) -> Result<(), MigrationError> {
-        let core = to_blob(&self.save_core(Vec::new())?)?;
-        self.load_core(from_blob(&core)?)
-=======
->>>>>>> main
     }
 
     fn run(&mut self, running: bool) {

@@ -42,17 +42,10 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(600);
 pub trait NewHost {
     /// Takes the core's state over, without the devices'.
     fn load_core(&mut self, core: CoreState) -> Result<(), MigrationError>;
-<<<<<<< HEAD
-    /// Takes note, for who asks when this process is no more, that the machine is here.
-    fn arrived(&mut self);
-    /// Saves a core's state and loads it again, of a machine that is yet to come.
-    fn rehearse(&mut self) -> Result<(), MigrationError>;
-=======
     /// Saves a core's state and loads it again, of a machine that is yet to come.
     fn rehearse(&mut self) -> Result<(), MigrationError>;
     /// Takes note, for who asks when this process is no more, that the machine is here.
     fn arrived(&mut self);
->>>>>>> main
     /// Lets vCPUs run, if the machine ran.
     fn run(&mut self, running: bool);
 }
