@@ -3,6 +3,7 @@
 //! Who changes something says only what; one task compares with what the bus was told last,
 //! and tells the difference, in the order in which things were said.
 
+use api::balloon1::Status;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
@@ -19,6 +20,8 @@ pub enum Change {
     Machine(MachineName),
     /// Properties of a device.
     Device(MachineName, DeviceId),
+    /// The size of a balloon, as it is now.
+    Balloon(MachineName, DeviceId, Status),
     /// A machine that is forgotten when it has ended has ended.
     Ended(MachineName),
     /// A job began.

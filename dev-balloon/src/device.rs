@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use device_kit::{
     Announcer, Assignment, BalloonProcess, BulkState, Capabilities, ConfigError, ConfigWriter,
-    Device, Forecast, HostError, Kit, OptionError, QueueIndex, StateError,
+    Device, Forecast, HostError, Keepsake, Kit, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -151,6 +151,10 @@ impl Device for BalloonDevice {
 
     fn announcer(&self) -> Option<&dyn Announcer> {
         None
+    }
+
+    fn keepsake(&self) -> Option<&dyn Keepsake> {
+        Some(&*self.shared)
     }
 
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {

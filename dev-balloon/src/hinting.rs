@@ -90,10 +90,11 @@ pub(crate) struct Hinting {
 }
 
 impl Hinting {
-    /// As it was elsewhere, without a round: the guest may use all pages again.
-    pub(crate) fn arrived(last: u32) -> Self {
+    /// As it was elsewhere or in another process after round `last`, or before any (0). None runs
+    /// now: the guest may use all pages again.
+    pub(crate) fn after(last: u32) -> Self {
         Self {
-            command: DONE,
+            command: if last == 0 { STOP } else { DONE },
             last,
             ..Self::default()
         }
@@ -266,7 +267,7 @@ mod tests {
         let mut hinting = Hinting::default();
         assert!(!hinting.stop() && !hinting.end());
         assert_eq!(hinting.command(), STOP);
-        assert_eq!(Hinting::arrived(u32::MAX).start(&map(1)).unwrap(), 2);
+        assert_eq!(Hinting::after(u32::MAX).start(&map(1)).unwrap(), 2);
         assert!(Map::new(&File::from(memfd_create("x", MFdFlags::empty()).unwrap())).is_err());
     }
 }

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use device_kit::{BalloonProcess, BalloonStatus, ConfigChange, Health, LinkError};
+use device_kit::{BalloonProcess, BalloonStatus, ConfigChange, Health, Keepsake, Kept, LinkError};
 
 use crate::config::{PAGE, Space, feature};
 use crate::hinting::Hinting;
@@ -14,6 +14,16 @@ use crate::metrics::Metrics;
 use crate::page_set::PageSet;
 use crate::saved_state::{SavedPages, SavedState};
 use crate::statistics;
+
+/// What outlives the process: which layout, target and actual size, poison and the last round of
+/// hints. Which pages are in the balloon is not kept: they are holes, wherever that is asked.
+mod kept {
+    pub(super) const WORDS: usize = 3;
+    pub(super) const LAYOUT: u64 = u64::from_le_bytes(*b"balloon1");
+    pub(super) const LAYOUT_AT: usize = 0;
+    pub(super) const SIZES_AT: usize = 1;
+    pub(super) const MEMORY_AT: usize = 2;
+}
 
 /// What changes.
 #[derive(Debug, Default)]
@@ -25,6 +35,41 @@ pub(crate) struct State {
     pub(crate) hinting: Hinting,
     /// What the guest said of its memory last.
     pub(crate) statistics: Vec<(u16, u64)>,
+    kept: Option<Kept>,
+    /// It is more than what the options say: its own past, or that of a process before it.
+    has_past: bool,
+}
+
+impl State {
+    /// Leaves to a next process what it must know.
+    fn remember(&mut self) {
+        self.has_past = true;
+        if let Some(kept) = &self.kept {
+            let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+            kept.set(kept::SIZES_AT, pair(self.target, self.actual));
+            kept.set(kept::MEMORY_AT, pair(self.poison, self.hinting.last()));
+            kept.set(kept::LAYOUT_AT, kept::LAYOUT);
+        }
+    }
+
+    /// Is what a process before this one has left, if one has.
+    fn recall(&mut self) -> bool {
+        let Some(kept) = &self.kept else { return false };
+        if self.has_past || kept.get(kept::LAYOUT_AT) != kept::LAYOUT {
+            return false;
+        }
+        let pair = |at| {
+            let word = kept.get(at).to_le_bytes();
+            let (halves, _) = word.as_chunks();
+            (u32::from_le_bytes(halves[0]), u32::from_le_bytes(halves[1]))
+        };
+        (self.target, self.actual) = pair(kept::SIZES_AT);
+        let (poison, last) = pair(kept::MEMORY_AT);
+        self.poison = poison;
+        // A round that ran has ended with its process, and its number is never used again.
+        self.hinting = Hinting::after(last);
+        true
+    }
 }
 
 /// The balloon. Nobody keeps its state locked while it waits for something.
@@ -85,13 +130,18 @@ impl Shared {
 
     /// The guest says how many pages it has given.
     pub(crate) fn set_actual(&self, pages: u32) {
-        self.state().actual = pages;
+        let mut state = self.state();
+        state.actual = pages;
+        state.remember();
+        drop(state);
         self.health.touch();
     }
 
     /// The guest says what it fills free pages with.
     pub(crate) fn set_poison(&self, value: u32) {
-        self.state().poison = value;
+        let mut state = self.state();
+        state.poison = value;
+        state.remember();
     }
 
     /// Whether a free page must keep its content, which is not zero.
@@ -114,17 +164,19 @@ impl Shared {
     pub(crate) fn load(&self, saved: SavedState) -> Result<(), String> {
         let ballooned = saved.check()?;
         self.metrics.set_held(ballooned.count());
-        *self.state() = State {
+        let mut state = self.state();
+        *state = State {
+            kept: state.kept.take(),
+            has_past: true,
             target: saved.target,
             actual: saved.actual,
             poison: saved.poison,
             ballooned,
-            hinting: match saved.last_round {
-                0 => Hinting::default(),
-                last => Hinting::arrived(last),
-            },
+            hinting: Hinting::after(saved.last_round),
             statistics: saved.statistics,
         };
+        state.remember();
+        drop(state);
         self.arrived.store(true, Ordering::Release);
         self.health.touch();
         Ok(())
@@ -149,11 +201,31 @@ impl Shared {
         *state = State {
             target: state.target,
             hinting,
+            kept: state.kept.take(),
             ..State::default()
         };
+        state.remember();
         drop(state);
         self.metrics.set_held(0);
         self.health.touch();
+    }
+}
+
+impl Keepsake for Shared {
+    fn words(&self) -> usize {
+        kept::WORDS
+    }
+
+    fn keep(&self, kept: Kept) {
+        let mut state = self.state();
+        state.kept = Some(kept);
+        let recalled = state.recall();
+        state.remember();
+        drop(state);
+        if recalled {
+            self.arrived.store(true, Ordering::Release);
+            self.health.touch();
+        }
     }
 }
 
@@ -175,7 +247,10 @@ impl BalloonProcess for Shared {
                 "a balloon of {bytes} bytes is not possible: give a multiple of {PAGE} below 16 TiB"
             )));
         };
-        self.state().target = pages;
+        let mut state = self.state();
+        state.target = pages;
+        state.remember();
+        drop(state);
         self.config_change.notify();
         self.health.touch();
         Ok(())
@@ -200,6 +275,7 @@ impl BalloonProcess for Shared {
         let round = started.map_err(|error| {
             LinkError::InvalidArgs(format!("the map of free pages cannot be used: {error}"))
         })?;
+        state.remember();
         // A driver that need not tell may have taken some of them back already.
         if self.features() & feature::MUST_TELL_HOST != 0 {
             for (first, pages) in state.ballooned.runs() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use device_kit::{
     Announcer, Assignment, BalloonProcess, BulkState, Capabilities, ConfigError, ConfigWriter,
-    Device, Forecast, Health, HostError, Kit, OptionError, QueueIndex, StateError,
+    Device, Forecast, Health, HostError, Keepsake, Kit, OptionError, QueueIndex, StateError,
 };
 
 use migration::state::DeviceState;
@@ -222,6 +222,10 @@ impl Device for Blk {
     }
 
     fn announcer(&self) -> Option<&dyn Announcer> {
+        None
+    }
+
+    fn keepsake(&self) -> Option<&dyn Keepsake> {
         None
     }
 

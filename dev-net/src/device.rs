@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use device_kit::{
     Announcer, Assignment, BalloonProcess, BulkState, Capabilities, ConfigError, ConfigWriter,
-    Device, Forecast, HostError, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex, StateError,
+    Device, Forecast, HostError, Keepsake, Kit, MAX_QUEUE_SIZE, OptionError, QueueIndex,
+    StateError,
 };
 
 use migration::state::DeviceState;
@@ -150,6 +151,10 @@ impl Device for NetDevice {
 
     fn announcer(&self) -> Option<&dyn Announcer> {
         Some(&*self.shared)
+    }
+
+    fn keepsake(&self) -> Option<&dyn Keepsake> {
+        None
     }
 
     fn balloon(&self) -> Option<Arc<dyn BalloonProcess>> {

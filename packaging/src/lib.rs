@@ -61,6 +61,10 @@ const BELOW_USR: &[(&str, &str)] = &[
         "share/dbus-1/system-services/org.godwit.Vmm1.service",
     ),
     (
+        "crates/api/introspection/org.godwit.Vmm1.Balloon.xml",
+        "share/dbus-1/interfaces/org.godwit.Vmm1.Balloon.xml",
+    ),
+    (
         "crates/api/introspection/org.godwit.Vmm1.Device.xml",
         "share/dbus-1/interfaces/org.godwit.Vmm1.Device.xml",
     ),

@@ -1,4 +1,5 @@
-//! `cargo xtask demo`: a machine whose devices are processes, moved twice while it works.
+//! `cargo xtask demo`: a machine whose devices are processes, which gives memory to the host and is
+//! moved twice while it works.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -9,11 +10,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
 use tempfile::TempDir;
 use test_framework::console::Console;
 use test_framework::machine::make_image;
 use test_framework::{network, programs};
-use test_guest::{BlkMode, NetMode, Report, Workload, command};
+use test_guest::{BalloonMode, BlkMode, NetMode, Report, Workload, command};
 
 use crate::cargo;
 
@@ -24,8 +26,12 @@ const WORK: Duration = Duration::from_secs(3);
 /// How long anything else may take.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Boots the bundled guest with a disk and a network device, moves it to new processes while it
-/// works, twice, and shows that nothing was lost.
+/// MiB that its guest has used and does not use any more, and MiB of them that it shall give.
+const UNUSED: u32 = 128;
+const GIVEN: u32 = 96;
+
+/// Boots the bundled guest with a disk, a network device and a balloon, takes memory from it and
+/// moves it to new processes while it works, twice, and shows that nothing was lost.
 pub fn demo() -> Result<()> {
     let built = cargo::build(false)?;
     programs::use_folder(built.clone());
@@ -45,6 +51,8 @@ pub fn demo() -> Result<()> {
         net: NetMode::Loop,
         ip: test_guest::Ipv4(guest.octets()),
         peer: test_guest::Ipv4(host.octets()),
+        balloon: BalloonMode::Follow,
+        balloon_mib: UNUSED,
         dirty: 50,
         span: 16,
         poweroff: true,
@@ -64,7 +72,8 @@ pub fn demo() -> Result<()> {
         "--cpus",
         "2",
         "--memory",
-        "128M",
+        "256M",
+        "--balloon",
         "--disk",
         &image.display().to_string(),
         "--net",
@@ -75,12 +84,14 @@ pub fn demo() -> Result<()> {
     println!("service and compares, and dirties memory and compares, all at once:\n");
     broker.godwit(&["device", "list", NAME])?;
     watch(&mut console, WORK)?;
+    give(&broker, GIVEN)?;
     for _ in 0..2 {
         println!("\ngodwit migrate {NAME} local:");
         broker.godwit(&["migrate", NAME, "local:"])?;
         broker.godwit(&["device", "list", NAME])?;
         watch(&mut console, WORK)?;
     }
+    give(&broker, 0)?;
     console.send(command::STOP)?;
     finish(&mut console)?;
     println!("\nNext, a machine of your own, with the same guest:");
@@ -127,6 +138,27 @@ impl Broker {
         Ok(())
     }
 
+    /// Runs a command; what it prints as JSON.
+    fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let output = self.command(&["--json"])?.args(arguments).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.success(),
+            "godwit {} failed: {said}",
+            arguments[0]
+        );
+        serde_json::from_slice(&output.stdout).context("godwit printed no JSON")
+    }
+
+    /// Bytes of the host's memory that the machine's core has, the guest's included.
+    fn resident(&self) -> Result<u64> {
+        let rows = self.json(&["top"])?;
+        let core = rows.as_array().into_iter().flatten();
+        let mut core = core.filter(|row| row["machine"] == NAME && row["device"].is_null());
+        let bytes = core.next().and_then(|row| row["resident_bytes"].as_u64());
+        bytes.with_context(|| format!("no resident memory in {rows}"))
+    }
+
     /// Attaches to the machine's console, from its first line on.
     fn console(&self) -> Result<(Console, Reader)> {
         let (ours, theirs) = UnixStream::pair()?;
@@ -162,6 +194,38 @@ impl Drop for Reader {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Changes the balloon's target to `mib`, waits until the guest has followed, and shows what that
+/// is in the host's accounting.
+fn give(broker: &Broker, mib: u32) -> Result<()> {
+    let before = broker.resident()?;
+    println!("\ngodwit balloon {NAME} {mib}M:");
+    broker.json(&["balloon", NAME, &format!("{mib}M")])?;
+    let end = Instant::now() + DEADLINE;
+    loop {
+        let balloon = broker.json(&["balloon", NAME])?;
+        if balloon["actual_bytes"].as_u64() == Some(u64::from(mib) << 20) {
+            break;
+        }
+        ensure!(
+            Instant::now() < end,
+            "the guest does not follow its balloon's target: {balloon}"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    broker.godwit(&["balloon", NAME])?;
+    let after = broker.resident()?;
+    println!(
+        "  the host's accounting of the machine: {} MiB before, {} MiB now",
+        before >> 20,
+        after >> 20
+    );
+    ensure!(
+        mib == 0 || after + (u64::from(mib) << 19) < before,
+        "the memory did not return to the host"
+    );
+    Ok(())
 }
 
 /// Puts the bundled guest where `godwit` looks for it: beside the programs.

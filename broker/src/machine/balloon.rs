@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use api::Error;
+use api::balloon1::Status;
+use api::core::CoreProxy;
 
 use super::Machine;
 use crate::name::DeviceId;
+use crate::publish::Change;
 
 /// How long a core may take, which itself waits a second at most.
 const DEADLINE: Duration = Duration::from_secs(4);
@@ -32,6 +35,34 @@ impl Machine {
         let (core, id) = (self.core("asked for memory")?, self.balloon_id(at)?);
         self.in_time(core.set_balloon_target(id.as_str(), bytes))
             .await
+    }
+
+    /// Tells the bus each size of the balloon at place `at`, for as long as its core is there.
+    pub(super) async fn follow_balloon(
+        &self,
+        at: usize,
+        core: CoreProxy<'static>,
+    ) -> zbus::Result<()> {
+        let Ok(id) = self.balloon_id(at) else {
+            return Ok(());
+        };
+        let mut changes = core.receive_device_changed().await?;
+        loop {
+            // One that does not answer has no size; the next change may be that it does.
+            if let Ok((target, actual, _)) = self.balloon(at).await {
+                let size = Status { target, actual };
+                self.publisher
+                    .send(Change::Balloon(self.name.clone(), id.clone(), size));
+            }
+            loop {
+                let Some(change) = api::next(&mut changes).await else {
+                    return Ok(());
+                };
+                if change.args()?.device() == &id.as_str() {
+                    break;
+                }
+            }
+        }
     }
 
     fn balloon_id(&self, at: usize) -> Result<DeviceId, Error> {

@@ -164,11 +164,22 @@ impl Supervisor {
         for at in 0..self.devices.len() {
             self.watch_device(at);
             self.watch_foreign(at, core);
+            self.watch_balloon(at, core);
         }
         let (core, tell) = (core.clone(), self.tell.clone());
         self.wait(async move {
             let _ = follow(core, tell).await;
         });
+    }
+
+    fn watch_balloon(&mut self, at: usize, core: &CoreProxy<'static>) {
+        if let DeviceKind::Balloon(_) = self.devices[at].device.kind {
+            let (core, machine) = (core.clone(), Arc::clone(&self.machine));
+            self.wait(async move {
+                // It ends with the core, whose end somebody else sees.
+                let _ = machine.follow_balloon(at, core).await;
+            });
+        }
     }
 
     fn watch_foreign(&mut self, at: usize, core: &CoreProxy<'static>) {

@@ -188,7 +188,11 @@ impl Broker {
             }
         }
         for machine in self.machines() {
-            if machine.state() != State::Paused || machine.job().is_some() {
+            if machine.job().is_some() {
+                continue;
+            }
+            if machine.state() != State::Paused {
+                self.forget_moved(&machine).await;
                 continue;
             }
             let Ok(core) = machine.core("asked") else {
@@ -206,6 +210,20 @@ impl Broker {
                 machine.set_reason(undecided(machine.name().as_str()));
                 self.resolve(&machine);
             }
+        }
+    }
+}
+
+impl Broker {
+    /// Forgets a machine that is elsewhere, which the broker before had no time for.
+    async fn forget_moved(&self, machine: &Arc<Machine>) {
+        let departure = Departure::of(&self.host, machine.name());
+        if !machine.from_file
+            && matches!(machine.state(), State::Off | State::Failed)
+            && departure.is_some_and(|departure| departure.moved)
+            && let Err(error) = self.remove(machine).await
+        {
+            tracing::warn!(machine = %machine.name(), %error, "it is not forgotten");
         }
     }
 }

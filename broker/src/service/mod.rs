@@ -9,10 +9,12 @@ mod manager;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use api::balloon1::Status;
 use api::path;
 use tokio::sync::mpsc::UnboundedReceiver;
 use zbus::connection::Builder;
 use zbus::fdo::ObjectManager;
+use zbus::object_server::SignalEmitter;
 use zbus::{Connection, OwnedObjectPath};
 
 use self::balloon::BalloonObject;
@@ -47,6 +49,7 @@ struct Published {
     connection: Connection,
     machines: HashMap<MachineName, api::machine::Facts>,
     devices: HashMap<(MachineName, DeviceId), (usize, api::device::Facts)>,
+    balloons: HashMap<(MachineName, DeviceId), Status>,
     migrations: HashMap<u32, api::job_migration::Facts>,
 }
 
@@ -61,6 +64,7 @@ pub async fn publish(
         connection,
         machines: HashMap::new(),
         devices: HashMap::new(),
+        balloons: HashMap::new(),
         migrations: HashMap::new(),
     };
     while let Some(change) = changes.recv().await {
@@ -96,6 +100,7 @@ impl Published {
             }
             Change::Machine(name) => self.machine(&name).await,
             Change::Device(name, id) => self.device(&name, &id).await,
+            Change::Balloon(name, id, size) => self.balloon(name, id, size).await,
             Change::Ended(name) => {
                 let broker = Arc::clone(&self.broker);
                 // Not here: the removal waits for this task.
@@ -174,9 +179,23 @@ impl Published {
             // Only a balloon has one.
             let _ = server.remove::<BalloonInterface, _>(&place).await;
             server.remove::<DeviceInterface, _>(place).await?;
-            self.devices.remove(&(name.clone(), id));
+            let key = (name.clone(), id);
+            self.balloons.remove(&key);
+            self.devices.remove(&key);
         }
         Ok(())
+    }
+
+    async fn balloon(&mut self, name: MachineName, id: DeviceId, size: Status) -> zbus::Result<()> {
+        let at = path::device(name.as_str(), id.as_str());
+        let key = (name, id);
+        // One that is gone already is not told of.
+        if !self.devices.contains_key(&key) {
+            return Ok(());
+        }
+        let told = self.balloons.insert(key, size).unwrap_or_default();
+        let emitter = SignalEmitter::new(&self.connection, at)?;
+        api::balloon::tell_changes(&emitter, told, size).await
     }
 
     async fn remove(&mut self, name: &MachineName) -> zbus::Result<()> {
@@ -264,8 +283,8 @@ impl Published {
         ManagerInterface::job_new(&emitter, id, path::job(id).into_inner()).await
     }
 
-    fn manager_emitter(&self) -> zbus::Result<zbus::object_server::SignalEmitter<'_>> {
-        zbus::object_server::SignalEmitter::new(&self.connection, path::MANAGER)
+    fn manager_emitter(&self) -> zbus::Result<SignalEmitter<'_>> {
+        SignalEmitter::new(&self.connection, path::MANAGER)
     }
 
     async fn job(&mut self, id: u32, ended: bool) -> zbus::Result<()> {

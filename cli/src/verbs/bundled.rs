@@ -12,8 +12,9 @@ use crate::value::{Disk, Size};
 
 /// File name of the guest, where it is installed.
 const GUEST: &str = "godwit-demo-guest";
-/// Makes it use its disk until it is told to stop.
-pub const CMDLINE: &str = "heartbeat=1000 poweroff=1 blk=loop blk_mib=16";
+/// Makes it use its disk until it is told to stop, and give of its memory what is wanted.
+pub const CMDLINE: &str =
+    "heartbeat=1000 poweroff=1 blk=loop blk_mib=16 balloon=follow balloon_mib=128";
 /// Its disk.
 pub const DISK: &str = "disk0";
 /// Bytes of its disk.
@@ -21,8 +22,8 @@ pub const DISK_SIZE: u64 = 64 << 20;
 /// Its RAM, unless another is wanted.
 const MEMORY: Size = Size(256 << 20);
 
-/// Completes a definition with the guest, where no kernel is given, and a disk that goes with the
-/// folder which is returned: a running machine has it open.
+/// Completes a definition with the guest, where no kernel is given, a balloon, and a disk that goes
+/// with the folder which is returned: a running machine has it open.
 ///
 /// # Errors
 /// The guest is not installed, or there is no room for its disk.
@@ -32,6 +33,7 @@ pub fn complete(define: &mut Define) -> Result<TempDir> {
     }
     define.cmdline.get_or_insert_with(|| CMDLINE.into());
     define.memory.get_or_insert(MEMORY);
+    define.balloon.get_or_insert(Size(0));
     let folder = TempDir::with_prefix("godwit-demo-").map_err(Failure::io("no scratch folder"))?;
     let path = scratch_disk(folder.path())?;
     define.disk.push(Disk {
@@ -66,7 +68,7 @@ fn scratch_disk(folder: &Path) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use test_guest::{BlkMode, Workload};
+    use test_guest::{BalloonMode, BlkMode, Workload};
 
     #[test]
     fn the_bundled_guest_knows_what_it_is_told() {
@@ -74,6 +76,8 @@ mod tests {
         assert_eq!(workload.blk, BlkMode::Loop);
         assert!(u64::from(workload.blk_mib) << 20 <= DISK_SIZE);
         assert!(workload.heartbeat > 0 && workload.seconds == 0);
+        assert_eq!(workload.balloon, BalloonMode::Follow);
+        assert!(u64::from(workload.balloon_mib) << 20 < MEMORY.0);
     }
 
     #[test]

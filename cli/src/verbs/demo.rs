@@ -104,9 +104,13 @@ async fn show(machine: &Machine) -> Result<()> {
         let process = device
             .process
             .map_or_else(String::new, |process| process.to_string());
+        let on = match device.source.is_empty() {
+            true => String::new(),
+            false => format!(" on {}", device.source),
+        };
         say(&format!(
-            "  {process:>8}  {} {} on {}",
-            device.kind, device.id, device.source
+            "  {process:>8}  {} {}{on}",
+            device.kind, device.id
         ));
     }
     say("");

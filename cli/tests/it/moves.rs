@@ -86,7 +86,7 @@ fn a_move_shows_how_far_it_is_and_ctrl_c_asks() {
         OnTerminal::start(real.command(&format!("migrate vm {} {ENDLESS}", there.door)));
     terminal.see("copying");
     terminal.signal(Signal::SIGINT);
-    terminal.see("cancel");
+    terminal.see("[c]ancel");
     terminal.press("c\n");
     assert_eq!(terminal.end().code(), Some(11));
     assert_eq!(real.show("vm")["state"], "running");

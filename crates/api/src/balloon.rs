@@ -6,8 +6,13 @@ use std::future::Future;
 
 use zbus::fdo;
 use zbus::message::Header;
+use zbus::object_server::SignalEmitter;
 
+use crate::balloon1::Status;
 use crate::{Caller, Error};
+
+/// Name of the interface.
+pub const INTERFACE: &str = "org.godwit.Vmm1.Balloon";
 
 /// What a broker does for one balloon.
 pub trait OneBalloon: Send + Sync + 'static {
@@ -26,15 +31,16 @@ pub trait OneBalloon: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct Balloon<B>(pub B);
 
-/// The memory balloon of a machine that runs: memory that its guest gives to the host. Changes are
-/// not signalled; the guest follows a new target by and by, as far as it can spare memory.
+/// The memory balloon of a machine that runs: memory that its guest gives to the host. The guest
+/// follows a new target by and by, as far as it can spare memory; changes of `Target` and `Actual`
+/// are signalled, at most four times a second.
 #[zbus::interface(
     name = "org.godwit.Vmm1.Balloon",
     proxy(default_service = "org.godwit.Vmm1")
 )]
 impl<B: OneBalloon> Balloon<B> {
     /// Bytes that the guest shall give, a multiple of 4096. It counts until the machine ends.
-    #[zbus(property(emits_changed_signal = "false"))]
+    #[zbus(property)]
     async fn target(&self) -> fdo::Result<u64> {
         Ok(self.0.look().await.map_err(failed)?.0)
     }
@@ -52,18 +58,30 @@ impl<B: OneBalloon> Balloon<B> {
     }
 
     /// Bytes that the guest has given, as it says.
-    #[zbus(property(emits_changed_signal = "false"))]
+    #[zbus(property)]
     async fn actual(&self) -> fdo::Result<u64> {
         Ok(self.0.look().await.map_err(failed)?.1)
     }
 
     /// What the guest said of its memory last, by name: bytes (`free_bytes`, `total_bytes`,
     /// `available_bytes`, `disk_cache_bytes`, …) and counts (`major_faults`, `oom_kills`, …). Empty
-    /// when it never did.
+    /// when it never did. Its changes are not signalled.
     #[zbus(property(emits_changed_signal = "false"))]
     async fn statistics(&self) -> fdo::Result<BTreeMap<String, u64>> {
         Ok(self.0.look().await.map_err(failed)?.2)
     }
+}
+
+/// Tells in one PropertiesChanged what is different in `now`, if anything is.
+///
+/// # Errors
+/// The connection is over.
+pub async fn tell_changes(
+    emitter: &SignalEmitter<'_>,
+    told: Status,
+    now: Status,
+) -> zbus::Result<()> {
+    crate::balloon1::tell_sizes(emitter, INTERFACE, told, now).await
 }
 
 /// Properties fail by D-Bus's own names.

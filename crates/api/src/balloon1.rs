@@ -49,6 +49,16 @@ pub async fn tell_changes(
     told: Status,
     now: Status,
 ) -> zbus::Result<()> {
+    tell_sizes(emitter, INTERFACE, told, now).await
+}
+
+/// The same, of either interface of a balloon.
+pub(crate) async fn tell_sizes(
+    emitter: &SignalEmitter<'_>,
+    interface: &'static str,
+    told: Status,
+    now: Status,
+) -> zbus::Result<()> {
     let mut changed: HashMap<&str, Variant<'static>> = HashMap::new();
     if now.target != told.target {
         changed.insert("Target", now.target.into());
@@ -59,7 +69,7 @@ pub async fn tell_changes(
     if changed.is_empty() {
         return Ok(());
     }
-    let interface = InterfaceName::from_static_str_unchecked(INTERFACE);
+    let interface = InterfaceName::from_static_str_unchecked(interface);
     fdo::Properties::properties_changed(emitter, interface, changed, [].as_slice().into()).await
 }
 

@@ -36,7 +36,7 @@ use prometheus_client::registry::Registry;
 use thiserror::Error;
 
 use crate::health::Health;
-use crate::queue::{Queue, QueueError, QueueIndex};
+use crate::queue::{Kept, Queue, QueueError, QueueIndex};
 use crate::session::ConfigChange;
 
 /// A device, whatever front-end it serves.
@@ -134,6 +134,19 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// What tells a network where its guest is, if it is a network card (SEND_RARP).
     fn announcer(&self) -> Option<&dyn Announcer>;
+
+    /// What outlives the process besides requests in flight, if there is anything.
+    fn keepsake(&self) -> Option<&dyn Keepsake>;
+}
+
+/// A device that keeps something for the process that takes its place when it is killed.
+pub trait Keepsake {
+    /// Words that it needs. Another number is another layout, which the next process does not take.
+    fn words(&self) -> usize;
+
+    /// Where it keeps them from now on: what a process before this one left there, or zeroes. No
+    /// ring runs.
+    fn keep(&self, kept: Kept);
 }
 
 /// State that passes in pieces, after what [`Device::save`] returned and before [`Device::load`]
@@ -168,6 +181,8 @@ pub trait Announcer {
 pub const MAX_QUEUES: u16 = 128;
 /// Most entries of a ring.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Most words of a [`Keepsake`].
+pub const MAX_KEPT: usize = 512;
 
 /// What serves one or more queues, on a thread of its own.
 pub trait Worker: Send + 'static {

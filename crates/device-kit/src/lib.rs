@@ -26,11 +26,11 @@ pub use api::Error as LinkError;
 pub use api::balloon1::{BalloonProcess, Status as BalloonStatus};
 pub use device::{
     Announcer, Assignment, BulkState, Capabilities, ConfigError, ConfigWriter, Device, Forecast,
-    HostError, Interest, Kit, MAX_QUEUE_SIZE, MAX_QUEUES, OptionError, Progress, Queues, Source,
-    StateError, Worker, WorkerError,
+    HostError, Interest, Keepsake, Kit, MAX_KEPT, MAX_QUEUE_SIZE, MAX_QUEUES, OptionError,
+    Progress, Queues, Source, StateError, Worker, WorkerError,
 };
 pub use health::Health;
 pub use listen::adopt;
 pub use program::run;
-pub use queue::{Chain, Queue, QueueError, QueueFault, QueueIndex};
+pub use queue::{Chain, Kept, Queue, QueueError, QueueFault, QueueIndex};
 pub use session::ConfigChange;

@@ -1,8 +1,8 @@
 //! `bench free-pages`: what it saves not to send pages that the guest does not use.
 //!
 //! A guest that is idle, and one that has used and freed 80 % of its memory, move with free page
-//! hints and without, in turn. The guest is the bundled one, whose balloon driver names its free
-//! memory in pieces of 4 MiB, as Linux does.
+//! hints and without, in turn, and in QEMU with its own balloon beside. The guest is the bundled
+//! one, whose balloon driver names its free memory in pieces of 4 MiB, as Linux does.
 
 use std::fs;
 
@@ -10,10 +10,14 @@ use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use migration::report::Report as Moved;
 use serde_json::json;
+use test_framework::machine::Device;
 use test_guest::{BalloonMode, Idle, Workload};
 use test_migration::{Side, Spec, beat_on};
 
+use crate::cpu_time::CpuTime;
+use crate::peer::qemu;
 use crate::report::{Goal, Report};
+use crate::switchover::gap;
 use crate::switchover::godwit::{ms, total};
 
 /// How much memory the machine has.
@@ -39,14 +43,44 @@ pub struct FreePages {
     pub runs: usize,
 }
 
+/// What is moved.
+#[derive(Clone, Copy, Debug)]
+struct Subject {
+    who: Who,
+    guest: &'static str,
+    freed_mib: u32,
+    hints: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Who {
+    Godwit,
+    Qemu,
+}
+
+impl Subject {
+    fn name(&self) -> String {
+        let whose = match self.who {
+            Who::Godwit => "",
+            Who::Qemu => "QEMU, ",
+        };
+        name(whose, self.guest, self.hints)
+    }
+}
+
+fn name(whose: &str, guest: &str, hints: bool) -> String {
+    let word = if hints { "on" } else { "off" };
+    format!("{whose}{guest}, hints {word}")
+}
+
 /// One move.
 struct Move {
     total_ms: f64,
     sent_mib: f64,
-    /// What the guest uses, of what the host has spent on it.
-    in_use_mib: f64,
-    source_cpu_ms: f64,
-    destination_cpu_ms: f64,
+    /// What the guest uses, of what the host has spent on it; only ours is asked.
+    in_use_mib: Option<f64>,
+    source: CpuTime,
+    destination: CpuTime,
     /// The largest gap that the guest saw in its own clock meanwhile.
     gap_ms: f64,
 }
@@ -54,112 +88,172 @@ struct Move {
 impl FreePages {
     /// Runs it.
     pub fn run(&self) -> Result<Report> {
-        let name = self.preset.to_possible_value();
-        let name = name.map_or_else(String::new, |name| name.get_name().to_owned());
-        let mut report = Report::new("free-pages", name);
+        let preset = self.preset.to_possible_value();
+        let preset = preset.map_or_else(String::new, |name| name.get_name().to_owned());
+        let mut report = Report::new("free-pages", preset);
         let mib = match self.preset {
             FreePagesPreset::One => 1024,
             FreePagesPreset::Four => 4096,
             FreePagesPreset::Eight => 8192,
         };
-        let subjects = [("idle", 16), ("used and freed", mib / 10 * 8)]
-            .into_iter()
-            .flat_map(|(guest, freed)| [("on", true), ("off", false)].map(|h| (guest, freed, h)));
-        let subjects: Vec<_> = subjects.collect();
-        let mut moves: Vec<Vec<Move>> = subjects.iter().map(|_| Vec::new()).collect();
-        // The first move of each warms up and is not counted.
-        for run in 0..=self.runs {
-            for ((guest, freed, (word, hints)), moves) in subjects.iter().zip(&mut moves) {
-                let moved = moved(mib, *freed, *hints)?;
-                if run > 0 {
-                    report.runs.push(json!({
-                        "guest": guest,
-                        "hints": word,
-                        "total_ms": moved.total_ms,
-                        "sent_mib": moved.sent_mib,
-                        "in_use_mib": moved.in_use_mib,
-                        "source_cpu_ms": moved.source_cpu_ms,
-                        "destination_cpu_ms": moved.destination_cpu_ms,
-                        "gap_ms": moved.gap_ms,
-                    }));
-                    moves.push(moved);
-                }
+        let mut whose = vec![Who::Godwit];
+        if qemu::is_installed() {
+            whose.push(Who::Qemu);
+        } else {
+            let note = "qemu-system-x86_64 is absent: nothing to compare with";
+            report.notes.push(note.into());
+        }
+        let mut subjects = Vec::new();
+        for (guest, freed_mib) in [("idle", 16), (USED, mib / 10 * 8)] {
+            for who in &whose {
+                subjects.extend([true, false].map(|hints| Subject {
+                    who: *who,
+                    guest,
+                    freed_mib,
+                    hints,
+                }));
             }
         }
-        for ((guest, _, (word, _)), moves) in subjects.iter().zip(&moves) {
-            let name = format!("{guest}, hints {word}");
-            let mut add = |metric: &str, value: fn(&Move) -> f64, unit| {
-                let values: Vec<_> = moves.iter().map(value).collect();
-                report.summarise(format!("{name}: {metric}"), &values, unit);
+        // The programs' files get into memory.
+        for who in &whose {
+            let idle = subjects.iter().find(|subject| subject.who == *who);
+            idle.map(|subject| moved(mib, subject)).transpose()?;
+        }
+        let mut moves: Vec<Vec<Move>> = subjects.iter().map(|_| Vec::new()).collect();
+        for _ in 0..self.runs {
+            for (subject, moves) in subjects.iter().zip(&mut moves) {
+                let moved = moved(mib, subject).with_context(|| subject.name())?;
+                report.runs.push(json!({
+                    "subject": subject.name(),
+                    "total_ms": moved.total_ms,
+                    "sent_mib": moved.sent_mib,
+                    "in_use_mib": moved.in_use_mib,
+                    "source_cpu_ms": moved.source.host_ms,
+                    "destination_cpu_ms": moved.destination.host_ms,
+                    "guest_cpu_ms": moved.source.guest_ms,
+                    "gap_ms": moved.gap_ms,
+                }));
+                moves.push(moved);
+            }
+        }
+        for (subject, moves) in subjects.iter().zip(&moves) {
+            let mut add = |metric: &str, value: fn(&Move) -> Option<f64>, unit| {
+                let values: Vec<_> = moves.iter().filter_map(value).collect();
+                report.summarise(format!("{}: {metric}", subject.name()), &values, unit);
             };
-            add("total", |m| m.total_ms, "ms");
-            add("sent", |m| m.sent_mib, "MiB");
+            add("total", |m| Some(m.total_ms), "ms");
+            add("sent", |m| Some(m.sent_mib), "MiB");
             add("in use", |m| m.in_use_mib, "MiB");
-            add("CPU at the source", |m| m.source_cpu_ms, "ms");
-            add("CPU at the destination", |m| m.destination_cpu_ms, "ms");
-            add("gap", |m| m.gap_ms, "ms");
+            add("CPU at the source", |m| Some(m.source.host_ms), "ms");
+            let there = |m: &Move| Some(m.destination.host_ms);
+            add("CPU at the destination", there, "ms");
+            add("CPU of the guest", |m| Some(m.source.guest_ms), "ms");
+            add("gap", |m| Some(m.gap_ms), "ms");
         }
         judge(&mut report);
         Ok(report)
     }
 }
 
+const USED: &str = "used and freed";
+
 fn judge(report: &mut Report) {
-    let used = "used and freed, hints";
-    for metric in ["total", "sent"] {
-        let (on, off) = (
-            format!("{used} on: {metric}"),
-            format!("{used} off: {metric}"),
-        );
-        let name = format!("{metric}, with hints to without");
-        report.compare(&name, &on, &off);
-        if let Some(ratio) = report.ratios.get(&name) {
-            let goal = Goal::at_most(name, *ratio, 0.1, "of it");
-            report.goals.push(goal);
+    for whose in ["", "QEMU, "] {
+        let (on, off) = (name(whose, USED, true), name(whose, USED, false));
+        for metric in ["total", "sent"] {
+            let name = format!("{whose}{metric}, with hints to without");
+            report.compare(
+                &name,
+                &format!("{on}: {metric}"),
+                &format!("{off}: {metric}"),
+            );
+            if let (Some(ratio), "") = (report.ratios.get(&name), whose) {
+                let goal = Goal::at_most(name, *ratio, 0.1, "of it");
+                report.goals.push(goal);
+            }
         }
     }
-    let name = "sent to in use";
-    let (sent, in_use) = (format!("{used} on: sent"), format!("{used} on: in use"));
-    report.compare(name, &sent, &in_use);
-    if let Some(ratio) = report.ratios.get(name) {
-        let goal = Goal::at_most(name, *ratio, 1.05, "of it");
+    let on = name("", USED, true);
+    let sent = "sent to in use";
+    report.compare(sent, &format!("{on}: sent"), &format!("{on}: in use"));
+    if let Some(ratio) = report.ratios.get(sent) {
+        let goal = Goal::at_most(sent, *ratio, 1.05, "of it");
         report.goals.push(goal);
+    }
+    let theirs = name("QEMU, ", USED, true);
+    for metric in ["total", "sent"] {
+        let name = format!("{metric} with hints, to QEMU's");
+        report.compare(
+            name,
+            &format!("{on}: {metric}"),
+            &format!("{theirs}: {metric}"),
+        );
     }
 }
 
 /// Boots a machine that has used and freed so much, moves it once and ends it.
-fn moved(memory_mib: u32, freed_mib: u32, hints: bool) -> Result<Move> {
-    let mut spec = Spec::of(Workload {
+fn moved(memory_mib: u32, subject: &Subject) -> Result<Move> {
+    let workload = Workload {
         heartbeat: 5,
         idle: Idle::Halt,
         balloon: BalloonMode::Follow,
-        balloon_mib: freed_mib,
+        balloon_mib: subject.freed_mib,
         ..Workload::default()
-    });
+    };
+    match subject.who {
+        Who::Godwit => of_godwit(memory_mib, workload, subject),
+        Who::Qemu => {
+            let machine = qemu::Machine {
+                workload,
+                cpus: 1,
+                memory_mib: memory_mib.into(),
+                devices: vec![Device::Balloon],
+                disks: qemu::Disks::Own,
+            };
+            let (moved, [source, destination]) = machine.moved_with(1, subject.hints)?;
+            Ok(Move {
+                total_ms: moved.total_ms,
+                sent_mib: mib(moved.bytes),
+                in_use_mib: None,
+                source,
+                destination,
+                gap_ms: moved.gap_ms,
+            })
+        }
+    }
+}
+
+fn of_godwit(memory_mib: u32, workload: Workload, subject: &Subject) -> Result<Move> {
+    let mut spec = Spec::of(workload);
     spec.memory_mib = memory_mib.into();
-    (spec.balloon, spec.hints) = (true, hints);
+    (spec.balloon, spec.hints) = (true, subject.hints);
     let mut side = Side::boot(&spec)?;
     beat_on(&mut side)?;
-    let freed = u64::from(freed_mib) << 20;
+    let freed = u64::from(subject.freed_mib) << 20;
     let in_use = spent(&side)?.saturating_sub(freed);
-    let before = cpu_ms(&mut side)?;
+    let before = cpu_time(&mut side)?;
     let mut destination = side.begin_move(&spec, None)?;
     let outcome = side.outcome()?;
     ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
-    let source_cpu_ms = cpu_ms(&mut side)? - before;
-    let destination_cpu_ms = cpu_ms(&mut destination)?;
-    let gap = crate::switchover::gap::after(&mut destination.console)?;
+    let (source, destination_cpu) = (
+        cpu_time(&mut side)?.since(before),
+        cpu_time(&mut destination)?,
+    );
+    let gap = gap::after(&mut destination.console)?;
     let report: Moved =
         serde_json::from_value(outcome["report"].clone()).context("this is no report")?;
-    let mib = |bytes: u64| (bytes >> 10) as f64 / 1024.0;
     Ok(Move {
         total_ms: ms(total(&report)),
         sent_mib: mib(report.memory_bytes),
-        in_use_mib: mib(in_use),
-        source_cpu_ms,
-        destination_cpu_ms,
+        in_use_mib: Some(mib(in_use)),
+        source,
+        destination: destination_cpu,
         gap_ms: gap.as_secs_f64() * 1e3,
     })
+}
+
+fn mib(bytes: u64) -> f64 {
+    (bytes >> 10) as f64 / 1024.0
 }
 
 /// Bytes that the host has spent on the guest's memory.
@@ -168,20 +262,11 @@ fn spent(side: &Side) -> Result<u64> {
     Ok(fs::File::from(side.memory()?).metadata()?.blocks() * 512)
 }
 
-/// Processor time of a core and its balloon so far, their guest's included.
-fn cpu_ms(side: &mut Side) -> Result<f64> {
-    let mut ids = vec![side.core().id()];
-    ids.extend(side.devices().iter().map(|device| device.id()));
-    let mut total = 0.0;
-    for id in ids {
-        let stat = fs::read_to_string(format!("/proc/{id}/stat"))?;
-        // After the name, which may hold anything: state is field 3, utime and stime 14 and 15.
-        let (_, fields) = stat.rsplit_once(')').context("this is no stat")?;
-        let ticks = fields.split_whitespace().skip(11).take(2);
-        for ticks in ticks {
-            // 100 a second, on every x86 computer.
-            total += ticks.parse::<f64>()? * 10.0;
-        }
+/// Of a core and its balloon so far.
+fn cpu_time(side: &mut Side) -> Result<CpuTime> {
+    let mut time = CpuTime::of(side.core().id())?;
+    for device in side.devices() {
+        time.host_ms += CpuTime::of(device.id())?.host_ms;
     }
-    Ok(total)
+    Ok(time)
 }

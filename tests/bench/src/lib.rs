@@ -4,6 +4,7 @@
 
 mod boot;
 mod bulk;
+mod cpu_time;
 mod free_pages;
 mod lifecycle;
 mod machine;

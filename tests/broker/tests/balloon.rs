@@ -32,11 +32,20 @@ async fn a_target_is_followed_and_a_size_that_is_none_is_refused() -> Result<()>
         Ok(balloon.actual().await? == 4 * MIB)
     })
     .await?;
+    // Another client hears of it, and asks nothing.
+    let seen = BalloonProxy::builder(&bus)
+        .path(api::path::device("vm", "balloon0"))
+        .cache_properties(CacheProperties::Yes)
+        .build()
+        .await?;
+    assert_eq!(seen.actual().await?, 4 * MIB);
     balloon.set_target(8 * MIB).await?;
-    until("a larger balloon", async || {
-        Ok(balloon.actual().await? == 8 * MIB)
+    until("a larger balloon is told of", async || {
+        let (target, actual) = (seen.cached_target()?, seen.cached_actual()?);
+        Ok((target, actual) == (Some(8 * MIB), Some(8 * MIB)))
     })
     .await?;
+    assert_eq!(balloon.actual().await?, 8 * MIB);
     balloon.set_target(0).await?;
     until(
         "an empty balloon",

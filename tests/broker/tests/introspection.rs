@@ -27,12 +27,9 @@ async fn the_shipped_interfaces_are_those_on_the_bus() -> Result<()> {
     let broker = Broker::start()?;
     let bus = broker.connect().await?;
     let images = [broker.image("a", 1)?];
-    let vm = running(
-        &bus,
-        "vm",
-        with_disks(definition(&Workload::default()), &images, 1),
-    )
-    .await?;
+    let mut definition = with_disks(definition(&Workload::default()), &images, 1);
+    definition.insert("balloon".into(), value(vec![Dictionary::new()]));
+    let vm = running(&bus, "vm", definition).await?;
     // How it ends is of no interest here.
     ended(&bus, vm.migrate("local:", Dictionary::new(), 0).await?).await?;
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../crates/api/introspection");
@@ -40,6 +37,7 @@ async fn the_shipped_interfaces_are_those_on_the_bus() -> Result<()> {
         ("Manager", api::path::MANAGER.to_owned()),
         ("Machine", api::path::machine("vm").to_string()),
         ("Device", api::path::device("vm", "disk0").to_string()),
+        ("Balloon", api::path::device("vm", "balloon0").to_string()),
         ("Job", api::path::job(1).to_string()),
         ("Job.Migration", api::path::job(2).to_string()),
     ] {

@@ -63,6 +63,7 @@ macro_rules! conformance {
                 state: state_is_refused_while_running;
                 state: truncated_state_is_refused;
                 state: corrupted_state_is_refused;
+                state: mutated_states_do_no_harm;
                 state: unknown_schema_is_refused_by_name;
                 state: state_of_another_device_is_refused;
                 state: a_peer_that_goes_away_leaves_the_device_alive;

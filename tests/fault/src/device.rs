@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use device_kit::{
     Announcer, Assignment, BalloonProcess, BulkState, Capabilities, Chain, ConfigError,
-    ConfigWriter, Device, Forecast, HostError, Interest, Kit, OptionError, Progress, Queue,
-    QueueError, QueueFault, QueueIndex, Queues, Source, StateError, Worker, WorkerError,
+    ConfigWriter, Device, Forecast, HostError, Interest, Keepsake, Kit, OptionError, Progress,
+    Queue, QueueError, QueueFault, QueueIndex, Queues, Source, StateError, Worker, WorkerError,
 };
 use migration::state::DeviceState;
 
@@ -179,6 +179,10 @@ impl Device for Counter {
     }
 
     fn announcer(&self) -> Option<&dyn Announcer> {
+        None
+    }
+
+    fn keepsake(&self) -> Option<&dyn Keepsake> {
         None
     }
 

@@ -7,6 +7,8 @@
 //! order or mixed up with another. The counters are its saved state, so that a driver also sees a
 //! state that was not taken over.
 //!
+//! Besides them it saves as many bytes as it is told, see [`ballast`].
+//!
 //! Its virtio type is 63, which no specification has: only the bundled guest drives it. Started
 //! without a script it behaves, and passes the conformance suite. See [`script`] for what it can
 //! be told.

@@ -1,5 +1,6 @@
 //! The device processes of one side: how they are started, and started again.
 
+use std::borrow::Cow;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -142,6 +143,14 @@ impl Recipe {
             has_link: false,
             socket,
         })
+    }
+
+    /// Its device's id.
+    pub(super) fn id(&self) -> Cow<'_, str> {
+        self.socket
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
     }
 
     /// Both ends of its link, if it has one: the core's, and its own.

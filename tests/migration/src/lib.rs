@@ -2,9 +2,11 @@
 //! and what passes on them made to fail.
 
 mod devices;
+mod machines;
 mod side;
 mod wires;
 
 pub use devices::{Counter, Foreign};
+pub use machines::{at_work, busy};
 pub use side::{Done, Moved, Outcome, Side, Spec, beat_on, finish, warm_up};
-pub use wires::{Fault, Kind, Wires};
+pub use wires::{Fault, Gate, Kind, Wires};

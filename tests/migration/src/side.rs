@@ -141,6 +141,7 @@ pub struct Side {
     core: Process,
     devices: Vec<Process>,
     recipes: Vec<Recipe>,
+    ids: Vec<String>,
     control: PathBuf,
     runtime: Runtime,
     folder: TempDir,
@@ -226,6 +227,7 @@ impl Side {
             core,
             devices,
             recipes,
+            ids: spec.ids(),
             control,
             runtime: Runtime::new().context("no runtime")?,
             folder,
@@ -249,7 +251,26 @@ impl Side {
             self.devices[number].signal(Signal::SIGKILL)?;
             self.devices[number].wait(DEADLINE)?;
         }
-        self.devices[number] = self.recipes[number].start(false, None)?;
+        let (ours, theirs) = self.recipes[number].link()?.unzip();
+        self.devices[number] = self.recipes[number].start(false, theirs)?;
+        if let Some(link) = ours {
+            let id = &self.ids[number];
+            self.call(async |connection| {
+                let core = CoreProxy::new(connection).await?;
+                Ok(core.attach_link(id, link.into()).await?)
+            })?;
+        }
+        let id = self.recipes[number].id().into_owned();
+        let end = Instant::now() + DEADLINE;
+        let is_back = |side: &Side| {
+            side.call(async |connection| {
+                let core = CoreProxy::new(connection).await?;
+                Ok(core.device_status(&id).await?.connected)
+            })
+        };
+        while !is_back(self)? {
+            ensure!(Instant::now() < end, "{id} is not found again");
+        }
         Ok(())
     }
 

@@ -1,14 +1,16 @@
 //! The connections between two sides, each of which may be led through a relay that fails.
 
 use std::collections::BTreeMap;
-use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::io::{self, Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use test_framework::machine::DEADLINE;
 
 /// What carries them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +23,10 @@ pub enum Kind {
     Shared,
 }
 
-/// What happens to the bytes of one connection on their way to the destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What happens to one connection. Where it says nothing else: on the way to the destination.
+///
+/// Those that name a message are for the connection of the cores, see [`migration::link`].
+#[derive(Clone, Debug)]
 pub enum Fault {
     /// After so many bytes the connection is closed on both sides.
     Cut(usize),
@@ -30,14 +34,70 @@ pub enum Fault {
     Flip(usize),
     /// After so many bytes nothing passes any more, and both sides are left waiting.
     Stall(usize),
+    /// The byte after so many is this one.
+    Put(usize, u8),
     /// As `Cut`, for what the destination says.
     CutBack(usize),
+    /// As `Flip`, for what the destination says.
+    FlipBack(usize),
     /// What the destination says after so many bytes comes so much later.
     Late(usize, Duration),
     /// The message of the source with this name comes so much later.
     Delay(&'static str, Duration),
     /// The same, and a bit of it is flipped.
     Spoil(&'static str, Duration),
+    /// The message of the source with this name waits at a gate, with all that follow it.
+    Wait(&'static str, Gate),
+    /// In the message of the source with this name the byte after this text is this one, as if it
+    /// were meant.
+    Say(&'static str, &'static str, u8),
+}
+
+/// Where a message waits until it may pass.
+#[derive(Clone, Debug, Default)]
+pub struct Gate(Arc<(Mutex<Passage>, Condvar)>);
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Passage {
+    #[default]
+    Nobody,
+    Waits,
+    Open,
+}
+
+impl Gate {
+    /// Waits until the message is there.
+    pub fn await_message(&self) -> Result<()> {
+        match self.wait(|passage| passage == Passage::Nobody) {
+            Passage::Nobody => bail!("the message does not come"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets it pass.
+    pub fn open(&self) {
+        self.set(Passage::Open);
+    }
+
+    /// The message is there; waits until it may pass, or the test has failed.
+    fn hold(&self) {
+        self.set(Passage::Waits);
+        self.wait(|passage| passage == Passage::Waits);
+    }
+
+    fn set(&self, passage: Passage) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = passage;
+        self.0.1.notify_all();
+    }
+
+    fn wait(&self, for_other_than: impl Fn(Passage) -> bool) -> Passage {
+        let passage = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self
+            .0
+            .1
+            .wait_timeout_while(passage, DEADLINE, |passage| for_other_than(*passage));
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
 }
 
 /// One side's ends.
@@ -69,17 +129,14 @@ impl Wires {
         ids: &[String],
         fault: Option<(&str, Fault)>,
     ) -> Result<Self> {
-        let wire = |name: &str| {
-            let fault = fault.filter(|(at, _)| *at == name).map(|(_, fault)| fault);
-            match fault {
-                None => pair(kind),
-                Some(fault) => {
-                    let (source, near) = UnixStream::pair()?;
-                    let (far, destination) = UnixStream::pair()?;
-                    relay(near, far, fault)?;
-                    Ok((source.into(), destination.into()))
-                }
+        let wire = |name: &str| match &fault {
+            Some((at, fault)) if *at == name => {
+                let (source, near) = UnixStream::pair()?;
+                let (far, destination) = UnixStream::pair()?;
+                relay(near, far, fault.clone())?;
+                Ok((source.into(), destination.into()))
             }
+            _ => pair(kind),
         };
         let channels = if kind == Kind::Shared { 0 } else { channels };
         let control = wire("control")?;
@@ -125,14 +182,77 @@ fn pair(kind: Kind) -> Result<(OwnedFd, OwnedFd)> {
 fn relay(near: UnixStream, far: UnixStream, fault: Fault) -> Result<()> {
     let (back, forth) = match fault {
         Fault::CutBack(at) => (Some(Fault::Cut(at)), None),
+        Fault::FlipBack(at) => (Some(Fault::Flip(at)), None),
         late @ Fault::Late(..) => (Some(late), None),
         fault => (None, Some(fault)),
     };
     for (from, to, fault) in [(&near, &far, forth), (&far, &near, back)] {
         let (from, to) = (from.try_clone()?, to.try_clone()?);
-        thread::spawn(move || pass(from, to, fault));
+        thread::spawn(move || {
+            let passed = match fault {
+                None => bytes(&from, &to, &Fault::Cut(usize::MAX)),
+                Some(
+                    fault
+                    @ (Fault::Delay(..) | Fault::Spoil(..) | Fault::Wait(..) | Fault::Say(..)),
+                ) => messages(&from, &to, &fault),
+                Some(fault) => bytes(&from, &to, &fault),
+            };
+            // Whoever sends or waits sees an end.
+            let how = if passed.is_ok() {
+                Shutdown::Write
+            } else {
+                Shutdown::Both
+            };
+            let _ = to.shutdown(how);
+            let _ = from.shutdown(if passed.is_ok() { Shutdown::Read } else { how });
+        });
     }
     Ok(())
+}
+
+/// Passes messages on until the end.
+fn messages(mut from: &UnixStream, mut to: &UnixStream, fault: &Fault) -> io::Result<()> {
+    loop {
+        let mut message = vec![0; HEADER];
+        if from.read(&mut message[..1])? == 0 {
+            return Ok(());
+        }
+        from.read_exact(&mut message[1..])?;
+        let length: [u8; 4] = std::array::from_fn(|at| message[4 + at]);
+        let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
+        message.resize(HEADER + length, 0);
+        from.read_exact(&mut message[HEADER..])?;
+        let is = |name: &str| {
+            let begin = &message[HEADER..message.len().min(HEADER + 2 + name.len())];
+            find(begin, name).is_some()
+        };
+        match fault {
+            Fault::Delay(name, time) if is(name) => thread::sleep(*time),
+            Fault::Spoil(name, time) if is(name) => {
+                thread::sleep(*time);
+                message[HEADER + 2] ^= 0x10;
+            }
+            Fault::Wait(name, gate) if is(name) => gate.hold(),
+            Fault::Say(name, text, byte) if is(name) => {
+                let missing = || io::Error::other("what shall be said otherwise is not said");
+                let at = find(&message, text).ok_or_else(missing)? + text.len();
+                message[at] = *byte;
+                let crc = crc32c::crc32c(&message[HEADER..]);
+                message[8..HEADER].copy_from_slice(&crc.to_le_bytes());
+            }
+            _ => {}
+        }
+        to.write_all(&message)?;
+    }
+}
+
+/// Bytes before a message, with its length and its checksum.
+const HEADER: usize = 12;
+
+fn find(bytes: &[u8], text: &str) -> Option<usize> {
+    bytes
+        .windows(text.len())
+        .position(|window| window == text.as_bytes())
 }
 
 /// Of `count` bytes after `passed`, those before `at`.
@@ -140,61 +260,45 @@ fn until(at: usize, passed: usize, count: usize) -> usize {
     at.saturating_sub(passed).min(count)
 }
 
-fn pass(mut from: UnixStream, mut to: UnixStream, fault: Option<Fault>) {
-    use std::net::Shutdown;
+/// Passes bytes on until the end; one that the fault makes is an error.
+fn bytes(mut from: &UnixStream, mut to: &UnixStream, fault: &Fault) -> io::Result<()> {
     let mut passed = 0;
     let mut bytes = [0; 4096];
-    while let Ok(mut count @ 1..) = from.read(&mut bytes) {
-        let good = match fault {
-            Some(Fault::Cut(at) | Fault::Stall(at)) => until(at, passed, count),
-            Some(Fault::Late(at, time)) => {
-                let early = until(at, passed, count);
-                if to.write_all(&bytes[..early]).is_err() {
-                    break;
-                }
-                if early < count && passed <= at {
-                    thread::sleep(time);
-                }
-                bytes.copy_within(early..count, 0);
-                passed += early;
-                count -= early;
-                count
-            }
-            Some(Fault::Delay(name, time) | Fault::Spoil(name, time)) => {
-                let found = bytes[..count]
-                    .windows(name.len())
-                    .position(|window| window == name.as_bytes());
-                if let Some(at) = found {
-                    thread::sleep(time);
-                    if let Some(Fault::Spoil(..)) = fault {
-                        bytes[at] ^= 0x10;
-                    }
-                }
-                count
-            }
-            Some(Fault::Flip(at)) => {
-                if (passed..passed + count).contains(&at) {
-                    bytes[at - passed] ^= 0x10;
-                }
-                count
-            }
-            _ => count,
-        };
-        if to.write_all(&bytes[..good]).is_err() {
-            break;
+    loop {
+        let count = from.read(&mut bytes)?;
+        if count == 0 {
+            return Ok(());
         }
-        passed += good;
-        if good < count {
-            if let Some(Fault::Stall(_)) = fault {
-                // Until the test ends, or one side closes.
-                let _ = from.read(&mut []);
-                thread::park();
+        let bytes = &mut bytes[..count];
+        let is_here = |at: usize| (passed..passed + count).contains(&at);
+        match *fault {
+            Fault::Cut(at) if at < passed + count => {
+                to.write_all(&bytes[..until(at, passed, count)])?;
+                return Err(io::Error::other("cut"));
             }
-            let _ = from.shutdown(Shutdown::Both);
-            let _ = to.shutdown(Shutdown::Both);
-            return;
+            Fault::Stall(at) if at < passed + count => {
+                to.write_all(&bytes[..until(at, passed, count)])?;
+                // Until the test ends.
+                loop {
+                    thread::park();
+                }
+            }
+            Fault::Late(at, time) if is_here(at) => {
+                let (early, late) = bytes.split_at(at - passed);
+                to.write_all(early)?;
+                thread::sleep(time);
+                to.write_all(late)?;
+            }
+            Fault::Flip(at) if is_here(at) => {
+                bytes[at - passed] ^= 0x10;
+                to.write_all(bytes)?;
+            }
+            Fault::Put(at, byte) if is_here(at) => {
+                bytes[at - passed] = byte;
+                to.write_all(bytes)?;
+            }
+            _ => to.write_all(bytes)?,
         }
+        passed += count;
     }
-    let _ = to.shutdown(Shutdown::Write);
-    let _ = from.shutdown(Shutdown::Read);
 }

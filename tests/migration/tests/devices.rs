@@ -3,24 +3,14 @@
 use anyhow::{Context as _, Result, ensure};
 use api::core::State;
 use tempfile::TempDir;
-use test_framework::machine::{DEADLINE, make_image};
-use test_guest::{BlkMode, Report, Workload};
-use test_machine::work;
-use test_migration::{Counter, Side, Spec, Wires, beat_on, finish, warm_up};
+use test_framework::machine::DEADLINE;
+use test_guest::Report;
+use test_migration::{Counter, Side, Spec, Wires, at_work, beat_on, finish};
 
 /// A machine with a disk and a counting device, both at work.
 fn spec(folder: &TempDir) -> Result<Spec> {
-    let mut spec = Spec::of(Workload {
-        heartbeat: 20,
-        span: 8,
-        dirty: 20,
-        blk: BlkMode::Loop,
-        count: 500,
-        ..work()
-    });
-    let image = folder.path().join("disk");
-    make_image(&image, 16)?;
-    spec.disks.push((image, 2));
+    let mut spec = Spec::with_disks(folder, &[2])?;
+    spec.workload.count = 500;
     spec.counters.push(Counter {
         queues: 2,
         state_bytes: 300_000,
@@ -69,8 +59,7 @@ fn at_the_source(action: &str) -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = spec(&folder)?;
     spec.options = vec![("blackout-limit-ms", 3000)];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let mut side = at_work(&spec)?;
     let mut restarts = 0;
     for point in ["prepare", "stop", "save", "release"] {
         side.script(0, &format!("{point}={action}"))?;
@@ -123,8 +112,7 @@ fn that_fails_hangs_or_dies_at_the_destination() -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = spec(&folder)?;
     spec.options = vec![("blackout-limit-ms", 3000)];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let mut side = at_work(&spec)?;
     let script = |script: &str| Counter {
         script: script.to_owned(),
         ..spec.counters[0].clone()
@@ -153,4 +141,47 @@ fn that_fails_hangs_or_dies_at_the_destination() -> Result<()> {
     assert_eq!(done.pages, 8 << 8);
     assert_eq!(done.counts.1, 0, "queues that began anew");
     Ok(())
+}
+
+/// After the commit the machine is at the destination. It waits there for no device, and one that
+/// hangs or dies works again when its owner has started it anew.
+#[test]
+fn that_hangs_or_dies_at_its_start_at_the_destination() -> Result<()> {
+    let folder = TempDir::new()?;
+    let spec = spec(&folder)?;
+    let mut side = at_work(&spec)?;
+    for action in ["hang", "die"] {
+        let mut there = spec.clone();
+        there.counters[0].script = format!("start={action}");
+        let (mut destination, outcome) = attempt(&side, &spec, &there)?;
+        ensure!(outcome["result"] == "moved", "{action}: {outcome:#}");
+        side.terminate()?;
+        ensure!(destination.state()? == State::Running, "{action}");
+        beat_on(&mut destination)?;
+        destination.script(0, "")?;
+        destination.restart_device(COUNTER)?;
+        works(&mut destination).with_context(|| format!("start={action}"))?;
+        side = destination.move_on(&spec)?.side;
+        works(&mut side).with_context(|| format!("after start={action}"))?;
+    }
+    let done = finish(side)?;
+    assert_eq!(done.pages, 8 << 8);
+    assert_eq!(done.counts.1, 2 * 2, "queues that began anew");
+    Ok(())
+}
+
+/// A device that says again and again that it cannot start is no reason for the others not to.
+#[test]
+fn that_fails_at_its_start_at_the_destination() -> Result<()> {
+    let folder = TempDir::new()?;
+    let spec = spec(&folder)?;
+    let side = at_work(&spec)?;
+    let mut there = spec.clone();
+    there.counters[0].script = "start=fail".to_owned();
+    let (mut destination, outcome) = attempt(&side, &spec, &there)?;
+    ensure!(outcome["result"] == "moved", "{outcome:#}");
+    ensure!(destination.state()? == State::Running);
+    beat_on(&mut destination)?;
+    ensure!(destination.devices()[COUNTER].is_running(), "it has ended");
+    destination.terminate()
 }

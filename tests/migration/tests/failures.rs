@@ -5,28 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use api::core::State;
-use nix::sys::signal::Signal;
 use tempfile::TempDir;
-use test_framework::machine::{DEADLINE, make_image};
-use test_guest::{BlkMode, Workload};
+use test_framework::machine::DEADLINE;
+use test_guest::Workload;
 use test_machine::work;
-use test_migration::{Fault, Kind, Side, Spec, Wires, beat_on, finish, warm_up};
-
-fn spec(folder: &TempDir) -> Result<Spec> {
-    let mut spec = Spec::of(Workload {
-        heartbeat: 20,
-        span: 8,
-        dirty: 20,
-        blk: BlkMode::Loop,
-        ..work()
-    });
-    for name in ["a", "b"] {
-        let image = folder.path().join(name);
-        make_image(&image, 16)?;
-        spec.disks.push((image, 2));
-    }
-    Ok(spec)
-}
+use test_migration::{Fault, Gate, Kind, Side, Spec, Wires, at_work, beat_on, finish};
 
 /// Whatever went wrong: the machine runs here, the other side ends, and it can still move.
 fn goes_on(mut source: Side, mut destination: Side, spec: &Spec) -> Result<Side> {
@@ -38,35 +21,19 @@ fn goes_on(mut source: Side, mut destination: Side, spec: &Spec) -> Result<Side>
     Ok(moved)
 }
 
-#[test]
-fn connections_that_fail_at_every_point() -> Result<()> {
+/// Tries to move a machine whose connections fail like this, one after the other: each time it is
+/// kept, for a reason in which that text is, and moves when nothing fails.
+fn kept(faults: Vec<(&str, Fault, &str)>) -> Result<()> {
     let folder = TempDir::new()?;
-    let spec = spec(&folder)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
-    let faults = [
-        ("control", Fault::Cut(10)),
-        ("control", Fault::Cut(3000)),
-        ("control", Fault::Flip(100)),
-        ("control", Fault::Flip(8000)),
-        ("control", Fault::CutBack(0)),
-        ("control", Fault::CutBack(20)),
-        ("ram0", Fault::Cut(0)),
-        ("ram0", Fault::Cut(1_000_000)),
-        ("ram1", Fault::Flip(1_000_000)),
-        ("ram1", Fault::Flip(4)),
-        ("disk0", Fault::Cut(0)),
-        ("disk0", Fault::Cut(60)),
-        ("disk1", Fault::Flip(100)),
-        ("disk1", Fault::Flip(20)),
-        // Another version of the frame, and a newer schema in it.
-        ("disk0", Fault::Flip(8)),
-        ("disk0", Fault::Flip(12)),
-    ];
-    for fault in faults {
-        let (source, destination, outcome) = side.try_move(&spec, Some(fault))?;
-        ensure!(outcome["result"] == "kept", "{fault:?}: {outcome:#}");
-        ensure!(outcome["reason"].is_string(), "{fault:?}: {outcome:#}");
+    let spec = Spec::with_disks(&folder, &[2, 2])?;
+    let mut side = at_work(&spec)?;
+    for (name, fault, why) in faults {
+        let (source, destination, outcome) = side.try_move(&spec, Some((name, fault.clone())))?;
+        let reason = outcome["reason"].as_str().unwrap_or("none");
+        ensure!(
+            outcome["result"] == "kept" && reason.contains(why),
+            "{name} {fault:?}: {outcome:#}"
+        );
         side = goes_on(source, destination, &spec)?;
     }
     assert_eq!(finish(side)?.pages, 8 << 8);
@@ -74,78 +41,143 @@ fn connections_that_fail_at_every_point() -> Result<()> {
 }
 
 #[test]
-fn a_destination_that_dies() -> Result<()> {
-    let folder = TempDir::new()?;
-    let mut spec = spec(&folder)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
-    for victim in ["core", "device"] {
-        // It does not stop before the victim is dead.
-        spec.options = vec![("max-downtime-ms", 0)];
-        let mut destination = side.begin_move(&spec, None)?;
-        while side.progress()?["round"].as_u64() < Some(2) {}
-        match victim {
-            "core" => destination.core().signal(Signal::SIGKILL)?,
-            _ => destination.devices()[1].signal(Signal::SIGKILL)?,
-        }
-        if victim == "device" {
-            // Nobody misses it before it is to load.
-            side.cancel()?;
-        }
-        let outcome = side.outcome()?;
-        ensure!(outcome["result"] == "kept", "{victim}: {outcome:#}");
-        spec.options.clear();
-        side = goes_on(side, destination, &spec)?;
-    }
-    finish(side)?;
-    Ok(())
+fn connections_that_are_cut() -> Result<()> {
+    kept(vec![
+        ("control", Fault::Cut(10), "link to the other core is lost"),
+        ("control", Fault::Cut(3000), ""),
+        (
+            "control",
+            Fault::CutBack(0),
+            "link to the other core is lost",
+        ),
+        ("control", Fault::CutBack(20), ""),
+        ("ram0", Fault::Cut(0), "memory channel 0"),
+        ("ram0", Fault::Cut(1_000_000), "memory channel 0"),
+        ("ram1", Fault::Cut(1_000_000), "memory channel 1"),
+        ("disk0", Fault::Cut(0), "disk0"),
+        ("disk0", Fault::Cut(60), "disk0"),
+    ])
 }
 
 #[test]
-fn a_device_that_dies_at_the_destination_before_it_loads() -> Result<()> {
-    let folder = TempDir::new()?;
-    let spec = spec(&folder)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
-    let wires = Wires::connect(Kind::Unix, spec.channels, &spec.ids(), None)?;
-    let mut destination = Side::expect(&spec, wires.destination, None)?;
-    // It was connected to when its machine was made, which the listening core shows.
-    destination.state()?;
-    destination.devices()[0].signal(Signal::SIGKILL)?;
-    side.migrate(&spec, wires.source)?;
-    let outcome = side.outcome()?;
-    ensure!(outcome["result"] == "kept", "{outcome:#}");
-    finish(goes_on(side, destination, &spec)?)?;
-    Ok(())
+fn corruption_is_detected_and_never_loaded() -> Result<()> {
+    kept(vec![
+        // A message's beginning, its checksum, what it says; early and in the blackout.
+        ("control", Fault::Flip(0), "sent no message: it begins"),
+        ("control", Fault::Flip(9), "sent no message: checksum"),
+        ("control", Fault::Flip(100), "sent no message: checksum"),
+        (
+            "control",
+            Fault::Spoil("Wiring", Duration::ZERO),
+            "sent no message",
+        ),
+        (
+            "control",
+            Fault::Spoil("Core", Duration::ZERO),
+            "sent no message",
+        ),
+        (
+            "control",
+            Fault::Spoil("Commit", Duration::ZERO),
+            "sent no message",
+        ),
+        // What the destination says: that it is welcome, that it is ready, that it has loaded.
+        ("control", Fault::FlipBack(14), "sent no message"),
+        (
+            "control",
+            Fault::FlipBack(said(&["Welcome"])),
+            "sent no message",
+        ),
+        (
+            "control",
+            Fault::FlipBack(said(&["Welcome", "Ready"]) + 14),
+            "sent no message",
+        ),
+        // The beginning of a channel, a record's header, a page.
+        ("ram1", Fault::Flip(4), "this is no memory channel 1"),
+        ("ram0", Fault::Flip(16 + 9), "memory channel 0: record 0"),
+        ("ram1", Fault::Flip(1_000_000), "memory channel 1"),
+        // A frame's magic, its unit, its state, its checksum.
+        ("disk0", Fault::Flip(0), "disk0"),
+        ("disk1", Fault::Flip(40), "disk1"),
+        ("disk1", Fault::Flip(110), "disk1"),
+    ])
+}
+
+#[test]
+fn versions_that_are_not_known_are_named() -> Result<()> {
+    kept(vec![
+        // A newer source and an older one.
+        (
+            "control",
+            Fault::Say("Hello", "protocol", 2),
+            "speaks version 2 of the protocol",
+        ),
+        (
+            "control",
+            Fault::Say("Hello", "protocol", 0),
+            "speaks version 0 of the protocol",
+        ),
+        // States that the destination does not know, or not so new ones.
+        (
+            "control",
+            Fault::Say("Hello", "core", 9),
+            "the schema of core is 9 at the source",
+        ),
+        (
+            "control",
+            Fault::Say("Hello", "cor", b'x'),
+            "knows no state of corx",
+        ),
+        (
+            "control",
+            Fault::Say("Core", "schema", 0),
+            "schema 0 of core is unknown",
+        ),
+        (
+            "control",
+            Fault::Say("Wiring", "schema", 9),
+            "schema 9 of wiring is unknown",
+        ),
+        (
+            "ram0",
+            Fault::Put(8, 2),
+            "this is no memory channel 0 of version 1",
+        ),
+        // The frame, an old schema, a new one, another kind of device.
+        ("disk0", Fault::Put(8, 2), "disk0"),
+        ("disk0", Fault::Put(12, 0), "disk0"),
+        ("disk1", Fault::Put(12, 9), "disk1"),
+        ("disk1", Fault::Put(16, b'x'), "disk1"),
+    ])
 }
 
 #[test]
 fn a_migration_is_cancelled_while_it_copies() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = spec(&folder)?;
-    // As fast as it goes: something is left after every round.
-    (spec.workload.span, spec.workload.dirty) = (32, 0);
-    spec.options = vec![("max-downtime-ms", 0)];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
-    let destination = side.begin_move(&spec, None)?;
+    let spec = Spec::with_disks(&folder, &[2])?;
+    let mut side = at_work(&spec)?;
+    // The destination cannot become ready before it knows what for.
+    let never = Fault::Wait("Wiring", Gate::default());
+    let destination = side.begin_move(&spec, Some(("control", never)))?;
     while side.progress()?["round"].as_u64() < Some(3) {}
     beat_on(&mut side)?;
     side.cancel()?;
     let outcome = side.outcome()?;
     ensure!(outcome["result"] == "kept", "{outcome:#}");
     assert!(side.cancel().is_err(), "there is none any more");
-    spec.options.clear();
-    finish(goes_on(side, destination, &spec)?)?;
+    drop(destination);
+    let mut moved = side.move_on(&spec)?.side;
+    beat_on(&mut moved)?;
+    finish(moved)?;
     Ok(())
 }
 
 #[test]
 fn a_machine_that_does_not_fit_is_refused_with_every_reason() -> Result<()> {
     let folder = TempDir::new()?;
-    let spec = spec(&folder)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let spec = Spec::with_disks(&folder, &[2, 2])?;
+    let side = at_work(&spec)?;
     let mut other = spec.clone();
     (other.cpus, other.memory_mib) = (2, 128);
     other.disks[0].1 = 1;
@@ -170,10 +202,9 @@ fn a_guest_that_is_too_fast_is_given_up_or_slowed_down() -> Result<()> {
         ..work()
     });
     spec.channels = 1;
-    let bandwidth = ("max-bandwidth", 64 << 20);
+    let bandwidth = ("max-bandwidth", 16 << 20);
     spec.options = vec![("max-downtime-ms", 0), ("patience-s", 1), bandwidth];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let side = at_work(&spec)?;
     let (mut source, mut destination, outcome) = side.try_move(&spec, None)?;
     let reason = outcome["reason"].as_str().unwrap_or_default();
     assert!(reason.contains("the guest dirties"), "{outcome:#}");
@@ -188,18 +219,18 @@ fn a_guest_that_is_too_fast_is_given_up_or_slowed_down() -> Result<()> {
 }
 
 #[test]
-fn connections_that_stand_still() -> Result<()> {
+fn connections_that_stand_still_in_the_blackout() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = spec(&folder)?;
-    spec.options = vec![("blackout-limit-ms", 3000)];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
-    for name in ["control", "disk1"] {
-        // What comes before the stop passes: hello and wiring are shorter than the core's state.
-        let fault = Fault::Stall(if name == "control" { 12_000 } else { 0 });
+    let mut spec = Spec::with_disks(&folder, &[2, 2])?;
+    spec.options = vec![("blackout-limit-ms", 2000)];
+    let mut side = at_work(&spec)?;
+    // What comes before the stop passes: hello and wiring are shorter than the core's state.
+    for (name, passes) in [("control", 12_000), ("disk1", 0)] {
+        let fault = Fault::Stall(passes);
         let (mut source, destination, outcome) = side.try_move(&spec, Some((name, fault)))?;
         ensure!(outcome["result"] == "kept", "{name}: {outcome:#}");
         beat_on(&mut source)?;
+        // It does not know that its source has gone on.
         drop(destination);
         side = source.move_on(&spec)?.side;
         beat_on(&mut side)?;
@@ -209,13 +240,37 @@ fn connections_that_stand_still() -> Result<()> {
 }
 
 #[test]
+fn connections_that_stand_still_while_the_guest_runs() -> Result<()> {
+    let folder = TempDir::new()?;
+    let spec = Spec::with_disks(&folder, &[2, 2])?;
+    let mut side = at_work(&spec)?;
+    for (name, passes) in [
+        ("control", 0),
+        ("control", 3000),
+        ("ram0", 0),
+        ("ram1", 100_000),
+    ] {
+        let destination = side.begin_move(&spec, Some((name, Fault::Stall(passes))))?;
+        beat_on(&mut side)?;
+        side.cancel()?;
+        let outcome = side.outcome()?;
+        ensure!(outcome["result"] == "kept", "{name}: {outcome:#}");
+        beat_on(&mut side)?;
+        drop(destination);
+        side = side.move_on(&spec)?.side;
+        beat_on(&mut side)?;
+    }
+    finish(side)?;
+    Ok(())
+}
+
+#[test]
 fn a_lost_word_after_the_commit_leaves_it_to_somebody() -> Result<()> {
     let folder = TempDir::new()?;
-    let spec = spec(&folder)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let spec = Spec::with_disks(&folder, &[2, 2])?;
+    let side = at_work(&spec)?;
     // Welcome, Ready and Loaded pass, and Running does not.
-    let said = said_before_running()?;
+    let said = said(&["Welcome", "Ready", "Loaded"]);
     let (source, mut destination, outcome) =
         side.try_move(&spec, Some(("control", Fault::CutBack(said))))?;
     ensure!(outcome["result"] == "undecided", "{outcome:#}");
@@ -230,11 +285,8 @@ fn a_lost_word_after_the_commit_leaves_it_to_somebody() -> Result<()> {
     Ok(())
 }
 
-/// Bytes of what a destination says before the machine runs there.
-fn said_before_running() -> Result<usize> {
-    // Three messages of a header and a short string: Welcome, Ready, Loaded.
-    Ok(["Welcome", "Ready", "Loaded"]
-        .iter()
-        .map(|word| 12 + 1 + word.len())
-        .sum())
+/// Bytes of what a destination says in these messages of one word.
+fn said(words: &[&str]) -> usize {
+    // A header and a short string.
+    words.iter().map(|word| 12 + 1 + word.len()).sum()
 }

@@ -10,27 +10,11 @@ use api::core::State;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use tempfile::TempDir;
-use test_framework::machine::{DEADLINE, make_image};
-use test_guest::{BlkMode, Workload};
-use test_machine::work;
-use test_migration::{Fault, Outcome, Side, Spec, beat_on, finish, warm_up};
+use test_framework::machine::DEADLINE;
+use test_migration::{Fault, Outcome, Side, Spec, at_work, beat_on, finish};
 
 /// Longer than a thief needs.
 const PAUSE: Duration = Duration::from_millis(500);
-
-fn spec(folder: &TempDir) -> Result<Spec> {
-    let mut spec = Spec::of(Workload {
-        heartbeat: 20,
-        span: 8,
-        dirty: 20,
-        blk: BlkMode::Loop,
-        ..work()
-    });
-    let image = folder.path().join("a");
-    make_image(&image, 16)?;
-    spec.disks.push((image, 2));
-    Ok(spec)
-}
 
 /// Somebody else who wants the image.
 struct Thief(File);
@@ -82,10 +66,9 @@ fn reason(outcome: &Outcome) -> &str {
 #[test]
 fn an_image_is_locked_while_its_machine_moves_and_where_it_arrives() -> Result<()> {
     let folder = TempDir::new()?;
-    let spec = spec(&folder)?;
+    let spec = Spec::with_disks(&folder, &[2])?;
     let thief = Thief::new(&spec.disks[0].0)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let mut side = at_work(&spec)?;
     for _ in 0..3 {
         ensure!(!thief.tries()?, "free before the move");
         // After its welcome the destination is ready late, when all has been copied once.
@@ -109,10 +92,9 @@ fn an_image_is_locked_while_its_machine_moves_and_where_it_arrives() -> Result<(
 #[test]
 fn a_paused_machine_has_its_lock_where_it_is() -> Result<()> {
     let folder = TempDir::new()?;
-    let spec = spec(&folder)?;
+    let spec = Spec::with_disks(&folder, &[2])?;
     let thief = Thief::new(&spec.disks[0].0)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let side = at_work(&spec)?;
     side.pause()?;
     let mut side = side.move_on(&spec)?.side;
     ensure!(!thief.tries()?, "free after the move");
@@ -125,9 +107,8 @@ fn a_paused_machine_has_its_lock_where_it_is() -> Result<()> {
 #[test]
 fn a_machine_without_its_lock_stays_paused_at_its_destination() -> Result<()> {
     let folder = TempDir::new()?;
-    let spec = spec(&folder)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let spec = Spec::with_disks(&folder, &[2])?;
+    let side = at_work(&spec)?;
     let (mut destination, thief, outcome) = robbed(&side, &spec, Fault::Delay("Commit", PAUSE))?;
     ensure!(outcome["result"] == "moved", "{outcome:#}");
     let why = reason(&outcome);
@@ -146,9 +127,8 @@ fn a_machine_without_its_lock_stays_paused_at_its_destination() -> Result<()> {
 #[test]
 fn a_machine_that_is_given_back_takes_its_lock_back() -> Result<()> {
     let folder = TempDir::new()?;
-    let spec = spec(&folder)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let spec = Spec::with_disks(&folder, &[2])?;
+    let side = at_work(&spec)?;
     let spoilt = ("control", Fault::Spoil("Commit", Duration::ZERO));
     let (mut side, destination, outcome) = side.try_move(&spec, Some(spoilt))?;
     ensure!(outcome["result"] == "kept", "{outcome:#}");
@@ -162,9 +142,8 @@ fn a_machine_that_is_given_back_takes_its_lock_back() -> Result<()> {
 #[test]
 fn a_machine_that_does_not_get_its_lock_back_stays_paused() -> Result<()> {
     let folder = TempDir::new()?;
-    let spec = spec(&folder)?;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let spec = Spec::with_disks(&folder, &[2])?;
+    let mut side = at_work(&spec)?;
     let (destination, thief, outcome) = robbed(&side, &spec, Fault::Spoil("Commit", PAUSE))?;
     ensure!(outcome["result"] == "kept", "{outcome:#}");
     let why = reason(&outcome);

@@ -7,27 +7,13 @@ use anyhow::{Context as _, Result, ensure};
 use api::core::State;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
-use test_framework::machine::{DEADLINE, make_image};
+use test_framework::machine::DEADLINE;
 use test_framework::network::Frames;
-use test_guest::{BlkMode, Idle, NetMode, Workload};
-use test_machine::{network, work};
-use test_migration::{Fault, Kind, Moved, Outcome, Side, Spec, beat_on, finish, warm_up};
-
-/// A guest that dirties memory and says that it lives.
-fn busy() -> Workload {
-    Workload {
-        heartbeat: 20,
-        span: 16,
-        dirty: 40,
-        ..work()
-    }
-}
-
-fn disk(folder: &TempDir, name: &str, queues: u16) -> Result<(std::path::PathBuf, u16)> {
-    let image = folder.path().join(name);
-    make_image(&image, 32)?;
-    Ok((image, queues))
-}
+use test_guest::{Idle, NetMode, Workload};
+use test_machine::network;
+use test_migration::{
+    Fault, Kind, Moved, Outcome, Side, Spec, at_work, beat_on, busy, finish, warm_up,
+};
 
 /// Moves a machine so many times, with heartbeats between.
 fn there_and_back(spec: &Spec, times: u32) -> Result<Side> {
@@ -46,22 +32,18 @@ fn there_and_back(spec: &Spec, times: u32) -> Result<Side> {
 #[test]
 fn memory_arrives_page_by_page() -> Result<()> {
     let side = there_and_back(&Spec::of(busy()), 1)?;
-    assert_eq!(finish(side)?.pages, 16 << 8);
+    assert_eq!(finish(side)?.pages, 8 << 8);
     Ok(())
 }
 
 #[test]
 fn ten_times_there_and_back_with_a_disk_at_work() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = Spec::of(Workload {
-        blk: BlkMode::Loop,
-        depth: 8,
-        ..busy()
-    });
+    let mut spec = Spec::with_disks(&folder, &[4, 1])?;
+    spec.workload.depth = 8;
     spec.cpus = 2;
-    spec.disks = vec![disk(&folder, "a", 4)?, disk(&folder, "b", 1)?];
     let done = finish(there_and_back(&spec, 10)?)?;
-    assert_eq!(done.pages, 16 << 8);
+    assert_eq!(done.pages, 8 << 8);
     assert!(done.blocks.0 > 0 && done.blocks.1 > 0, "{done:?}");
     Ok(())
 }
@@ -69,28 +51,19 @@ fn ten_times_there_and_back_with_a_disk_at_work() -> Result<()> {
 #[test]
 fn four_vcpus_that_sleep_over_tcp() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = Spec::of(Workload {
-        blk: BlkMode::Loop,
-        idle: Idle::Halt,
-        ..busy()
-    });
+    let mut spec = Spec::with_disks(&folder, &[2])?;
+    spec.workload.idle = Idle::Halt;
     (spec.cpus, spec.channels, spec.kind) = (4, 4, Kind::Tcp);
-    spec.disks = vec![disk(&folder, "a", 2)?];
-    assert_eq!(finish(there_and_back(&spec, 3)?)?.pages, 16 << 8);
+    assert_eq!(finish(there_and_back(&spec, 3)?)?.pages, 8 << 8);
     Ok(())
 }
 
 #[test]
 fn shared_memory_is_not_copied() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = Spec::of(Workload {
-        blk: BlkMode::Loop,
-        ..busy()
-    });
+    let mut spec = Spec::with_disks(&folder, &[2])?;
     spec.kind = Kind::Shared;
-    spec.disks = vec![disk(&folder, "a", 2)?];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let mut side = at_work(&spec)?;
     for _ in 0..4 {
         beat_on(&mut side)?;
         let moved = side.move_on(&spec)?;
@@ -98,7 +71,7 @@ fn shared_memory_is_not_copied() -> Result<()> {
         side = moved.side;
         beat_on(&mut side)?;
     }
-    assert_eq!(finish(side)?.pages, 16 << 8);
+    assert_eq!(finish(side)?.pages, 8 << 8);
     Ok(())
 }
 
@@ -128,8 +101,7 @@ fn a_network_is_told_where_the_guest_is() -> Result<()> {
         ..busy()
     });
     spec.nics = vec![("told0".into(), 1)];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let side = at_work(&spec)?;
     let frames = Frames::listen()?;
     let is_rarp = |frame: &[u8]| frame.get(12..14) == Some(&[0x80, 0x35]);
     // Before the guest's own packets fill what the listener has room for.
@@ -153,8 +125,7 @@ fn only_what_was_used_is_sent_and_the_report_says_what_it_took() -> Result<()> {
         ..busy()
     });
     spec.memory_mib = 512;
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let side = at_work(&spec)?;
     let Moved { side, outcome } = side.move_on(&spec)?;
     let report = &outcome["report"];
     let bytes = report["memory_bytes"].as_u64().unwrap_or(u64::MAX);
@@ -205,15 +176,10 @@ fn all_is_wired_ahead_and_queues_cost_nothing_in_the_blackout() -> Result<()> {
     let mut counted = Vec::new();
     for queues in [1, 4] {
         let folder = TempDir::new()?;
-        let mut spec = Spec::of(Workload {
-            blk: BlkMode::Loop,
-            net: NetMode::Loop,
-            ..busy()
-        });
-        spec.disks = vec![disk(&folder, "a", queues)?, disk(&folder, "b", queues)?];
+        let mut spec = Spec::with_disks(&folder, &[queues, queues])?;
+        spec.workload.net = NetMode::Loop;
         spec.nics = vec![("move1".into(), queues.min(2))];
-        let mut side = Side::boot(&spec)?;
-        warm_up(&mut side)?;
+        let side = at_work(&spec)?;
         let Moved { side, outcome } = side.move_on(&spec)?;
         for at in ["source", "destination"] {
             let (messages, others) = costs(&outcome, at)?;
@@ -233,13 +199,8 @@ fn all_is_wired_ahead_and_queues_cost_nothing_in_the_blackout() -> Result<()> {
 #[test]
 fn a_paused_machine_moves_and_stays_paused() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = Spec::of(Workload {
-        blk: BlkMode::Loop,
-        ..busy()
-    });
-    spec.disks = vec![disk(&folder, "a", 2)?];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let spec = Spec::with_disks(&folder, &[2])?;
+    let side = at_work(&spec)?;
     side.pause()?;
     let mut side = side.move_on(&spec)?.side;
     assert_eq!(side.state()?, State::Paused);
@@ -267,21 +228,16 @@ fn a_machine_that_is_reset_while_it_is_copied_boots_where_it_arrives() -> Result
     ensure!(outcome["result"] == "moved", "{outcome:#}");
     destination.resume()?;
     warm_up(&mut destination)?;
-    assert_eq!(finish(destination)?.pages, 16 << 8);
+    assert_eq!(finish(destination)?.pages, 8 << 8);
     Ok(())
 }
 
 #[test]
 fn what_devices_write_while_they_stop_arrives() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = Spec::of(Workload {
-        blk: BlkMode::Loop,
-        depth: 8,
-        ..busy()
-    });
-    spec.disks = vec![disk(&folder, "a", 4)?];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let mut spec = Spec::with_disks(&folder, &[4])?;
+    spec.workload.depth = 8;
+    let mut side = at_work(&spec)?;
     for _ in 0..3 {
         let welcome = 12 + 1 + "Welcome".len();
         let late = Fault::Late(welcome, Duration::from_secs(4));
@@ -310,12 +266,8 @@ fn what_devices_write_while_they_stop_arrives() -> Result<()> {
 #[test]
 fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = Spec::of(Workload {
-        blk: BlkMode::Loop,
-        ..busy()
-    });
+    let mut spec = Spec::with_disks(&folder, &[2])?;
     spec.cpus = 2;
-    spec.disks = vec![disk(&folder, "a", 2)?];
     let mut side = Side::boot(&spec)?;
     let before = warm_up(&mut side)?;
     side.pause()?;
@@ -327,7 +279,7 @@ fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
     assert_eq!(again.state()?, State::Paused);
     again.resume()?;
     assert!(beat_on(&mut again)? > before);
-    assert_eq!(finish(again)?.pages, 16 << 8);
+    assert_eq!(finish(again)?.pages, 8 << 8);
 
     // One flipped bit anywhere, and there is no machine.
     for name in ["core", "ram0", "disk0"] {
@@ -355,14 +307,9 @@ fn write_golden_snapshot() -> Result<()> {
     let path = std::path::Path::new(compat).join("snapshot-1.state");
     ensure!(!path.exists(), "{} must not change", path.display());
     let folder = TempDir::new()?;
-    let mut spec = Spec::of(Workload {
-        blk: BlkMode::Loop,
-        ..busy()
-    });
+    let mut spec = Spec::with_disks(&folder, &[2])?;
     spec.cpus = 2;
-    spec.disks = vec![disk(&folder, "a", 2)?];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let side = at_work(&spec)?;
     side.snapshot(&spec, folder.path())?;
     std::fs::copy(folder.path().join("core"), path)?;
     Ok(())
@@ -371,13 +318,8 @@ fn write_golden_snapshot() -> Result<()> {
 #[test]
 fn a_machine_goes_on_after_its_snapshot() -> Result<()> {
     let folder = TempDir::new()?;
-    let mut spec = Spec::of(Workload {
-        blk: BlkMode::Loop,
-        ..busy()
-    });
-    spec.disks = vec![disk(&folder, "a", 2)?];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let spec = Spec::with_disks(&folder, &[2])?;
+    let mut side = at_work(&spec)?;
     side.snapshot(&spec, folder.path())?;
     beat_on(&mut side)?;
     finish(side)?;

@@ -4,17 +4,7 @@ use anyhow::{Result, ensure};
 use tempfile::TempDir;
 use test_framework::machine::{DEADLINE, make_image};
 use test_guest::{BlkMode, Workload};
-use test_machine::work;
-use test_migration::{Foreign, Kind, Side, Spec, Wires, beat_on, finish, warm_up};
-
-fn busy() -> Workload {
-    Workload {
-        heartbeat: 20,
-        span: 8,
-        dirty: 20,
-        ..work()
-    }
-}
+use test_migration::{Foreign, Kind, Side, Spec, Wires, at_work, beat_on, busy, finish};
 
 /// Its state is carried as it is, whatever it is.
 #[test]
@@ -29,8 +19,7 @@ fn a_back_end_with_state_moves() -> Result<()> {
             log: true,
             state: true,
         }];
-        let mut side = Side::boot(&spec)?;
-        warm_up(&mut side)?;
+        let mut side = at_work(&spec)?;
         for _ in 0..3 {
             side = side.move_on(&spec)?.side;
             beat_on(&mut side)?;
@@ -55,8 +44,7 @@ fn a_back_end_without_state_moves() -> Result<()> {
         ..busy()
     });
     spec.foreign = vec![Foreign::StorageDaemon(image)];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let mut side = at_work(&spec)?;
     for _ in 0..3 {
         side = side.move_on(&spec)?.side;
         beat_on(&mut side)?;
@@ -78,8 +66,7 @@ fn a_back_end_that_cannot_move_is_named() -> Result<()> {
         log: false,
         state: true,
     }];
-    let mut side = Side::boot(&spec)?;
-    warm_up(&mut side)?;
+    let mut side = at_work(&spec)?;
     let wires = Wires::connect(spec.kind, spec.channels, &spec.ids(), None)?;
     let mut destination = Side::expect(&spec, wires.destination, None)?;
     let started = side.migrate(&spec, wires.source);

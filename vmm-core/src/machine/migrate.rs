@@ -477,17 +477,17 @@ impl NewHost for Machine {
         Ok(self.bridge.restore(&core.bridge)?)
     }
 
+    fn rehearse(&mut self) -> Result<(), MigrationError> {
+        let core = to_blob(&self.save_core(Vec::new())?)?;
+        self.load_core(from_blob(&core)?)
+    }
+
     fn arrived(&mut self) {
         if let Some(end) = &mut self.moving.parts.end
             && let Err(error) = writeln!(end, "{ARRIVED}")
         {
             tracing::warn!(%error, "the owner is not told that the machine is here");
         }
-    }
-
-    fn rehearse(&mut self) -> Result<(), MigrationError> {
-        let core = to_blob(&self.save_core(Vec::new())?)?;
-        self.load_core(from_blob(&core)?)
     }
 
     fn run(&mut self, running: bool) {

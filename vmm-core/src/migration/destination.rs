@@ -42,10 +42,10 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(600);
 pub trait NewHost {
     /// Takes the core's state over, without the devices'.
     fn load_core(&mut self, core: CoreState) -> Result<(), MigrationError>;
-    /// Takes note, for who asks when this process is no more, that the machine is here.
-    fn arrived(&mut self);
     /// Saves a core's state and loads it again, of a machine that is yet to come.
     fn rehearse(&mut self) -> Result<(), MigrationError>;
+    /// Takes note, for who asks when this process is no more, that the machine is here.
+    fn arrived(&mut self);
     /// Lets vCPUs run, if the machine ran.
     fn run(&mut self, running: bool);
 }
@@ -93,6 +93,7 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
         loading: None,
         memory: None,
         layout: None,
+        reconnects: Vec::new(),
         running: false,
         before: Costs::default(),
     };
@@ -124,6 +125,8 @@ struct Incoming {
     memory: Option<RamReceiver>,
     /// What is laid out again in the stop, without [`Mechanism::Layout`].
     layout: Option<Arc<Memory>>,
+    /// By device: how often its back-end had been replaced when it began to load.
+    reconnects: Vec<u32>,
     /// Whether the machine ran at the source.
     running: bool,
     /// What had been done when the blackout began.
@@ -169,12 +172,17 @@ impl Incoming {
                 (Destination::Receiving, ToDestination::Alive) => {}
                 (Destination::Receiving, ToDestination::Stopping) if self.loading.is_none() => {
                     self.before = costs::now();
+                    let remotes = self.units.iter().map(|unit| unit.remote.reconnects());
+                    self.reconnects = remotes.collect();
                     let states = self.states.clone();
                     let load = move |number, unit: &Unit| states.load(number, unit);
                     self.loading = Some((Instant::now(), self.crew.each(load)));
                 }
                 (Destination::Receiving, ToDestination::Core(blob)) => self.load(&blob, host)?,
-                (Destination::Loaded, ToDestination::Commit) => return self.start(host),
+                (Destination::Loaded, ToDestination::Commit) => {
+                    self.check_devices()?;
+                    return self.start(host);
+                }
                 (_, ToDestination::Abort { reason }) => {
                     return Err(MigrationError::GivenUp { reason });
                 }
@@ -268,8 +276,18 @@ impl Incoming {
             let bytes = memory.wait(BLACKOUT_DEADLINE)?;
             self.recorder.note("core", "memory", begin, bytes);
         }
+        self.check_devices()?;
         self.state = self.state.on(DestinationInput::Loaded).0;
         self.say(&ToSource::Loaded)
+    }
+
+    /// Whether the processes that have loaded the devices are still there. Who dies before the
+    /// commit was heard is as bad as who never loaded.
+    fn check_devices(&self) -> Result<(), MigrationError> {
+        for (unit, &reconnects) in self.units.iter().zip(&self.reconnects) {
+            unit.remote.check_served_since(reconnects)?;
+        }
+        Ok(())
     }
 
     /// The machine is here: devices, then vCPUs, then the word.
@@ -278,7 +296,7 @@ impl Incoming {
         host.arrived();
         let running = self.running;
         let started = self.crew.each(move |_, unit| unit.take_up(running));
-        let started = self.meet(Barrier::F, "start", &started);
+        let started = self.crew.meet_again("start", &started, &mut self.recorder);
         let begin = Instant::now();
         host.run(running && started.is_ok());
         self.recorder.note("core", "run", begin, 0);
@@ -289,7 +307,7 @@ impl Incoming {
                 "the machine is here and stays paused; resume it when that is mended"
             );
             let stopped = self.crew.each(|_, unit| Ok(unit.pci.stop()?));
-            if let Err(error) = self.meet(Barrier::F, "stop", &stopped) {
+            if let Err(error) = self.crew.meet_again("stop", &stopped, &mut self.recorder) {
                 tracing::error!(%error, "a device of a paused machine does not stop");
             }
         }

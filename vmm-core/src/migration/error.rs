@@ -172,6 +172,11 @@ impl MigrationError {
         matches!(cause, Some(VhostUserError::Declined { .. }))
     }
 
+    /// Whether a channel failed, of memory or from device to device: maybe since its other end did.
+    pub(super) fn is_of_a_channel(&self) -> bool {
+        matches!(self, Self::Ram(_) | Self::Device { .. })
+    }
+
     /// What it means for the commit.
     pub fn input(&self) -> SourceInput {
         match self {

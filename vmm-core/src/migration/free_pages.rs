@@ -39,12 +39,16 @@ use crate::transport::{DeviceKind, VirtioDevice as _};
 
 /// A round of fewer bytes is over before the guest has answered.
 const LEAST_PENDING: u64 = 8 << 20;
-/// How long a guest may take to name the first page.
-const FIRST_HINT: Duration = Duration::from_millis(250);
+/// How long a guest may take to name the first page: it must get a processor for that, and so must
+/// its balloon. One that never does costs this once.
+const FIRST_HINT: Duration = Duration::from_secs(1);
 /// Hints are waited for as long as they are faster than sending was, looked at so often.
 const STEP: Duration = Duration::from_millis(20);
-/// So many looks in a row may find them slower: a guest does not always get a processor.
+/// So many looks in a row may find them slower …
 const SLOW_STEPS: u32 = 5;
+/// … and so many may find none, as long as there was no end: then the guest gets no processor, which
+/// does not last, and what is sent meanwhile is mostly free pages.
+const STARVED_STEPS: u32 = 25;
 /// … and no longer than this in all.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
@@ -120,6 +124,8 @@ pub struct HeadStart {
     seen: (Instant, u64),
     /// How often in a row naming pages was found slower.
     slow: u32,
+    /// How often in a row none was found to be named.
+    starved: u32,
 }
 
 /// The free pages of one migration.
@@ -191,6 +197,7 @@ impl FreePages {
             first: map.marked(),
             seen: (now, map.marked()),
             slow: 0,
+            starved: 0,
         })
     }
 
@@ -213,8 +220,15 @@ impl FreePages {
         head.seen = (Instant::now(), marked);
         let named = u128::from(marked.saturating_sub(before) * PAGE) * 1_000_000;
         let is_faster = named >= u128::from(rate) * time.as_micros();
-        head.slow = if is_faster { 0 } else { head.slow + 1 };
-        head.slow < SLOW_STEPS || (marked == head.first && waited < FIRST_HINT)
+        (head.slow, head.starved) = match (is_faster, named) {
+            (true, _) => (0, 0),
+            (false, 0) => (head.slow, head.starved + 1),
+            (false, _) => (head.slow + 1, 0),
+        };
+        if marked == head.first {
+            return waited < FIRST_HINT;
+        }
+        head.slow < SLOW_STEPS && head.starved < STARVED_STEPS
     }
 
     /// Takes the pages that are free now out of `words`, of bits from page `first` on.

@@ -66,5 +66,7 @@ pub const BLACKOUT_DEADLINE: Duration = Duration::from_secs(30);
 pub const STALL_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a side says nothing at most while it copies.
 pub const ALIVE_EVERY: Duration = Duration::from_secs(1);
+/// How long the other side has to say why a channel ended at its end.
+pub const REASON_DEADLINE: Duration = Duration::from_millis(100);
 /// How long the last word is tried to be said when the migration has failed.
 pub const LAST_WORD_DEADLINE: Duration = Duration::from_secs(1);

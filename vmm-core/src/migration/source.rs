@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration::channel::Cancel;
-use migration::link::{Link, LinkError};
+use migration::link::Link;
 use migration::report::{Recorder, Report, Round, micros};
 use migration::rings::Forecast;
 use migration::wire::{Blob, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
@@ -32,6 +32,7 @@ use super::wake::wake_up;
 use super::without::Without;
 use super::{
     ALIVE_EVERY, ANSWER_DEADLINE, LAST_WORD_DEADLINE, MigrationError, READY_DEADLINE, READY_STEP,
+    REASON_DEADLINE,
 };
 use crate::hypervisor::{MemorySlots, Throttle};
 use crate::memory::Memory;
@@ -91,6 +92,9 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
         status,
     } = job;
     let states = sockets.take_states(&view.units, options.shared_memory)?;
+    for unit in &view.units {
+        unit.remote.check_served_since(unit.remote.reconnects())?;
+    }
     if !options.shared_memory
         && let Some(unit) = view.units.iter().find(|unit| !unit.remote.has_log())
     {
@@ -144,29 +148,12 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
             status: source.status,
         })),
         Err(error) => {
-            let error = told_why(&mut source.link, error);
+            let error = ask_why(&mut source.link, error);
             say_last(&mut source.link, &error);
             source.cancel.cancel();
             drop(memory);
             source.view.stop_logs();
             Err(error)
-        }
-    }
-}
-
-/// What the other side says of a failure that shows here only as a connection that broke.
-fn told_why(link: &mut Link, error: MigrationError) -> MigrationError {
-    use MigrationError as Error;
-    if !matches!(error, Error::Ram(_) | Error::Link(LinkError::Lost(_))) {
-        return error;
-    }
-    // It looks at its memory channels when it hears something; a link that is lost was said to be.
-    let _ = link.send(&ToDestination::Alive, LAST_WORD_DEADLINE);
-    loop {
-        match link.receive(LAST_WORD_DEADLINE) {
-            Ok(ToSource::Ready) => {}
-            Ok(ToSource::Discarded { reason }) => return Error::GivenUp { reason },
-            _ => return error,
         }
     }
 }
@@ -179,6 +166,30 @@ pub(super) fn say_last(link: &mut Link, error: &MigrationError) {
     let reason = crate::machine::chain(error);
     // A link that is lost says it, too.
     let _ = link.send(&ToDestination::Abort { reason }, LAST_WORD_DEADLINE);
+}
+
+/// Where a channel ended at its other end, the reason is there: it is said on the link.
+pub(super) fn ask_why(link: &mut Link, error: MigrationError) -> MigrationError {
+    if error.is_of_a_channel() {
+        // It looks at its memory channels when it hears something; a link that is lost was said to be.
+        let _ = link.send(&ToDestination::Alive, LAST_WORD_DEADLINE);
+    }
+    let end = Instant::now() + REASON_DEADLINE;
+    while error.is_of_a_channel() {
+        let left = end.saturating_duration_since(Instant::now());
+        match link.await_message(left) {
+            Ok(true) => {}
+            _ => break,
+        }
+        match link.receive(REASON_DEADLINE) {
+            Ok(ToSource::Ready) => {}
+            Ok(word @ (ToSource::Refused { .. } | ToSource::Discarded { .. })) => {
+                return unexpected(word, "nothing");
+            }
+            _ => break,
+        }
+    }
+    error
 }
 
 /// Memory on its way.

@@ -137,13 +137,15 @@ impl StateSockets {
 
     /// Lets a stopped device load itself from its socket; it may do so already.
     pub(super) fn load(&self, number: usize, unit: &Unit) -> Result<(), MigrationError> {
-        if !self.is_ahead(number) {
-            return self.transfer(number, unit, StateDirection::Load);
+        if self.is_ahead(number) {
+            self.load_ahead(number, unit)?;
+            let result = unit.remote.check_state(BLACKOUT_DEADLINE);
+            self.pairs()[number] = None;
+            result?;
+        } else {
+            self.transfer(number, unit, StateDirection::Load)?;
         }
-        self.load_ahead(number, unit)?;
-        let result = unit.remote.check_state(BLACKOUT_DEADLINE);
-        self.pairs()[number] = None;
-        Ok(result?)
+        Ok(unit.remote.loaded()?)
     }
 
     fn take(&self, number: usize) -> Option<OwnedFd> {

@@ -8,7 +8,6 @@
 //! without its locks the machine stays paused. Afterwards
 //! only the other side's word, or a person's, does: see [`migration::commit`].
 
-use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use migration::channel::Cancel;
@@ -18,20 +17,16 @@ use migration::report::{Recorder, Report, micros};
 use migration::wire::{ToDestination, ToSource};
 use tokio::sync::watch;
 
-use super::barrier::{self, Arrival, Barrier};
+use super::barrier::{self, Barrier};
 use super::error::system;
 use super::free_pages::FreePages;
 use super::saved_state::{CoreState, DeviceWiring, to_blob};
-use super::source::{MovingMemory, View, say_last, unexpected};
+use super::source::{MovingMemory, View, ask_why, say_last, unexpected};
 use super::states::StateSockets;
 use super::status::Status;
 use super::unit::Crew;
 use super::{BLACKOUT_DEADLINE, MigrationError};
 use crate::costs;
-
-/// How long a device has to come back when a migration is given up. One that takes longer is taken
-/// for gone, until its owner starts it anew.
-const STUCK: Duration = Duration::from_millis(500);
 
 /// What the switchover needs of the machine whose main thread it runs on.
 pub trait Host {
@@ -94,6 +89,7 @@ impl Switchover {
         self.recorder.set_costs(costs::now().since(&before));
         let mut error = result.err();
         if let Some(why) = error.take() {
+            let why = ask_why(&mut self.link, why);
             let before = state;
             let (next, word) = state.on(why.input());
             state = next;
@@ -272,12 +268,12 @@ impl Switchover {
         let running = host.ran();
         // In line behind whatever each device still does.
         let started = self.crew.each(move |_, unit| unit.take_up(running));
-        let started = self.meet_again("start", &started);
+        let started = self.crew.meet_again("start", &started, &mut self.recorder);
         if started.is_ok() {
             host.run();
         } else if running {
             let stopped = self.crew.each(|_, unit| Ok(unit.pci.stop()?));
-            if let Err(error) = self.meet_again("stop", &stopped) {
+            if let Err(error) = self.crew.meet_again("stop", &stopped, &mut self.recorder) {
                 tracing::error!(%error, "a device of a paused machine does not stop");
             }
             host.stay_paused();
@@ -286,33 +282,6 @@ impl Switchover {
         self.view.stop_logs();
         self.recorder.note("core", "go back", begin, 0);
         started
-    }
-
-    fn meet_again(
-        &mut self,
-        what: &'static str,
-        arrivals: &Receiver<Arrival<()>>,
-    ) -> Result<(), MigrationError> {
-        let units = &self.view.units;
-        // The guest waits no longer for a device that is stuck than it takes to see that.
-        let give_up_late_ones = |waited| {
-            if waited > STUCK
-                && let Some(unit) = units.first()
-            {
-                unit.remote.give_up();
-            }
-            Ok(())
-        };
-        barrier::wait_while(
-            give_up_late_ones,
-            Barrier::F,
-            what,
-            self.crew.names(),
-            arrivals,
-            BLACKOUT_DEADLINE,
-            &mut self.recorder,
-        )
-        .map(drop)
     }
 
     /// What is left of the time that the blackout may last.

@@ -14,9 +14,13 @@ use migration::rings::Forecast;
 
 use super::barrier::{self, Arrival, Barrier};
 use super::without::{Mechanism, Without};
-use super::{ANSWER_DEADLINE, MigrationError};
+use super::{ANSWER_DEADLINE, BLACKOUT_DEADLINE, MigrationError};
 use crate::remote::vhost_user::VhostUserDevice;
 use crate::transport::VirtioPciDevice;
+
+/// How long a device has to go on. One that takes longer is taken for gone, until its owner starts
+/// it anew.
+const STUCK: Duration = Duration::from_millis(500);
 
 /// A device.
 pub struct Unit {
@@ -33,23 +37,30 @@ impl Unit {
     /// machine does. Fails only if somebody else has that: the machine must not run then. A back-end
     /// that does not work is its owner's to mend, as at any other time.
     pub fn take_up(&self, running: bool) -> Result<(), MigrationError> {
-        let started = match running {
+        let start = || match running {
             true => self.pci.resume().map_err(MigrationError::from),
             false => Ok(()),
         };
-        let taken = started.and_then(|()| Ok(self.remote.hold(true)?));
-        match taken {
+        let started = start().or_else(|error| {
+            if error.is_declined() {
+                return Err(error);
+            }
+            self.log(&error);
+            // It is gone by now: the next one is told what it has to do.
+            start()
+        });
+        match started.and_then(|()| Ok(self.remote.hold(true)?)) {
             Err(error) if !error.is_declined() => {
-                let error = crate::machine::chain(&error);
-                tracing::error!(
-                    device = self.id,
-                    error,
-                    "it does not start; restart its process"
-                );
+                self.log(&error);
                 Ok(())
             }
             taken => taken,
         }
+    }
+
+    fn log(&self, error: &MigrationError) {
+        let (device, error) = (&self.id, crate::machine::chain(error));
+        tracing::error!(device, error, "it does not start; restart its process");
     }
 
     /// The machine goes: what only one process may have is given up.
@@ -147,6 +158,34 @@ impl Crew {
         // The first answers come from processes that have slept.
         ask()?;
         ask()
+    }
+
+    /// Barrier F: waits until all devices have gone on. The guest waits no longer for one that is
+    /// stuck than it takes to see that.
+    pub fn meet_again(
+        &self,
+        what: &'static str,
+        arrivals: &Receiver<Arrival<()>>,
+        recorder: &mut Recorder,
+    ) -> Result<(), MigrationError> {
+        let give_up_late_ones = |waited| {
+            if waited > STUCK
+                && let Some(unit) = self.units.first()
+            {
+                unit.remote.give_up();
+            }
+            Ok(())
+        };
+        barrier::wait_while(
+            give_up_late_ones,
+            Barrier::F,
+            what,
+            &self.names,
+            arrivals,
+            BLACKOUT_DEADLINE,
+            recorder,
+        )
+        .map(drop)
     }
 }
 

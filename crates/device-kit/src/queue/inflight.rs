@@ -16,16 +16,20 @@
 //! `used_idx`. If the process dies in between, `used_idx` differs from the ring's index, and the
 //! batch that `last_batch_head` begins was answered after all.
 //!
+//! Behind the queues' parts is room for what else a device keeps ([`Kept`]).
+//!
 //! Our own file is hostile when it comes back: every index in it is bounded.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering, fence};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
 
 use thiserror::Error;
 
 use super::QueueIndex;
 use crate::memory::SharedMapping;
 
+/// Bytes of a word that is kept.
+const WORD: usize = 8;
 const HEADER: usize = 16;
 const ENTRY: usize = 16;
 /// Each queue's part begins at a multiple of this many bytes.
@@ -72,9 +76,9 @@ pub(crate) struct InflightFile {
 }
 
 impl InflightFile {
-    /// Bytes of a file for `queues` rings of up to `queue_size` entries.
-    pub(crate) fn len(queues: u16, queue_size: u16) -> u64 {
-        u64::from(queues) * part_len(queue_size) as u64
+    /// Bytes of a file for `queues` rings of up to `queue_size` entries, and `kept` words.
+    pub(crate) fn len(queues: u16, queue_size: u16, kept: usize) -> u64 {
+        u64::from(queues) * part_len(queue_size) as u64 + (kept * WORD) as u64
     }
 
     pub(crate) fn new(mapping: SharedMapping, queue_size: u16) -> Self {
@@ -82,6 +86,17 @@ impl InflightFile {
             mapping: Arc::new(mapping),
             queue_size,
         }
+    }
+
+    /// `words` words behind the parts of `queues` queues; `None` in a file that has no room.
+    pub(crate) fn kept(&self, queues: u16, words: usize) -> Option<Kept> {
+        let start = usize::from(queues) * part_len(self.queue_size);
+        let there = self.mapping.bytes().len().checked_sub(start)?;
+        (there >= words * WORD).then(|| Kept {
+            mapping: Arc::clone(&self.mapping),
+            start,
+            words,
+        })
     }
 
     /// The part of one queue, whose ring has `size` entries.
@@ -111,6 +126,33 @@ impl InflightFile {
             return Err(InflightError::Size { queue, found, size });
         }
         Ok(record)
+    }
+}
+
+/// Words that outlive the process. Each is written whole, or not.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    mapping: Arc<SharedMapping>,
+    start: usize,
+    words: usize,
+}
+
+impl Kept {
+    /// The word at a place.
+    pub fn get(&self, at: usize) -> u64 {
+        self.word(at).map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Puts a word at a place.
+    pub fn set(&self, at: usize, value: u64) {
+        if let Some(word) = self.word(at) {
+            word.store(value, Ordering::Release);
+        }
+    }
+
+    fn word(&self, at: usize) -> Option<&AtomicU64> {
+        let place = self.start + at * WORD;
+        (at < self.words).then(|| self.mapping.word64(place))
     }
 }
 

@@ -32,6 +32,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use self::chain::Table;
 pub use self::chain::{Chain, MAX_BUFFERS};
 pub use self::error::{QueueError, QueueFault};
+pub use self::inflight::Kept;
 pub(crate) use self::inflight::{InflightError, InflightFile, InflightQueue};
 use crate::memory::Memory;
 use crate::metrics::QueueMetrics;

@@ -370,11 +370,11 @@ struct Record(File);
 
 impl Record {
     fn new() -> Self {
-        Record(memfd(InflightFile::len(1, SIZE)))
+        Record(memfd(InflightFile::len(1, SIZE, 0)))
     }
 
     fn open(&self) -> InflightQueue {
-        let mapping = SharedMapping::new(&self.0, 0, InflightFile::len(1, SIZE)).unwrap();
+        let mapping = SharedMapping::new(&self.0, 0, InflightFile::len(1, SIZE, 0)).unwrap();
         let file = InflightFile::new(mapping, SIZE);
         file.queue(QueueIndex::new(0), SIZE).unwrap()
     }
@@ -439,7 +439,7 @@ fn a_record_full_of_nonsense_is_survived() {
     let mut guest = Guest::new();
     let record = Record::new();
     drop(guest.start(0, Some(record.open())).unwrap());
-    let len = InflightFile::len(1, SIZE);
+    let len = InflightFile::len(1, SIZE, 0);
     // All but the version and the size, which are checked.
     record.0.write_all_at(&[0xff; 4], 12).unwrap();
     let entries = usize::try_from(len - 16).unwrap();
@@ -457,7 +457,7 @@ fn a_record_of_another_form_is_refused() {
     let guest = Guest::new();
     let record = Record::new();
     drop(guest.start(0, Some(record.open())).unwrap());
-    let mapping = || SharedMapping::new(&record.0, 0, InflightFile::len(1, SIZE)).unwrap();
+    let mapping = || SharedMapping::new(&record.0, 0, InflightFile::len(1, SIZE, 0)).unwrap();
     let index = QueueIndex::new(0);
     let smaller = InflightFile::new(mapping(), SIZE).queue(index, SIZE / 2);
     assert!(matches!(smaller, Err(InflightError::Size { .. })));

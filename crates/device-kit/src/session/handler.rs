@@ -25,7 +25,7 @@ use super::error::SessionError;
 use super::transfer::Direction;
 use super::vring::{UserAddresses, Vring};
 use super::{Session, State};
-use crate::device::{ConfigWriter, Device};
+use crate::device::{ConfigWriter, Device, Keepsake, MAX_KEPT};
 use crate::features::{KIT_FEATURES, PROTOCOL_FEATURES, RING_FEATURES};
 use crate::memory::{MAX_REGIONS, Memory, RegionDescription, SharedMapping};
 use crate::queue::InflightFile;
@@ -328,7 +328,8 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
         if queues > device.queue_count() || size > device.max_queue_size() {
             return Err(SessionError::InflightSize { queues, size }.into());
         }
-        let len = InflightFile::len(queues, size);
+        let kept = device.keepsake().map_or(0, Keepsake::words);
+        let len = InflightFile::len(queues, size, kept.min(MAX_KEPT));
         let shared = |source: io::Error| SessionError::Shared {
             what: "in-flight file",
             source,
@@ -349,7 +350,7 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
             let what = "in-flight file";
             return Err(SessionError::Running { queue, what }.into());
         }
-        if inflight.mmap_size < InflightFile::len(queues, size) {
+        if inflight.mmap_size < InflightFile::len(queues, size, 0) {
             return Err(SessionError::InflightSize { queues, size }.into());
         }
         let mapping = SharedMapping::new(&file, inflight.mmap_offset, inflight.mmap_size).map_err(
@@ -358,7 +359,13 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
                 source,
             },
         )?;
-        state.inflight = Some(InflightFile::new(mapping, size));
+        let file = InflightFile::new(mapping, size);
+        if let Some(keepsake) = self.services.device.keepsake()
+            && let Some(kept) = file.kept(queues, keepsake.words().min(MAX_KEPT))
+        {
+            keepsake.keep(kept);
+        }
+        state.inflight = Some(file);
         Ok(())
     }
 

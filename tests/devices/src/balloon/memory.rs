@@ -83,10 +83,17 @@ fn reported_pages_return_unless_the_guest_relies_on_what_is_in_them() -> Result<
     machine
         .connection
         .set_config(POISON_AT, &0xa5a5_a5a5_u32.to_le_bytes())?;
-    lend(&mut machine, REPORTS, start, len)?;
-    finish(&mut machine, REPORTS)?;
-    let kept = machine.ram.read(start, len as usize)?;
-    ensure!(kept.iter().all(|byte| *byte == 0xa5), "poison is gone");
+    // A process that takes over knows what the guest said to another.
+    for killed in [false, true] {
+        if killed {
+            machine.process.kill()?;
+            machine.replace_process()?;
+        }
+        lend(&mut machine, REPORTS, start, len)?;
+        finish(&mut machine, REPORTS)?;
+        let kept = machine.ram.read(start, len as usize)?;
+        ensure!(kept.iter().all(|byte| *byte == 0xa5), "poison is gone");
+    }
     machine.connection.set_config(POISON_AT, &[0; 4])?;
     let before = machine.ram.allocated()?;
     lend(&mut machine, REPORTS, start, len)?;

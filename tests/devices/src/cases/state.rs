@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Result, ensure};
 use test_framework::frontend::Machine;
+use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostTransferStateDirection as Direction;
 
 use crate::subject::{Subject, running};
@@ -77,6 +78,37 @@ pub(crate) fn corrupted_state_is_refused<S: Subject>() -> Result<()> {
     subject.exchange(&mut machine)
 }
 
+/// Bytes before the structured part: the frame's header, and its chunk's.
+const STRUCTURED: usize = 96 + 8;
+/// Bytes of a trailer, with its chunk's header.
+const TRAILER: usize = 8 + 12;
+
+/// A state that is whole and was never saved: refused or taken, the device lives on.
+pub(crate) fn mutated_states_do_no_harm<S: Subject>() -> Result<()> {
+    let (mut subject, mut machine, state) = saved::<S>()?;
+    let end = state.len() - TRAILER;
+    // What is special is at the beginning.
+    for at in STRUCTURED..end.min(STRUCTURED + 150) {
+        for byte in [0, 0x7f, 0xff, state[at] ^ 1, state[at] ^ 0x80] {
+            let mut mutant = state.clone();
+            mutant[at] = byte;
+            let crc = crc32c::crc32c(&mutant[..end]);
+            mutant[end + 16..].copy_from_slice(&crc.to_le_bytes());
+            // Either is right: some bytes are free to be others.
+            let loaded = machine.connection.load(&mutant);
+            let frontend = machine.connection.frontend();
+            let lives = frontend.reset_device();
+            ensure!(lives.is_ok(), "byte {at} = {byte:#x}: {loaded:?}");
+        }
+    }
+    ensure!(!machine.process.has_ended(), "it has ended");
+    machine.reset()?;
+    machine.stop_rings()?;
+    machine.connection.load(&state)?;
+    machine.start_rings()?;
+    subject.exchange(&mut machine)
+}
+
 pub(crate) fn unknown_schema_is_refused_by_name<S: Subject>() -> Result<()> {
     let (_subject, mut machine, state) = saved::<S>()?;
     let mut newer = state;
@@ -106,7 +138,6 @@ pub(crate) fn a_peer_that_goes_away_leaves_the_device_alive<S: Subject>() -> Res
 }
 
 fn check(machine: &mut Machine) -> Result<()> {
-    use vhost::vhost_user::VhostUserFrontend;
     Ok(machine.connection.frontend().check_device_state()?)
 }
 

@@ -7,12 +7,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd as _, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
 use migration::rings::MAX_REASON;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::VhostBackend;
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::message::VhostUserHeaderFlag;
@@ -78,6 +79,12 @@ impl Connection {
     /// The socket, to watch it for a hang-up.
     pub(super) fn socket(&self) -> &Arc<UnixStream> {
         &self.socket
+    }
+
+    /// Whether the other end is closed.
+    pub(super) fn has_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// Sends one message, and waits for its answer if it has one.

@@ -268,6 +268,20 @@ impl VhostUserDevice {
         result
     }
 
+    /// Fails if the back-end is not the one that was there `reconnects` ago, or is gone, whether
+    /// that was noticed before or not. It is sent nothing.
+    pub fn check_served_since(&self, reconnects: u32) -> Result<(), VhostUserError> {
+        let state = self.shared.state();
+        match &state.phase {
+            Phase::Connected(session)
+                if self.reconnects() == reconnects && !session.connection.has_hung_up() =>
+            {
+                Ok(())
+            }
+            _ => Err(self.shared.away()),
+        }
+    }
+
     /// Ends every wait for an answer, of this device and of all others of its machine: who has not
     /// answered by now is taken for gone.
     pub fn give_up(&self) {
@@ -280,6 +294,19 @@ impl VhostUserDevice {
         let result = state::check(self.shared.stopped_session(state)?, deadline);
         self.shared.note(state, &result);
         result
+    }
+
+    /// The back-end has loaded its state. What the guest reads of a balloon is part of that, and
+    /// must not be what it was before when the guest goes on.
+    pub fn loaded(&self) -> Result<(), VhostUserError> {
+        if self.shared.config.kind != DeviceKind::BALLOON {
+            return Ok(());
+        }
+        let state = &mut *self.shared.state();
+        if let Some(bytes) = self.shared.fetch_config(state)? {
+            self.shared.set_config(bytes);
+        }
+        Ok(())
     }
 }
 

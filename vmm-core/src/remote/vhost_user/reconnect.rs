@@ -97,7 +97,8 @@ impl Shared {
             }
             Err(error) if error.may_pass() => {
                 self.set_phase(state, Phase::Away);
-                state.failures += 1;
+                // One that only says nothing has not been harmed by what the driver wants.
+                state.failures += u32::from(error.is_hang_up());
                 if state.failures == MAX_FAILURES && state.wanted.take().is_some() {
                     self.report(&error);
                 }
@@ -146,11 +147,12 @@ impl Shared {
         }
         // Others hear of it when its rings run.
         state.phase = Phase::Connected(Box::new(session));
-        let bytes = self.fetch_config(state)?;
         let started = self.start(state);
         self.note(state, &started);
         started?;
         state.unwritten.clear();
+        // Now that it has what its predecessor has left.
+        let bytes = self.fetch_config(state)?;
         let same = |bytes: &Vec<u8>| *bytes == *self.config_bytes();
         if let Some(bytes) = bytes.filter(|bytes| !same(bytes)) {
             self.change_config(bytes);

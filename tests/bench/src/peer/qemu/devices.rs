@@ -67,7 +67,15 @@ pub(super) fn options(
                         format!("virtio-net-pci,netdev=n{number},romfile=,{place}{vectors}"),
                     )
             }
-            (Device::Balloon, _) => launch.option("-device", format!("virtio-balloon-pci,{place}")),
+            (Device::Balloon, _) => launch
+                .option("-object", format!("iothread,id=hints{number}"))
+                .option(
+                    "-device",
+                    format!(
+                        "virtio-balloon-pci,free-page-hint=on,free-page-reporting=on,\
+                         iothread=hints{number},{place}"
+                    ),
+                ),
             (Device::Foreign { kind, .. }, _) => bail!("QEMU has no {kind} of its own to compare"),
         };
     }

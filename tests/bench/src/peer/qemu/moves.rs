@@ -9,6 +9,7 @@ use test_framework::machine::DEADLINE;
 use test_hosts::Qmp;
 
 use super::{Machine, Running};
+use crate::cpu_time::CpuTime;
 use crate::switchover::{MAX_DOWNTIME_MS, Move, gap};
 
 /// Bytes a second that QEMU may send: more than it can.
@@ -20,6 +21,12 @@ impl Machine {
     /// Boots the machine, moves it once over a Unix socket and ends it. With more than one of
     /// `channels` memory goes over so many more of them (multifd).
     pub(crate) fn moved(&self, channels: usize) -> Result<Move> {
+        Ok(self.moved_with(channels, true)?.0)
+    }
+
+    /// The same, with free page hints if it has a balloon, or without them; and the processor time
+    /// that it took at the source and at the destination.
+    pub(crate) fn moved_with(&self, channels: usize, hints: bool) -> Result<(Move, [CpuTime; 2])> {
         let mut source = self.launch(false)?;
         gap::warm_up(&mut source.console, u64::from(self.workload.span) << 8)
             .with_context(|| format!("qemu said: {}", source.process.stderr()))?;
@@ -28,27 +35,33 @@ impl Machine {
         let mut there = destination.commands()?;
         let mut here = source.commands()?;
         for qmp in [&mut there, &mut here] {
-            set_up(qmp, channels)?;
+            set_up(qmp, channels, hints)?;
         }
+        let before = CpuTime::of(source.process.id())?;
         there.execute("migrate-incoming", json!({ "uri": way }))?;
         here.execute("migrate", json!({ "uri": way }))?;
         let done = completed(&mut here).with_context(|| {
             let (here, there) = (source.process.stderr(), destination.process.stderr());
             format!("qemu said: {here}; at the destination: {there}")
         })?;
+        let times = [
+            CpuTime::of(source.process.id())?.since(before),
+            CpuTime::of(destination.process.id())?,
+        ];
         let gap = gap::after(&mut destination.console)?;
         let ms = |key: &str| {
             done[key]
                 .as_f64()
                 .with_context(|| format!("no {key} in {done}"))
         };
-        Ok(Move {
+        let moved = Move {
             gap_ms: gap.as_secs_f64() * 1e3,
             said_ms: ms("downtime")?,
             total_ms: ms("total-time")?,
             bytes: done["ram"]["transferred"].as_u64().unwrap_or(0),
             report: None,
-        })
+        };
+        Ok((moved, times))
     }
 }
 
@@ -59,18 +72,25 @@ impl Running {
     }
 }
 
-fn set_up(qmp: &mut Qmp, channels: usize) -> Result<()> {
+fn set_up(qmp: &mut Qmp, channels: usize, hints: bool) -> Result<()> {
     let mut parameters = json!({
         "max-bandwidth": BANDWIDTH,
         "downtime-limit": MAX_DOWNTIME_MS,
     });
+    let mut capabilities = Vec::new();
     if channels > 1 {
-        let multifd = json!({ "capability": "multifd", "state": true });
+        capabilities.push(json!({ "capability": "multifd", "state": true }));
+        parameters["multifd-channels"] = channels.into();
+    }
+    if !hints {
+        // It has no switch; a migration that could become postcopy does not ask for hints.
+        capabilities.push(json!({ "capability": "postcopy-ram", "state": true }));
+    }
+    if !capabilities.is_empty() {
         qmp.execute(
             "migrate-set-capabilities",
-            json!({ "capabilities": [multifd] }),
+            json!({ "capabilities": capabilities }),
         )?;
-        parameters["multifd-channels"] = channels.into();
     }
     qmp.execute("migrate-set-parameters", parameters)?;
     Ok(())

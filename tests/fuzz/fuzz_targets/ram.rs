@@ -1,0 +1,52 @@
+//! Memory channels of a hostile peer: bytes as they are, and records with right checksums.
+#![no_main]
+
+use std::io;
+
+use libfuzzer_sys::fuzz_target;
+use migration::ram::{PAGE, PageSink, RamReader, channel_of};
+
+/// Pages of the machine, with a hole.
+const PAGES: u64 = 1000;
+const CHANNELS: usize = 3;
+
+struct Memory;
+
+impl PageSink for Memory {
+    fn has(&self, page: u64) -> bool {
+        page < PAGES && page != 70
+    }
+
+    fn fill(&self, page: u64, content: &[u8]) -> io::Result<()> {
+        assert!(self.has(page) && content.len() == PAGE);
+        // On which channel it came follows from the page.
+        assert_eq!(channel_of(page / 64 * 64, CHANNELS), 1);
+        Ok(())
+    }
+}
+
+fn read(bytes: &[u8]) {
+    let Ok(mut reader) = RamReader::begin(bytes, 1, CHANNELS) else { return };
+    while let Ok(true) = reader.record(&Memory) {}
+    assert!(reader.bytes() <= bytes.len() as u64);
+}
+
+fuzz_target!(|data: &[u8]| {
+    read(data);
+    let mut preface = b"GODWITRM".to_vec();
+    preface.extend([1, 0, 1, 0, 0, 0, 0, 0]);
+    read(&[&preface, data].concat());
+    // Of each 28 bytes a record.
+    let mut stream = preface;
+    let (records, _) = data.as_chunks::<28>();
+    for record in records.iter().take(8) {
+        let content = u64::from_le_bytes(std::array::from_fn(|at| record[12 + at]));
+        let mut rest = record[4..].to_vec();
+        rest.resize(24 + content.count_ones() as usize * PAGE, record[27]);
+        let kind = u32::from_le_bytes(std::array::from_fn(|at| record[at]));
+        stream.extend(kind.to_le_bytes());
+        stream.extend((crc32c::crc32c(&rest) ^ kind).to_le_bytes());
+        stream.extend(rest);
+    }
+    read(&stream);
+});
