@@ -26,7 +26,6 @@ use super::peer::{Dial, Offer, nonce};
 use super::record::{Outcome, Verdict};
 use crate::host::Host;
 use crate::jobs::Job;
-use crate::launch::Launcher;
 use crate::machine::{Instance, Machine, start};
 
 /// How long the job asks the other broker what became of the machine when its core does not know;
@@ -87,12 +86,6 @@ impl Leaving {
     }
 
     async fn go_local(&self, options: &Options) -> Result<(), Error> {
-        if let Launcher::Systemd(_) = self.host.launcher {
-            return Err(Error::NotMigratable(format!(
-                "{} stays where it was: units of systemd cannot be of two generations yet",
-                self.machine.name()
-            )));
-        }
         let mover = self.mover().await?;
         let memory = mover.0.memory().await?;
         let definition = self.machine.definition();

@@ -23,10 +23,10 @@ impl Agent {
         if geteuid().is_root() || !person {
             return None;
         }
-        // It talks to the terminal itself, and closes this descriptor when it is ready. With
-        // --fallback it leaves the asking to the desktop's agent, if there is one.
+        // It talks to the terminal itself, and closes this descriptor when it is ready. An agent with
+        // --fallback would not be found where the process is in no session.
         let mut child = Command::new(PROGRAM)
-            .args(["--notify-fd", "1", "--fallback"])
+            .args(["--notify-fd", "1"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()

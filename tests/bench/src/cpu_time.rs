@@ -68,7 +68,7 @@ mod tests {
     fn threads_named_as_vcpus_are_the_guest() {
         let spin = || {
             let mut sum = 0u64;
-            for n in 0..400_000_000u64 {
+            for n in 0..50_000_000u64 {
                 sum = std::hint::black_box(sum ^ n);
             }
             let time = CpuTime::of(std::process::id());

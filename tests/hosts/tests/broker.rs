@@ -125,11 +125,6 @@ fn machines_in_units_survive_what_is_killed() -> Result<()> {
 }
 
 #[test]
-fn machines_in_units_move_within_their_host() -> Result<()> {
-    passes("units", &["migration"], "ten_times_within_a_host")
-}
-
-#[test]
 fn clients_networks_and_refusals_with_units() -> Result<()> {
     let others = ["clients", "cycles", "network", "refused"];
     passes("units", &others, ELSEWHERE)
