@@ -114,10 +114,7 @@ impl Pair {
         let place = usize::from(self.at(0).await?.is_none());
         let vm = self.at(place).await?.context("it is gone")?;
         becomes(&vm, State::Running).await?;
-        // The console of the last look may not have been left yet.
-        let socket = vm.open_console("", FORCE | REPLAY).await?;
-        let mut console = Console::new(UnixStream::from(OwnedFd::from(socket)))?;
-        beats(&mut console)?;
+        beats(&mut take_console(&vm).await?)?;
         let other = &self.brokers[1 - place];
         until("an end of the other processes", async || {
             Ok(other.programs().is_empty())
@@ -125,6 +122,12 @@ impl Pair {
         .await?;
         Ok(place)
     }
+}
+
+/// The console, also when that of the look before has not been left yet.
+async fn take_console(vm: &MachineProxy<'_>) -> Result<Console> {
+    let socket = vm.open_console("", FORCE | REPLAY).await?;
+    Console::new(UnixStream::from(OwnedFd::from(socket)))
 }
 
 fn place(result: &Dictionary) -> String {
@@ -165,7 +168,7 @@ async fn a_word_that_is_lost_is_asked_for() -> Result<()> {
     assert_eq!(place(&result), "destination", "{result:?}");
     assert_eq!(pair.settles().await?, 1);
     let vm = pair.at(1).await?.context("it is gone")?;
-    finish(&mut console(&vm).await?)
+    finish(&mut take_console(&vm).await?)
 }
 
 /// Waits until a job asks what became of its machine.
@@ -200,7 +203,7 @@ async fn somebody_decides_when_the_other_host_is_lost() -> Result<()> {
         assert_eq!(pair.settles().await?, usize::from(there));
     }
     let vm = pair.at(1).await?.context("it is gone")?;
-    finish(&mut console(&vm).await?)
+    finish(&mut take_console(&vm).await?)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -224,7 +227,7 @@ async fn brokers_that_are_killed_at_any_moment_find_the_machine_again() -> Resul
             .with_context(|| format!("after {delay} ms"))?;
     }
     let vm = pair.at(place).await?.context("it is gone")?;
-    finish(&mut console(&vm).await?)
+    finish(&mut take_console(&vm).await?)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -274,7 +277,7 @@ async fn a_declared_machine_that_has_moved_is_not_started_again() -> Result<()> 
     )
     .await?;
     let vm = pair.at(0).await?.context("it is gone")?;
-    beats(&mut console(&vm).await?)?;
+    beats(&mut take_console(&vm).await?)?;
     pair.kill(&[0]).await?;
     let vm = pair.at(0).await?.context("it is gone")?;
     // The other host is lost with it.
@@ -290,5 +293,5 @@ async fn a_declared_machine_that_has_moved_is_not_started_again() -> Result<()> 
     let lost = pair.at(1).await?.context("it is gone")?;
     done(&pair.buses[1], lost.terminate(0).await?).await?;
     done(&pair.buses[0], vm.start(FORCE).await?).await?;
-    finish(&mut console(&vm).await?)
+    finish(&mut take_console(&vm).await?)
 }

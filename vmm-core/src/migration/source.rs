@@ -308,6 +308,8 @@ impl Source {
                 memory.sender.send_with_holes(first, words, holes)?;
                 self.listen()?;
                 self.keep_pace(&mut memory.sender, began, before)?;
+                let sent = memory.sender.sent();
+                self.progress("copying", |progress| progress.sent_bytes = sent);
             }
             let remaining = memory.tracker.pending_bytes();
             let sent = memory.sender.sent();
