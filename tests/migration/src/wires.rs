@@ -25,7 +25,7 @@ pub enum Kind {
 
 /// What happens to one connection. Where it says nothing else: on the way to the destination.
 ///
-/// Those that name a message are for the connection of the cores, see [`migration::link`].
+/// Those that name a message are for the connection of the cores, see `crates/migration/src/link.rs`.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// After so many bytes the connection is closed on both sides.
