@@ -305,7 +305,7 @@ impl Worker for BalloonWorker {
         Ok(())
     }
 
-    fn wait_for(&self, interest: &mut Interest) {
+    fn wait_for(&self, interest: &mut Interest<'_>) {
         if let Some(timer) = &self.timer {
             interest.readable(TIMER, timer.as_fd());
         }

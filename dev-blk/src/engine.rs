@@ -270,7 +270,7 @@ impl Worker for Engine {
         self.ring.enable()
     }
 
-    fn wait_for(&self, interest: &mut Interest) {
+    fn wait_for(&self, interest: &mut Interest<'_>) {
         if self.free.len() < self.slots.len() {
             interest.readable(COMPLETIONS, self.ring.as_fd());
         }

@@ -127,7 +127,7 @@ impl Worker for NetWorker {
         Ok(())
     }
 
-    fn wait_for(&self, interest: &mut Interest) {
+    fn wait_for(&self, interest: &mut Interest<'_>) {
         if self.rx.take_wants() {
             interest.readable(TAP_READABLE, self.tap().as_fd());
         }

@@ -23,7 +23,6 @@
 //! both need is shared by the device in its own way, usually an `Arc` made in `open`.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +36,7 @@ use thiserror::Error;
 
 use crate::health::Health;
 use crate::queue::{Kept, Queue, QueueError, QueueIndex};
+pub use crate::queue_thread::Interest;
 use crate::session::ConfigChange;
 
 /// A device, whatever front-end it serves.
@@ -190,15 +190,17 @@ pub trait Worker: Send + 'static {
     fn start(&mut self) -> Result<(), HostError>;
 
     /// Names the descriptors besides the queues' kicks that it waits for now. Called before every
-    /// wait, so that what is waited for can follow what is there to do.
-    fn wait_for(&self, interest: &mut Interest);
+    /// wait, so that what is waited for can follow what is there to do. A source is always the same
+    /// descriptor, which is open as long as the worker lives.
+    fn wait_for(&self, interest: &mut Interest<'_>);
 
     /// One of those descriptors is ready. `queues` are those of this worker that are served now,
     /// also those that are being stopped; completions are answered here.
     fn ready(&mut self, source: Source, queues: &mut Queues<'_>) -> Result<(), WorkerError>;
 
     /// Takes requests from `queue` until there are none. Called after every wait for each queue
-    /// that is served and not being stopped, also when it was not kicked.
+    /// that is served and not being stopped, also when it was not kicked. Not called for a ring
+    /// that starts empty until it is kicked.
     fn process(&mut self, queue: &mut Queue) -> Result<Progress, WorkerError>;
 }
 
@@ -245,24 +247,6 @@ impl Queues<'_> {
 /// A descriptor that a worker waits for, by a number of its own choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Source(pub u32);
-
-/// The descriptors that a worker waits for, besides kicks.
-#[derive(Debug, Default)]
-pub struct Interest {
-    pub(crate) entries: Vec<(Source, RawFd, libc::c_short)>,
-}
-
-impl Interest {
-    /// Waits until `fd` can be read.
-    pub fn readable(&mut self, source: Source, fd: BorrowedFd<'_>) {
-        self.entries.push((source, fd.as_raw_fd(), libc::POLLIN));
-    }
-
-    /// Waits until `fd` can be written.
-    pub fn writable(&mut self, source: Source, fd: BorrowedFd<'_>) {
-        self.entries.push((source, fd.as_raw_fd(), libc::POLLOUT));
-    }
-}
 
 /// Who writes to the configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -41,7 +41,7 @@ use crate::metrics::Metrics;
 use crate::metrics_server;
 use crate::options::{CommandLine, KitOptions, Switch, one_line};
 use crate::queue::QueueIndex;
-use crate::queue_thread::QueueThread;
+use crate::queue_thread::{QueueThread, Rings};
 use crate::queue_threads::QueueThreads;
 use crate::readiness::Readiness;
 use crate::sandbox::{self, SandboxError};
@@ -202,13 +202,12 @@ fn start<D: Device>(
         Switch::Off => tracing::warn!("running without sandbox"),
     }
 
-    let mut mailboxes = Vec::new();
+    let mut threads: Vec<Arc<dyn Rings>> = Vec::new();
     for Assignment { worker, queues } in workers {
-        let (thread, mailbox) =
-            QueueThread::new(worker, queues.len(), ending.clone(), health.clone())?;
+        let thread = QueueThread::new(worker, queues.len(), ending.clone(), health.clone())?;
+        threads.push(Arc::clone(&thread) as Arc<dyn Rings>);
         let name = format!("queue-{}", queues.first().map_or(0, |queue| queue.get()));
         spawn(name, STACK, move || thread.run())?;
-        mailboxes.push(mailbox);
     }
     if let Some(listener) = metrics_listener {
         metrics_server::start(listener, registry)
@@ -217,7 +216,7 @@ fn start<D: Device>(
     let services = Arc::new(Services {
         device: Arc::new(device),
         held: Mutex::new(!options.incoming),
-        queues: QueueThreads::new(mailboxes, thread_of),
+        queues: QueueThreads::new(threads, thread_of),
         unit,
         prefault: Prefaulter::new(options.prefault, health.clone()),
         metrics,

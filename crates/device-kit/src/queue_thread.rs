@@ -1,35 +1,47 @@
-//! The thread that serves the queues of one worker.
+//! The thread that serves the queues of one worker, and its hand-over to the control thread.
 //!
-//! It owns its queues and its worker; the control thread owns everything else and sends it
-//! commands. There is no lock on the way of a request. One turn is:
+//! Queues and worker are behind one lock. The queue thread holds it while it has something to do
+//! and gives it up while it waits; so the control thread starts and stops rings that are at rest
+//! without waking anybody. One turn is:
 //!
 //! ```text
-//! wait (commands, kicks, the worker's descriptors)
-//!   → commands → kicks are read → Worker::ready for each ready descriptor
+//! wait (kicks, the worker's descriptors, a wake-up)          without the lock
+//!   → kicks are read → Worker::ready for each ready descriptor
 //!   → Worker::process for each queue that runs → guests are called → stops that can end, end
 //! ```
 //!
-//! It waits by `poll`, whose list is made anew each turn: a kick descriptor that is replaced or
-//! closed leaves nothing behind. The life of a queue in here:
+//! What was ready when the wait ended may be gone when the lock is held: the kick of a ring that
+//! stopped meanwhile is known by its number, see [`Token`]. The life of a queue in here:
 //!
 //! ```text
 //! (absent) ──start──► running ──stop──► stopping ──nothing in flight──► (absent), base answered
 //!                        └──guest breaks the ring──► broken ──stop──► as above, at once or drained
 //! ```
-#![expect(unsafe_code, reason = "poll on descriptors that come and go")]
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::convert::Infallible;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::Sender;
+use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::epoll::{EpollEvent, EpollFlags};
+use parking_lot::{Mutex, MutexGuard};
 
-use crate::device::{HostError, Interest, Progress, Queues, Source, Worker, WorkerError};
+use crate::device::{HostError, Progress, Queues, Worker, WorkerError};
 use crate::ending::Ending;
 use crate::health::Health;
 use crate::memory::Memory;
 use crate::queue::{Queue, QueueError, QueueIndex, RingLayout};
+pub use watch::Interest;
+use watch::{Followed, Token, Watch};
+
+mod watch;
+
+/// A queue thread that does not come to the end of its turn for this long is stuck.
+const TURN_DEADLINE: Duration = Duration::from_secs(10);
+/// Most events that one turn takes.
+const EVENTS: usize = 64;
 
 /// The eventfds of a ring.
 #[derive(Debug, Default)]
@@ -42,33 +54,6 @@ pub(crate) struct RingEvents {
     pub(crate) error: Option<OwnedFd>,
 }
 
-/// What the control thread asks for.
-#[derive(Debug)]
-pub(crate) enum Command {
-    /// Serve this queue from now on.
-    Start {
-        queue: Box<Queue>,
-        events: RingEvents,
-    },
-    /// Serve it no longer; answer its base when nothing of it is in flight.
-    Stop {
-        queue: QueueIndex,
-        base: Sender<u16>,
-    },
-    /// Use this descriptor instead.
-    SetEvent {
-        queue: QueueIndex,
-        which: RingEvent,
-        fd: Option<OwnedFd>,
-    },
-    /// Use this memory; each ring is at its new place, or nowhere.
-    SetMemory {
-        memory: Arc<Memory>,
-        layouts: Vec<(QueueIndex, Option<RingLayout>)>,
-        done: Sender<()>,
-    },
-}
-
 /// Which eventfd of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RingEvent {
@@ -77,145 +62,231 @@ pub(crate) enum RingEvent {
     Error,
 }
 
-/// The control thread's handle: sends commands and wakes the thread.
+/// A queue thread that is stuck in a turn.
 #[derive(Debug)]
-pub(crate) struct Mailbox {
-    sender: Sender<Command>,
-    wake: Arc<EventFd>,
-}
+pub(crate) struct Stuck;
 
-impl Mailbox {
-    /// Sends a command; false when the thread is gone.
-    pub(crate) fn send(&self, command: Command) -> bool {
-        self.sender.send(command).is_ok() && self.wake.write(1).is_ok()
-    }
+/// What the control thread does with the queues of one thread. Each call waits for the turn that
+/// the thread is in.
+pub(crate) trait Rings: Send + Sync {
+    /// Serves this queue from now on.
+    fn start(&self, queue: Queue, events: RingEvents) -> Result<(), Stuck>;
+
+    /// Serves it no longer, and answers its base when nothing of it is in flight; now, if it is at
+    /// rest.
+    fn stop(&self, queue: QueueIndex, base: Sender<u16>) -> Result<(), Stuck>;
+
+    /// Uses this descriptor instead.
+    fn set_event(
+        &self,
+        queue: QueueIndex,
+        which: RingEvent,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), Stuck>;
+
+    /// Uses this memory, where the ring is at this place, or nowhere.
+    fn set_memory(
+        &self,
+        queue: QueueIndex,
+        layout: Option<RingLayout>,
+        memory: &Arc<Memory>,
+    ) -> Result<(), Stuck>;
 }
 
 struct Slot {
     events: RingEvents,
+    /// Which of the kick descriptors that were here in turn is watched.
+    generation: u32,
     stopping: Option<Sender<u16>>,
     broken: bool,
 }
 
-pub(crate) struct QueueThread<W> {
+/// What one thread at a time works with.
+struct Serving<W> {
     worker: W,
-    commands: Receiver<Command>,
-    wake: Arc<EventFd>,
     /// Same places as `slots`.
     queues: Vec<Option<Queue>>,
     slots: Vec<Slot>,
+    /// The worker's descriptors.
+    followed: Followed,
     /// There is more to do, without waiting.
     again: bool,
-    ending: Ending,
+    watch: Arc<Watch>,
     health: Health,
 }
 
+/// A worker and its queues, shared by the queue thread and the control thread.
+pub(crate) struct QueueThread<W> {
+    serving: Mutex<Serving<W>>,
+    watch: Arc<Watch>,
+    ending: Ending,
+}
+
 impl<W: Worker> QueueThread<W> {
-    /// Makes a thread's state, to be moved to the thread, and the control thread's handle to it.
+    /// Makes what the two threads share.
     pub(crate) fn new(
         worker: W,
         queue_count: usize,
         ending: Ending,
         health: Health,
-    ) -> Result<(Self, Mailbox), HostError> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = EventFd::from_flags(flags)
-            .map_err(|error| HostError::new("cannot make an eventfd for a queue thread", error))?;
-        let wake = Arc::new(wake);
-        let (sender, commands) = std::sync::mpsc::channel();
-        let mailbox = Mailbox {
-            sender,
-            wake: Arc::clone(&wake),
-        };
+    ) -> Result<Arc<Self>, HostError> {
+        let watch = Watch::new()
+            .map_err(|error| HostError::new("cannot make what a queue thread waits for", error))?;
+        let watch = Arc::new(watch);
         let slot = || Slot {
             events: RingEvents::default(),
+            generation: 0,
             stopping: None,
             broken: false,
         };
-        let thread = QueueThread {
+        let serving = Serving {
             worker,
-            commands,
-            wake,
             queues: (0..queue_count).map(|_| None).collect(),
             slots: (0..queue_count).map(|_| slot()).collect(),
+            followed: Followed::default(),
             again: false,
-            ending,
+            watch: Arc::clone(&watch),
             health,
         };
-        Ok((thread, mailbox))
+        Ok(Arc::new(QueueThread {
+            serving: Mutex::new(serving),
+            watch,
+            ending,
+        }))
     }
 
-    /// Serves until the control thread's handle is gone. A failure of the host ends the process.
-    pub(crate) fn run(mut self) {
-        let result = self.worker.start().and_then(|()| {
-            let mut wait = Wait::default();
-            while self.obey()? {
-                wait.collect(&self)?;
-                self.turn(&wait)?;
-            }
-            Ok(())
-        });
-        if let Err(error) = result {
-            self.ending.fail(&error);
-        }
+    /// Serves as long as the process lives. A failure of the host ends the process.
+    pub(crate) fn run(&self) {
+        let Err(error) = self.serve();
+        self.ending.fail(&error);
     }
 
-    /// Carries out what was asked; false when nobody can ask any more.
-    fn obey(&mut self) -> Result<bool, HostError> {
-        let _ = self.wake.read();
+    fn serve(&self) -> Result<Infallible, HostError> {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let mut at_once = {
+            let mut serving = self.serving.lock();
+            serving.worker.start()?;
+            serving.turn(&[])?
+        };
         loop {
-            match self.commands.try_recv() {
-                Ok(command) => self.carry_out(command)?,
-                Err(std::sync::mpsc::TryRecvError::Empty) => return Ok(true),
-                Err(std::sync::mpsc::TryRecvError::Disconnected) => return Ok(false),
-            }
+            let ready = self
+                .watch
+                .wait(&mut events, at_once)
+                .map_err(|error| HostError::new("queue thread cannot wait", error))?;
+            let mut serving = self.serving.lock();
+            at_once = serving.turn(&events[..ready])?;
+            // Who waits for the end of this turn must not wait for that of the next.
+            MutexGuard::unlock_fair(serving);
         }
     }
 
-    fn carry_out(&mut self, command: Command) -> Result<(), HostError> {
-        match command {
-            Command::Start { queue, events } => {
-                if let Some(at) = self.queues.iter().position(Option::is_none) {
-                    // What happened to this ring before is unknown: its guest may wait for a call
-                    // that was lost with the process before this one, and its kick too.
-                    signal(events.call.as_ref(), queue.index());
-                    self.queues[at] = Some(*queue);
-                    self.slots[at].events = events;
-                    self.slots[at].broken = false;
-                    self.process(at)?;
-                }
-            }
-            Command::Stop { queue, base } => match self.place(queue) {
-                Some(at) => {
-                    self.slots[at].stopping = Some(base);
-                    self.end_stops();
-                }
-                None => drop(base),
-            },
-            Command::SetEvent { queue, which, fd } => {
-                if let Some(at) = self.place(queue) {
-                    let events = &mut self.slots[at].events;
-                    match which {
-                        RingEvent::Kick => events.kick = fd,
-                        RingEvent::Call => events.call = fd,
-                        RingEvent::Error => events.error = fd,
-                    }
-                    // A kick that went to the old descriptor is made up for.
-                    self.process(at)?;
-                }
-            }
-            Command::SetMemory {
-                memory,
-                layouts,
-                done,
-            } => {
-                for (queue, layout) in layouts {
-                    self.move_ring(queue, layout, &memory);
-                }
-                let _ = done.send(());
-            }
+    fn lock(&self) -> Result<MutexGuard<'_, Serving<W>>, Stuck> {
+        self.serving.try_lock_for(TURN_DEADLINE).ok_or(Stuck)
+    }
+}
+
+impl<W: Worker> Rings for QueueThread<W> {
+    fn start(&self, queue: Queue, events: RingEvents) -> Result<(), Stuck> {
+        if self.lock()?.start(queue, events) {
+            self.watch.wake();
         }
         Ok(())
+    }
+
+    fn stop(&self, queue: QueueIndex, base: Sender<u16>) -> Result<(), Stuck> {
+        self.lock()?.stop(queue, base);
+        Ok(())
+    }
+
+    fn set_event(
+        &self,
+        queue: QueueIndex,
+        which: RingEvent,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), Stuck> {
+        self.lock()?.set_event(queue, which, fd);
+        // A kick that went to the old descriptor is made up for.
+        self.watch.wake();
+        Ok(())
+    }
+
+    fn set_memory(
+        &self,
+        queue: QueueIndex,
+        layout: Option<RingLayout>,
+        memory: &Arc<Memory>,
+    ) -> Result<(), Stuck> {
+        self.lock()?.move_ring(queue, layout, memory);
+        Ok(())
+    }
+}
+
+impl<W: Worker> Serving<W> {
+    /// True when the ring is to be looked at by its thread.
+    fn start(&mut self, queue: Queue, events: RingEvents) -> bool {
+        let Some(at) = self.queues.iter().position(Option::is_none) else {
+            return false;
+        };
+        // What happened to this ring before is unknown: its guest may wait for a call that was
+        // lost with the process before this one, and its kick too.
+        signal(events.call.as_ref(), queue.index());
+        let queue = self.queues[at].insert(queue);
+        let looked = queue.enable_kicks();
+        let slot = &mut self.slots[at];
+        slot.events = events;
+        slot.broken = false;
+        self.watch_kick(at);
+        looked.unwrap_or_else(|error| {
+            self.break_queue(at, &error);
+            false
+        })
+    }
+
+    fn stop(&mut self, queue: QueueIndex, base: Sender<u16>) {
+        // Without a queue, that nobody answers is the answer.
+        if let Some(at) = self.place(queue) {
+            self.forget_kick(at);
+            self.slots[at].stopping = Some(base);
+            self.end_stops();
+        }
+    }
+
+    fn set_event(&mut self, queue: QueueIndex, which: RingEvent, fd: Option<OwnedFd>) {
+        let Some(at) = self.place(queue) else { return };
+        match which {
+            RingEvent::Kick => {
+                self.forget_kick(at);
+                self.slots[at].events.kick = fd;
+                self.watch_kick(at);
+            }
+            RingEvent::Call => self.slots[at].events.call = fd,
+            RingEvent::Error => self.slots[at].events.error = fd,
+        }
+    }
+
+    /// Waits for the kicks of a queue that is served.
+    fn watch_kick(&mut self, at: usize) {
+        let slot = &mut self.slots[at];
+        if slot.broken || slot.stopping.is_some() {
+            return;
+        }
+        slot.generation = slot.generation.wrapping_add(1);
+        let token = Token::Kick {
+            at,
+            generation: slot.generation,
+        };
+        if let Some(kick) = &slot.events.kick
+            && let Err(error) = self.watch.add(kick, EpollFlags::EPOLLIN, token)
+        {
+            tracing::warn!(%error, "kick descriptor cannot be waited for");
+            slot.events.kick = None;
+        }
+    }
+
+    fn forget_kick(&mut self, at: usize) {
+        if let Some(kick) = self.slots[at].events.kick.take() {
+            self.watch.remove(&kick);
+        }
     }
 
     fn move_ring(&mut self, index: QueueIndex, layout: Option<RingLayout>, memory: &Arc<Memory>) {
@@ -232,32 +303,52 @@ impl<W: Worker> QueueThread<W> {
         }
     }
 
-    fn turn(&mut self, wait: &Wait) -> Result<(), HostError> {
+    /// True when there is more to do, without waiting.
+    fn turn(&mut self, events: &[EpollEvent]) -> Result<bool, HostError> {
         self.again = false;
-        for (at, _, revents) in &wait.kicks {
-            self.take_kick(*at, *revents);
-        }
-        for (source, _, revents) in &wait.sources {
-            if *revents != 0 {
-                let mut queues = Queues {
-                    queues: &mut self.queues,
-                };
-                let result = self.worker.ready(*source, &mut queues);
-                self.survive(result)?;
+        for event in events {
+            match Token::of(event) {
+                Token::Wake => self.watch.woken(),
+                Token::Kick { at, generation } => self.take_kick(at, generation, event.events()),
+                Token::Worker(fd) => self.take_source(fd, event.events())?,
             }
         }
         for at in 0..self.queues.len() {
             self.process(at)?;
         }
         self.end_stops();
+        let mut interest = Interest::new(&self.watch, &mut self.followed);
+        self.worker.wait_for(&mut interest);
+        interest.end().map_err(unwatched)?;
+        Ok(self.again)
+    }
+
+    fn take_source(&mut self, fd: RawFd, flags: EpollFlags) -> Result<(), HostError> {
+        for at in (0..self.followed.len()).rev() {
+            match self.followed.hit(at, fd, flags) {
+                Some((source, true)) => {
+                    let mut queues = Queues {
+                        queues: &mut self.queues,
+                    };
+                    let result = self.worker.ready(source, &mut queues);
+                    self.survive(result)?;
+                }
+                Some((_, false)) => self.followed.forget(at, &self.watch).map_err(unwatched)?,
+                None => {}
+            }
+        }
         Ok(())
     }
 
-    fn take_kick(&mut self, at: usize, revents: libc::c_short) {
-        let (Some(queue), Some(kick)) = (&self.queues[at], &self.slots[at].events.kick) else {
+    fn take_kick(&mut self, at: usize, generation: u32, flags: EpollFlags) {
+        let slot = &self.slots[at];
+        let (Some(queue), Some(kick)) = (&self.queues[at], &slot.events.kick) else {
             return;
         };
-        if revents & libc::POLLIN != 0 {
+        if slot.generation != generation {
+            return;
+        }
+        if flags.contains(EpollFlags::EPOLLIN) {
             let mut count = [0; 8];
             match nix::unistd::read(kick, &mut count) {
                 Ok(8) => {
@@ -267,11 +358,9 @@ impl<W: Worker> QueueThread<W> {
                 Err(Errno::EAGAIN | Errno::EINTR) => return,
                 Ok(_) | Err(_) => {}
             }
-        } else if revents == 0 {
-            return;
         }
         tracing::warn!(queue = %queue.index(), "kick descriptor is unusable and no longer watched");
-        self.slots[at].events.kick = None;
+        self.forget_kick(at);
     }
 
     /// Lets the worker take requests.
@@ -330,6 +419,7 @@ impl<W: Worker> QueueThread<W> {
             slot.broken = true;
             queue.metrics().broken.inc();
             signal(slot.events.error.as_ref(), queue.index());
+            self.forget_kick(at);
         }
     }
 
@@ -374,78 +464,19 @@ fn serve<W: Worker>(worker: &mut W, queue: &mut Queue) -> Result<bool, WorkerErr
     }
 }
 
+fn unwatched(error: Errno) -> HostError {
+    HostError::new(
+        "the wait for a worker's descriptor cannot be changed",
+        error,
+    )
+}
+
 fn signal(fd: Option<&OwnedFd>, queue: QueueIndex) {
     let Some(fd) = fd else { return };
     match nix::unistd::write(fd, &1u64.to_ne_bytes()) {
         // A counter that is full has been signalled.
         Ok(_) | Err(Errno::EAGAIN) => {}
         Err(error) => tracing::debug!(%queue, %error, "event descriptor cannot be signalled"),
-    }
-}
-
-/// What the thread waits for, and what of it is ready.
-#[derive(Default)]
-struct Wait {
-    interest: Interest,
-    list: Vec<libc::pollfd>,
-    /// Place of the queue, its place in `list`, and what is ready.
-    kicks: Vec<(usize, usize, libc::c_short)>,
-    /// The same for the worker's descriptors.
-    sources: Vec<(Source, usize, libc::c_short)>,
-}
-
-impl Wait {
-    fn collect<W: Worker>(&mut self, thread: &QueueThread<W>) -> Result<(), HostError> {
-        self.list.clear();
-        self.kicks.clear();
-        self.sources.clear();
-        self.interest.entries.clear();
-        self.add(thread.wake.as_fd().as_raw_fd(), libc::POLLIN);
-        for (at, slot) in thread.slots.iter().enumerate() {
-            let served = !slot.broken && slot.stopping.is_none() && thread.queues[at].is_some();
-            if let (true, Some(kick)) = (served, &slot.events.kick) {
-                self.kicks.push((at, self.list.len(), 0));
-                self.add(kick.as_raw_fd(), libc::POLLIN);
-            }
-        }
-        thread.worker.wait_for(&mut self.interest);
-        for at in 0..self.interest.entries.len() {
-            let (source, fd, events) = self.interest.entries[at];
-            self.sources.push((source, self.list.len(), 0));
-            self.add(fd, events);
-        }
-        self.poll(thread.again)?;
-        for (_, place, revents) in &mut self.kicks {
-            *revents = self.list[*place].revents;
-        }
-        for (_, place, revents) in &mut self.sources {
-            *revents = self.list[*place].revents;
-        }
-        Ok(())
-    }
-
-    fn add(&mut self, fd: RawFd, events: libc::c_short) {
-        self.list.push(libc::pollfd {
-            fd,
-            events,
-            revents: 0,
-        });
-    }
-
-    fn poll(&mut self, at_once: bool) -> Result<(), HostError> {
-        let timeout = if at_once { 0 } else { -1 };
-        // SAFETY: the list is this value's own and as long as it says.
-        let result = unsafe {
-            libc::poll(
-                self.list.as_mut_ptr(),
-                self.list.len() as libc::nfds_t,
-                timeout,
-            )
-        };
-        if result < 0 && Errno::last() != Errno::EINTR {
-            return Err(HostError::new("queue thread cannot wait", Errno::last()));
-        }
-        Ok(())
     }
 }
 

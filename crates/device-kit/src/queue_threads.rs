@@ -1,40 +1,32 @@
 //! All queue threads of the process, as the control thread sees them.
 
+use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
-
-use std::os::fd::OwnedFd;
 
 use crate::memory::Memory;
 use crate::queue::{Queue, QueueIndex, RingLayout};
-use crate::queue_thread::{Command, Mailbox, RingEvent, RingEvents};
+use crate::queue_thread::{RingEvent, RingEvents, Rings, Stuck};
 
-/// A queue thread that does not take over new memory for this long is stuck.
-const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
-
-/// A queue thread that is gone, or that does not answer.
+/// A queue thread that is stuck in a turn.
 #[derive(Debug, thiserror::Error)]
-#[error("the thread of queue {queue} does not answer")]
-pub(crate) struct ThreadGone {
+#[error("the thread of queue {queue} does not come to an end with what it does")]
+pub(crate) struct ThreadStuck {
     pub(crate) queue: QueueIndex,
 }
 
-/// Handles of the threads, and which queue is served by which.
-#[derive(Debug)]
+/// The threads' rings, and which queue is served by which.
 pub(crate) struct QueueThreads {
-    mailboxes: Vec<Mailbox>,
+    threads: Vec<Arc<dyn Rings>>,
     /// By queue: its thread.
     thread_of: Vec<usize>,
 }
 
 impl QueueThreads {
     /// `thread_of` has a valid entry for each queue of the device.
-    pub(crate) fn new(mailboxes: Vec<Mailbox>, thread_of: Vec<usize>) -> Self {
-        QueueThreads {
-            mailboxes,
-            thread_of,
-        }
+    pub(crate) fn new(threads: Vec<Arc<dyn Rings>>, thread_of: Vec<usize>) -> Self {
+        QueueThreads { threads, thread_of }
     }
 
     /// Number of queues.
@@ -42,20 +34,15 @@ impl QueueThreads {
         self.thread_of.len()
     }
 
-    pub(crate) fn start(&self, queue: Queue, events: RingEvents) -> Result<(), ThreadGone> {
-        self.send(
-            queue.index(),
-            Command::Start {
-                queue: Box::new(queue),
-                events,
-            },
-        )
+    pub(crate) fn start(&self, queue: Queue, events: RingEvents) -> Result<(), ThreadStuck> {
+        let index = queue.index();
+        self.of(index).start(queue, events).map_err(stuck(index))
     }
 
     /// Asks a queue to stop; its base comes when it is drained.
-    pub(crate) fn stop(&self, queue: QueueIndex) -> Result<Receiver<u16>, ThreadGone> {
+    pub(crate) fn stop(&self, queue: QueueIndex) -> Result<Receiver<u16>, ThreadStuck> {
         let (base, answer) = channel();
-        self.send(queue, Command::Stop { queue, base })?;
+        self.of(queue).stop(queue, base).map_err(stuck(queue))?;
         Ok(answer)
     }
 
@@ -64,52 +51,39 @@ impl QueueThreads {
         queue: QueueIndex,
         which: RingEvent,
         fd: Option<OwnedFd>,
-    ) -> Result<(), ThreadGone> {
-        self.send(queue, Command::SetEvent { queue, which, fd })
+    ) -> Result<(), ThreadStuck> {
+        let thread = self.of(queue);
+        thread.set_event(queue, which, fd).map_err(stuck(queue))
     }
 
-    /// Gives all running queues their new memory, at once, and waits until all have taken it.
+    /// Gives all running queues their new memory.
     pub(crate) fn set_memory(
         &self,
         memory: &Arc<Memory>,
         layouts: &[(QueueIndex, Option<RingLayout>)],
-    ) -> Result<(), ThreadGone> {
-        let mut answers = Vec::new();
-        for thread in 0..self.mailboxes.len() {
-            let layouts: Vec<_> = layouts
-                .iter()
-                .filter(|(queue, _)| self.thread_of[usize::from(queue.get())] == thread)
-                .copied()
-                .collect();
-            let Some((queue, _)) = layouts.first().copied() else {
-                continue;
-            };
-            let (done, answer) = channel();
-            self.send(
-                queue,
-                Command::SetMemory {
-                    memory: Arc::clone(memory),
-                    layouts,
-                    done,
-                },
-            )?;
-            answers.push((queue, answer));
-        }
-        let deadline = Instant::now() + COMMAND_DEADLINE;
-        for (queue, answer) in answers {
-            answer
-                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-                .map_err(|_| ThreadGone { queue })?;
+    ) -> Result<(), ThreadStuck> {
+        for &(queue, layout) in layouts {
+            let thread = self.of(queue);
+            thread
+                .set_memory(queue, layout, memory)
+                .map_err(stuck(queue))?;
         }
         Ok(())
     }
 
-    fn send(&self, queue: QueueIndex, command: Command) -> Result<(), ThreadGone> {
-        let thread = self.thread_of[usize::from(queue.get())];
-        if self.mailboxes[thread].send(command) {
-            Ok(())
-        } else {
-            Err(ThreadGone { queue })
-        }
+    fn of(&self, queue: QueueIndex) -> &dyn Rings {
+        &*self.threads[self.thread_of[usize::from(queue.get())]]
     }
+}
+
+impl fmt::Debug for QueueThreads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("QueueThreads")
+            .field("thread_of", &self.thread_of)
+            .finish_non_exhaustive()
+    }
+}
+
+fn stuck(queue: QueueIndex) -> impl FnOnce(Stuck) -> ThreadStuck {
+    move |Stuck| ThreadStuck { queue }
 }

@@ -251,7 +251,7 @@ impl Worker for CounterQueue {
         Ok(())
     }
 
-    fn wait_for(&self, _interest: &mut Interest) {}
+    fn wait_for(&self, _interest: &mut Interest<'_>) {}
 
     fn ready(&mut self, _source: Source, _queues: &mut Queues<'_>) -> Result<(), WorkerError> {
         Ok(())

@@ -1,4 +1,5 @@
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
@@ -6,8 +7,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::*;
+use crate::device::Source;
 use crate::queue::Chain;
 use crate::queue::tests::Guest;
 
@@ -31,7 +34,7 @@ impl Worker for Clerk {
         Ok(())
     }
 
-    fn wait_for(&self, interest: &mut Interest) {
+    fn wait_for(&self, interest: &mut Interest<'_>) {
         interest.readable(Source(7), self.release.as_fd());
     }
 
@@ -66,10 +69,17 @@ impl Worker for Clerk {
 }
 
 struct Office {
-    mailbox: Mailbox,
+    rings: Arc<dyn Rings>,
     release: Arc<EventFd>,
     fails: Arc<Mutex<bool>>,
     ending: Ending,
+}
+
+fn employ(worker: impl Worker, queues: usize, ending: &Ending) -> Arc<dyn Rings> {
+    let shared = QueueThread::new(worker, queues, ending.clone(), Health::default()).unwrap();
+    let thread = Arc::clone(&shared);
+    thread::spawn(move || thread.run());
+    shared
 }
 
 fn office() -> Office {
@@ -81,11 +91,9 @@ fn office() -> Office {
         held: Vec::new(),
         fails: Arc::clone(&fails),
     };
-    let (queue_thread, mailbox) =
-        QueueThread::new(clerk, 2, ending.clone(), Health::default()).unwrap();
-    thread::spawn(move || queue_thread.run());
+    let rings = employ(clerk, 2, &ending);
     Office {
-        mailbox,
+        rings,
         release,
         fails,
         ending,
@@ -111,14 +119,14 @@ impl Driver {
     }
 
     fn start(&self, office: &Office, index: QueueIndex, base: u16) {
-        let queue = Box::new(self.guest.start_as(index.get(), base, None).unwrap());
+        let queue = self.guest.start_as(index.get(), base, None).unwrap();
         let copy = |fd: &EventFd| Some(fd.as_fd().try_clone_to_owned().unwrap());
         let events = RingEvents {
             kick: copy(&self.kick),
             call: copy(&self.call),
             error: copy(&self.error),
         };
-        assert!(office.mailbox.send(Command::Start { queue, events }));
+        office.rings.start(queue, events).unwrap();
         // A ring that starts calls its guest once.
         wait(&self.call);
     }
@@ -158,8 +166,7 @@ fn a_stop_waits_for_its_requests_and_holds_up_nobody() {
     quick.request(0);
     quick.wait_used(1);
     let (base, stopped) = channel();
-    let queue = HELD;
-    assert!(office.mailbox.send(Command::Stop { queue, base }));
+    office.rings.stop(HELD, base).unwrap();
     // Requests of a queue that is being stopped are left where they are.
     held.request(2);
     for round in 1..20u16 {
@@ -194,8 +201,7 @@ fn a_broken_ring_is_reported_once_and_can_be_stopped() {
     good.request(0);
     office.release.write(1).unwrap();
     let (base, stopped) = channel();
-    let queue = QUICK;
-    assert!(office.mailbox.send(Command::Stop { queue, base }));
+    office.rings.stop(QUICK, base).unwrap();
     assert_eq!(stopped.recv_timeout(PATIENCE).unwrap(), 0);
     assert_eq!(bad.guest.used_index(), 0, "a broken ring was served");
     assert!(!is_readable(&bad.error, Duration::ZERO), "reported twice");
@@ -209,16 +215,16 @@ fn a_kick_descriptor_that_is_replaced_or_unusable_harms_nothing() {
     let old = std::mem::replace(&mut driver.kick, event());
     let fd = Some(driver.kick.as_fd().try_clone_to_owned().unwrap());
     let (queue, which) = (QUICK, RingEvent::Kick);
-    assert!(office.mailbox.send(Command::SetEvent { queue, which, fd }));
+    office.rings.set_event(queue, which, fd).unwrap();
     driver.request(0);
     driver.wait_used(1);
     old.write(1).unwrap();
     // A pipe whose other end is gone: readable for ever, with nothing to read.
     let (broken, _) = nix::unistd::pipe().unwrap();
     let fd = Some(broken);
-    assert!(office.mailbox.send(Command::SetEvent { queue, which, fd }));
+    office.rings.set_event(queue, which, fd).unwrap();
     let fd = Some(driver.kick.as_fd().try_clone_to_owned().unwrap());
-    assert!(office.mailbox.send(Command::SetEvent { queue, which, fd }));
+    office.rings.set_event(queue, which, fd).unwrap();
     driver.request(1);
     driver.wait_used(2);
 }
@@ -233,7 +239,7 @@ impl Worker for Pairing {
         Ok(())
     }
 
-    fn wait_for(&self, _: &mut Interest) {}
+    fn wait_for(&self, _: &mut Interest<'_>) {}
 
     fn ready(&mut self, _: Source, _: &mut Queues<'_>) -> Result<(), WorkerError> {
         Ok(())
@@ -262,11 +268,8 @@ fn a_queue_that_is_short_rests_until_the_guest_gives_more() {
         turns: Arc::clone(&turns),
     };
     let ending = Ending::new().unwrap();
-    let (queue_thread, mailbox) =
-        QueueThread::new(worker, 1, ending.clone(), Health::default()).unwrap();
-    thread::spawn(move || queue_thread.run());
     let office = Office {
-        mailbox,
+        rings: employ(worker, 1, &ending),
         release: Arc::new(event()),
         fails: Arc::default(),
         ending,
@@ -284,6 +287,41 @@ fn a_queue_that_is_short_rests_until_the_guest_gives_more() {
         driver.request(head + 1);
         driver.wait_used(2 * round + 2);
     }
+}
+
+#[test]
+fn a_ring_at_rest_stops_and_starts_without_its_thread() {
+    let turns = Arc::new(AtomicUsize::new(0));
+    let worker = Pairing {
+        turns: Arc::clone(&turns),
+    };
+    let ending = Ending::new().unwrap();
+    // Its thread does not run at all.
+    let rings = QueueThread::new(worker, 1, ending.clone(), Health::default()).unwrap();
+    let office = Office {
+        rings: Arc::clone(&rings) as Arc<dyn Rings>,
+        release: Arc::new(event()),
+        fails: Arc::default(),
+        ending,
+    };
+    let mut driver = Driver::new();
+    for _ in 0..3 {
+        driver.start(&office, QUICK, 0);
+        let (base, stopped) = channel();
+        office.rings.stop(QUICK, base).unwrap();
+        assert_eq!(stopped.try_recv(), Ok(0));
+    }
+    assert_eq!(turns.load(Ordering::Relaxed), 0);
+
+    // What came while it was stopped is not missed.
+    driver.guest.request(0);
+    driver.guest.request(1);
+    driver.start(&office, QUICK, 0);
+    thread::spawn(move || rings.run());
+    driver.wait_used(2);
+    driver.request(2);
+    driver.request(3);
+    driver.wait_used(4);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::device::{ConfigError, OptionError, StateError};
 use crate::memory::MemoryError;
 use crate::queue::{InflightError, QueueIndex};
-use crate::queue_threads::ThreadGone;
+use crate::queue_threads::ThreadStuck;
 
 #[derive(Debug, Error)]
 pub(crate) enum SessionError {
@@ -57,7 +57,7 @@ pub(crate) enum SessionError {
     #[error("queue {queue} still has requests in flight after {seconds} s")]
     StopTimeout { queue: QueueIndex, seconds: u64 },
     #[error(transparent)]
-    Thread(#[from] ThreadGone),
+    Thread(#[from] ThreadStuck),
     #[error(transparent)]
     Transition(#[from] IllegalTransition),
     #[error("the device did not go from {from} to {to}")]
