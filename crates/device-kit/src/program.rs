@@ -187,6 +187,11 @@ fn start<D: Device>(
     }
     let workers = device.workers()?;
     let thread_of = threads_of_queues(&device, &workers)?;
+    let mut threads = Vec::new();
+    for Assignment { worker, queues } in workers {
+        let thread = QueueThread::new(worker, queues.len(), ending.clone(), health.clone())?;
+        threads.push((thread, queues));
+    }
     let front = open_front(&options)?;
     let link = options.control_fd.map(Link::new).transpose()?;
     let metrics_listener = options
@@ -198,14 +203,13 @@ fn start<D: Device>(
         .map_err(|error| HostError::new("cannot reach the socket in NOTIFY_SOCKET", error))?;
 
     match options.sandbox {
-        Switch::On => sandbox::enter(D::IOCTLS, link.is_some())?,
+        Switch::On => sandbox::enter(D::IOCTLS)?,
         Switch::Off => tracing::warn!("running without sandbox"),
     }
 
-    let mut threads: Vec<Arc<dyn Rings>> = Vec::new();
-    for Assignment { worker, queues } in workers {
-        let thread = QueueThread::new(worker, queues.len(), ending.clone(), health.clone())?;
-        threads.push(Arc::clone(&thread) as Arc<dyn Rings>);
+    let mut rings: Vec<Arc<dyn Rings>> = Vec::new();
+    for (thread, queues) in threads {
+        rings.push(Arc::clone(&thread) as Arc<dyn Rings>);
         let name = format!("queue-{}", queues.first().map_or(0, |queue| queue.get()));
         spawn(name, STACK, move || thread.run())?;
     }
@@ -216,7 +220,7 @@ fn start<D: Device>(
     let services = Arc::new(Services {
         device: Arc::new(device),
         held: Mutex::new(!options.incoming),
-        queues: QueueThreads::new(threads, thread_of),
+        queues: QueueThreads::new(rings, thread_of),
         unit,
         prefault: Prefaulter::new(options.prefault, health.clone()),
         metrics,

@@ -31,12 +31,12 @@ pub(crate) enum SandboxError {
 }
 
 /// Restricts the calling thread, and every thread that it starts from now on, for good. `ioctls`
-/// are the requests that the device makes; `link` adds what a control link needs.
-pub(crate) fn enter(ioctls: &[u32], link: bool) -> Result<(), SandboxError> {
+/// are the requests that the device makes.
+pub(crate) fn enter(ioctls: &[u32]) -> Result<(), SandboxError> {
     nix::sys::prctl::set_no_new_privs().map_err(|error| SandboxError::NoNewPrivs(error.into()))?;
     drop_capabilities().map_err(SandboxError::Capabilities)?;
     leave_files()?;
-    for filter in seccomp::filters(ioctls, link)? {
+    for filter in seccomp::filters(ioctls)? {
         seccompiler::apply_filter(&filter)?;
     }
     Ok(())
@@ -108,7 +108,7 @@ mod tests {
     /// Runs in a thread that entered the sandbox; the rest of the test's process did not.
     fn inside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
         thread::spawn(move || {
-            enter(&[], false).unwrap();
+            enter(&[]).unwrap();
             work()
         })
         .join()
@@ -139,7 +139,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let error = thread::spawn(move || {
-            enter(&[], true).unwrap();
+            enter(&[]).unwrap();
             runtime.block_on(async {
                 let stream = tokio::net::UnixStream::from_std(ours).unwrap();
                 let pause = std::time::Duration::from_millis(1);

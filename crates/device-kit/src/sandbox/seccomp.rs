@@ -36,6 +36,11 @@ const ANY: &[i64] = &[
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_eventfd2,
+    // what is waited for by instances that were made before
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
     libc::SYS_io_uring_enter,
     // the front-end's messages and descriptors
     libc::SYS_accept4,
@@ -77,16 +82,8 @@ const ANY: &[i64] = &[
     libc::SYS_exit_group,
 ];
 
-/// Calls of the control link's runtime besides; the instance that they work on is made before.
-const LINK: &[i64] = &[
-    libc::SYS_epoll_ctl,
-    libc::SYS_epoll_wait,
-    libc::SYS_epoll_pwait,
-    libc::SYS_epoll_pwait2,
-];
-
 /// The filters, in the order in which they are installed.
-pub(super) fn filters(ioctls: &[u32], link: bool) -> Result<[BpfProgram; 2], BackendError> {
+pub(super) fn filters(ioctls: &[u32]) -> Result<[BpfProgram; 2], BackendError> {
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
     let no_clone3 = SeccompFilter::new(
         BTreeMap::from([(libc::SYS_clone3, vec![])]),
@@ -95,7 +92,7 @@ pub(super) fn filters(ioctls: &[u32], link: bool) -> Result<[BpfProgram; 2], Bac
         arch,
     )?;
     let allowed = SeccompFilter::new(
-        rules(ioctls, link)?,
+        rules(ioctls)?,
         SeccompAction::Errno(libc::EPERM.unsigned_abs()),
         SeccompAction::Allow,
         arch,
@@ -103,11 +100,10 @@ pub(super) fn filters(ioctls: &[u32], link: bool) -> Result<[BpfProgram; 2], Bac
     Ok([no_clone3.try_into()?, allowed.try_into()?])
 }
 
-fn rules(ioctls: &[u32], link: bool) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
+fn rules(ioctls: &[u32]) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     // An empty list of rules allows a call with any arguments.
-    let also = if link { LINK } else { &[] };
-    let calls = ANY.iter().chain(also);
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls.map(|call| (*call, vec![])).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        ANY.iter().map(|call| (*call, vec![])).collect();
     // So that the filter before this one has the word.
     rules.insert(libc::SYS_clone3, vec![]);
     let executable = libc::PROT_EXEC.unsigned_abs().into();
