@@ -44,8 +44,9 @@ pub trait NewHost {
     fn load_core(&mut self, core: CoreState) -> Result<(), MigrationError>;
     /// Saves a core's state and loads it again, of a machine that is yet to come.
     fn rehearse(&mut self) -> Result<(), MigrationError>;
-    /// Takes note, for who asks when this process is no more, that the machine is here.
-    fn arrived(&mut self);
+    /// Takes note, for who asks when this process is no more, that the machine is here. Fails if
+    /// it may not be any more.
+    fn arrived(&mut self) -> Result<(), MigrationError>;
     /// Lets vCPUs run, if the machine ran.
     fn run(&mut self, running: bool);
 }
@@ -181,6 +182,7 @@ impl Incoming {
                 (Destination::Receiving, ToDestination::Core(blob)) => self.load(&blob, host)?,
                 (Destination::Loaded, ToDestination::Commit) => {
                     self.check_devices()?;
+                    host.arrived()?;
                     return self.start(host);
                 }
                 (_, ToDestination::Abort { reason }) => {
@@ -292,7 +294,6 @@ impl Incoming {
     /// The machine is here: devices, then vCPUs, then the word.
     fn start(&mut self, host: &mut impl NewHost) -> Result<(), MigrationError> {
         self.state = self.state.on(DestinationInput::Commit).0;
-        host.arrived();
         let running = self.running;
         let started = self.crew.each(move |_, unit| unit.take_up(running));
         let started = self.crew.meet_again("start", &started, &mut self.recorder);
@@ -472,6 +473,7 @@ mod tests {
             definition: Definition {
                 cpus: 1,
                 cpu_features: Vec::new(),
+                processor: None,
                 tsc: None,
                 memory: Vec::new(),
                 units: Vec::new(),
