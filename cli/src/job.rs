@@ -147,6 +147,7 @@ impl Job {
             }),
             _ => Err(Failure::Job {
                 what: self.what.clone(),
+                id: job.id,
                 name: job.result_text(RESULT_ERROR),
                 message: job.result_text(RESULT_MESSAGE),
             }),

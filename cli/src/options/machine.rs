@@ -22,7 +22,7 @@ pub struct Run {
     /// Keeps the machine when it has ended, so that it can be started again
     #[arg(long)]
     pub keep: bool,
-    /// Runs the bundled guest, which needs no kernel of yours and works on a scratch disk
+    /// Runs the bundled guest, which needs no kernel of yours, on a scratch disk in $TMPDIR
     #[arg(long, conflicts_with_all = ["file", "kernel", "initrd", "disk", "keep"])]
     pub demo: bool,
     /// Leaves the machine paused

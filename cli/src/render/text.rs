@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use api::job::RESULT_MESSAGE;
 use migration::picture;
 use serde_json::Value;
 
@@ -198,7 +199,7 @@ pub fn jobs(jobs: &[Job], legend: bool) -> String {
         Column::Left("MACHINE"),
         Column::Left("STATE"),
         Column::Right("DONE"),
-        Column::Left("PHASE"),
+        Column::Left("DETAIL"),
     ];
     let row = |job: &Job| {
         vec![
@@ -207,7 +208,10 @@ pub fn jobs(jobs: &[Job], legend: bool) -> String {
             job.machine.clone(),
             job.state.clone(),
             percent(job.progress),
-            job.phase.clone(),
+            match job.is_running() {
+                true => job.phase.clone(),
+                false => job.result_text(RESULT_MESSAGE),
+            },
         ]
     };
     table(legend, &columns, jobs.iter().map(row), "job")
