@@ -126,21 +126,25 @@ async fn print_all(mut sources: Vec<Source>, printer: &Printer) -> Result<()> {
     for source in &mut sources {
         source.advance().await?;
     }
-    loop {
-        let held = sources.iter_mut().filter(|source| source.head.is_some());
-        // The first of those that are equal.
-        let Some(source) = held.min_by(|a, b| a.time.cmp(&b.time)) else {
-            break;
-        };
-        if let Some(line) = source.head.take() {
-            printer.print(&source.name, &line)?;
-        }
-        source.advance().await?;
+    while let Some((at, line)) = earliest(&mut sources).await? {
+        printer.print(&sources[at].name, &line)?;
     }
     while let Some((at, line)) = next(&mut sources).await {
         printer.print(&sources[at].name, &line.map_err(unreadable())?)?;
     }
     Ok(())
+}
+
+/// The earliest of the lines that the logs held, and of which log; of equal ones that of the first.
+async fn earliest(sources: &mut [Source]) -> Result<Option<(usize, Vec<u8>)>> {
+    let held = sources.iter_mut().enumerate();
+    let held = held.filter(|(_, source)| source.head.is_some());
+    let Some((at, source)) = held.min_by(|(_, a), (_, b)| a.time.cmp(&b.time)) else {
+        return Ok(None);
+    };
+    let line = source.head.take();
+    source.advance().await?;
+    Ok(line.map(|line| (at, line)))
 }
 
 /// The next line of any of the logs, and of which; nothing when all are over.
@@ -298,6 +302,34 @@ mod tests {
             None
         );
         assert_eq!(time(b"\n"), None);
+    }
+
+    #[tokio::test]
+    async fn lines_come_in_the_order_of_their_time() {
+        let said = |lines: &[&str]| {
+            let (sender, receiver) = channel(8);
+            for line in lines {
+                sender.try_send(Ok(line.as_bytes().to_vec())).unwrap();
+            }
+            Source::new(String::new(), receiver)
+        };
+        let at = |second: u32| format!("2026-11-21T15:55:{second:02}.000000Z x\n");
+        let (one, two, three) = (at(1), at(2), at(3));
+        let mut sources = [
+            said(&["no time\n", &two, "its second line\n", ""]),
+            said(&[&one, &three, ""]),
+        ];
+        for source in &mut sources {
+            source.advance().await.unwrap();
+        }
+        let mut lines = Vec::new();
+        while let Some((_, line)) = earliest(&mut sources).await.unwrap() {
+            lines.push(String::from_utf8(line).unwrap());
+        }
+        assert_eq!(
+            lines,
+            ["no time\n", &one, &two, "its second line\n", &three]
+        );
     }
 
     #[test]
