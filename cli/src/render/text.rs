@@ -239,14 +239,17 @@ pub fn job(job: &Job) -> String {
         line(key, &value);
     }
     if let Some(migration) = &job.migration {
-        line("To", &migration.uri);
-        line("Sent", &mebibytes(migration.bytes_sent));
-        line("Left", &mebibytes(migration.bytes_remaining));
-        line("Rounds", &migration.iteration.to_string());
-        line("Rate", &format!("{}/s", mebibytes(migration.link_rate)));
+        line("To", &migration.facts.uri);
+        line("Sent", &mebibytes(migration.facts.bytes_sent));
+        line("Left", &mebibytes(migration.facts.bytes_remaining));
+        line("Rounds", &migration.facts.iteration.to_string());
+        line(
+            "Rate",
+            &format!("{}/s", mebibytes(migration.facts.link_rate)),
+        );
         line(
             "Dirty rate",
-            &format!("{}/s", mebibytes(migration.dirty_rate)),
+            &format!("{}/s", mebibytes(migration.facts.dirty_rate)),
         );
         if let Some(report) = migration.report() {
             text.push('\n');

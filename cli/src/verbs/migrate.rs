@@ -44,7 +44,7 @@ pub async fn migrate(broker: &Broker, output: Output, migrate: Migrate) -> Resul
 /// Says of a migration that failed where its machine is, if it is where it was.
 async fn stays(failure: Failure, machine: &str, job: &Job) -> Failure {
     let migration = job.look().await.ok().and_then(|job| job.migration);
-    let is_here = migration.is_some_and(|migration| migration.place == Place::Source.as_str());
+    let is_here = migration.is_some_and(|migration| migration.facts.place == Place::Source);
     match failure {
         Failure::Job {
             name, message, id, ..
@@ -85,8 +85,8 @@ fn summary(migrate: &Migrate, job: &view::Job) -> String {
         #[expect(clippy::cast_precision_loss, reason = "shown to a person")]
         Some(migration) => format!(
             "{name} has moved ({uri}): it stood still for {:.1} ms, {:.1} MiB were sent",
-            migration.downtime_usec as f64 / 1000.0,
-            migration.bytes_sent as f64 / f64::from(1 << 20)
+            migration.facts.downtime_usec as f64 / 1000.0,
+            migration.facts.bytes_sent as f64 / f64::from(1 << 20)
         ),
         None => format!("{name} has moved ({uri})"),
     }
