@@ -123,6 +123,8 @@ impl NetWorker {
 }
 
 impl Worker for NetWorker {
+    const ANY_THREAD: bool = true;
+
     fn start(&mut self) -> Result<(), HostError> {
         Ok(())
     }

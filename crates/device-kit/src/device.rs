@@ -186,6 +186,10 @@ pub const MAX_KEPT: usize = 512;
 
 /// What serves one or more queues, on a thread of its own.
 pub trait Worker: Send + 'static {
+    /// Any thread may work with it, one at a time: then a ring that starts is looked at by who starts
+    /// it, and its own thread sleeps on.
+    const ANY_THREAD: bool = false;
+
     /// Called once on its thread, before anything else.
     fn start(&mut self) -> Result<(), HostError>;
 

@@ -189,7 +189,7 @@ fn start<D: Device>(
     let thread_of = threads_of_queues(&device, &workers)?;
     let mut threads = Vec::new();
     for Assignment { worker, queues } in workers {
-        let thread = QueueThread::new(worker, queues.len(), ending.clone(), health.clone())?;
+        let thread = QueueThread::new(worker, &queues, ending.clone(), health.clone())?;
         threads.push((thread, queues));
     }
     let front = open_front(&options)?;

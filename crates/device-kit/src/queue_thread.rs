@@ -10,8 +10,9 @@
 //!   → Worker::process for each queue that runs → guests are called → stops that can end, end
 //! ```
 //!
-//! What was ready when the wait ended may be gone when the lock is held: the kick of a ring that
-//! stopped meanwhile is known by its number, see [`Token`]. The life of a queue in here:
+//! What was ready when the wait ended may be gone when the lock is held: a kick descriptor that was
+//! replaced meanwhile is known by its number, see [`Token`]. A queue's descriptors stay while it is
+//! stopped, so that stopping and starting is a matter of memory alone. The life of a queue in here:
 //!
 //! ```text
 //! (absent) ──start──► running ──stop──► stopping ──nothing in flight──► (absent), base answered
@@ -43,23 +44,22 @@ const TURN_DEADLINE: Duration = Duration::from_secs(10);
 /// Most events that one turn takes.
 const EVENTS: usize = 64;
 
-/// The eventfds of a ring.
-#[derive(Debug, Default)]
-pub(crate) struct RingEvents {
-    /// The guest made requests available.
-    pub(crate) kick: Option<OwnedFd>,
-    /// Requests were answered.
-    pub(crate) call: Option<OwnedFd>,
-    /// The ring is broken.
-    pub(crate) error: Option<OwnedFd>,
-}
-
 /// Which eventfd of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RingEvent {
+    /// The guest made requests available.
     Kick,
+    /// Requests were answered.
     Call,
+    /// The ring is broken.
     Error,
+}
+
+#[derive(Debug, Default)]
+struct RingEvents {
+    kick: Option<OwnedFd>,
+    call: Option<OwnedFd>,
+    error: Option<OwnedFd>,
 }
 
 /// A queue thread that is stuck in a turn.
@@ -70,13 +70,13 @@ pub(crate) struct Stuck;
 /// the thread is in.
 pub(crate) trait Rings: Send + Sync {
     /// Serves this queue from now on.
-    fn start(&self, queue: Queue, events: RingEvents) -> Result<(), Stuck>;
+    fn start(&self, queue: Queue) -> Result<(), Stuck>;
 
     /// Serves it no longer, and answers its base when nothing of it is in flight; now, if it is at
     /// rest.
     fn stop(&self, queue: QueueIndex, base: Sender<u16>) -> Result<(), Stuck>;
 
-    /// Uses this descriptor instead.
+    /// Uses this descriptor from now on, and keeps it while the queue is stopped.
     fn set_event(
         &self,
         queue: QueueIndex,
@@ -94,6 +94,7 @@ pub(crate) trait Rings: Send + Sync {
 }
 
 struct Slot {
+    index: QueueIndex,
     events: RingEvents,
     /// Which of the kick descriptors that were here in turn is watched.
     generation: u32,
@@ -126,14 +127,15 @@ impl<W: Worker> QueueThread<W> {
     /// Makes what the two threads share.
     pub(crate) fn new(
         worker: W,
-        queue_count: usize,
+        queues: &[QueueIndex],
         ending: Ending,
         health: Health,
     ) -> Result<Arc<Self>, HostError> {
         let watch = Watch::new()
             .map_err(|error| HostError::new("cannot make what a queue thread waits for", error))?;
         let watch = Arc::new(watch);
-        let slot = || Slot {
+        let slot = |&index| Slot {
+            index,
             events: RingEvents::default(),
             generation: 0,
             stopping: None,
@@ -141,8 +143,8 @@ impl<W: Worker> QueueThread<W> {
         };
         let serving = Serving {
             worker,
-            queues: (0..queue_count).map(|_| None).collect(),
-            slots: (0..queue_count).map(|_| slot()).collect(),
+            queues: queues.iter().map(|_| None).collect(),
+            slots: queues.iter().map(slot).collect(),
             followed: Followed::default(),
             again: false,
             watch: Arc::clone(&watch),
@@ -186,8 +188,17 @@ impl<W: Worker> QueueThread<W> {
 }
 
 impl<W: Worker> Rings for QueueThread<W> {
-    fn start(&self, queue: Queue, events: RingEvents) -> Result<(), Stuck> {
-        if self.lock()?.start(queue, events) {
+    fn start(&self, queue: Queue) -> Result<(), Stuck> {
+        let mut serving = self.lock()?;
+        let mut look = serving.start(queue);
+        if look && W::ANY_THREAD {
+            look = serving.turn(&[]).unwrap_or_else(|error| {
+                self.ending.fail(&error);
+                false
+            });
+        }
+        drop(serving);
+        if look {
             self.watch.wake();
         }
         Ok(())
@@ -204,9 +215,9 @@ impl<W: Worker> Rings for QueueThread<W> {
         which: RingEvent,
         fd: Option<OwnedFd>,
     ) -> Result<(), Stuck> {
-        self.lock()?.set_event(queue, which, fd);
-        // A kick that went to the old descriptor is made up for.
-        self.watch.wake();
+        if self.lock()?.set_event(queue, which, fd) {
+            self.watch.wake();
+        }
         Ok(())
     }
 
@@ -222,20 +233,21 @@ impl<W: Worker> Rings for QueueThread<W> {
 }
 
 impl<W: Worker> Serving<W> {
-    /// True when the ring is to be looked at by its thread.
-    fn start(&mut self, queue: Queue, events: RingEvents) -> bool {
-        let Some(at) = self.queues.iter().position(Option::is_none) else {
+    /// True when the ring is to be looked at.
+    fn start(&mut self, queue: Queue) -> bool {
+        let Some(at) = self.place(queue.index()) else {
             return false;
         };
+        self.slots[at].broken = false;
+        let queue = self.queues[at].insert(queue);
         // What happened to this ring before is unknown: its guest may wait for a call that was
         // lost with the process before this one, and its kick too.
-        signal(events.call.as_ref(), queue.index());
-        let queue = self.queues[at].insert(queue);
-        let looked = queue.enable_kicks();
-        let slot = &mut self.slots[at];
-        slot.events = events;
-        slot.broken = false;
-        self.watch_kick(at);
+        let looked = queue.owes_call().and_then(|owes| {
+            if owes {
+                signal(self.slots[at].events.call.as_ref(), queue.index());
+            }
+            queue.enable_kicks()
+        });
         looked.unwrap_or_else(|error| {
             self.break_queue(at, &error);
             false
@@ -244,15 +256,19 @@ impl<W: Worker> Serving<W> {
 
     fn stop(&mut self, queue: QueueIndex, base: Sender<u16>) {
         // Without a queue, that nobody answers is the answer.
-        if let Some(at) = self.place(queue) {
-            self.forget_kick(at);
+        if let Some(at) = self.place(queue)
+            && self.queues[at].is_some()
+        {
             self.slots[at].stopping = Some(base);
             self.end_stops();
         }
     }
 
-    fn set_event(&mut self, queue: QueueIndex, which: RingEvent, fd: Option<OwnedFd>) {
-        let Some(at) = self.place(queue) else { return };
+    /// True when a kick may have gone to the old descriptor, which is to be made up for.
+    fn set_event(&mut self, queue: QueueIndex, which: RingEvent, fd: Option<OwnedFd>) -> bool {
+        let Some(at) = self.place(queue) else {
+            return false;
+        };
         match which {
             RingEvent::Kick => {
                 self.forget_kick(at);
@@ -262,14 +278,12 @@ impl<W: Worker> Serving<W> {
             RingEvent::Call => self.slots[at].events.call = fd,
             RingEvent::Error => self.slots[at].events.error = fd,
         }
+        which == RingEvent::Kick && self.queues[at].is_some()
     }
 
-    /// Waits for the kicks of a queue that is served.
+    /// Waits for the kicks of a queue, also while it is stopped: then they are read and nothing else.
     fn watch_kick(&mut self, at: usize) {
         let slot = &mut self.slots[at];
-        if slot.broken || slot.stopping.is_some() {
-            return;
-        }
         slot.generation = slot.generation.wrapping_add(1);
         let token = Token::Kick {
             at,
@@ -342,7 +356,7 @@ impl<W: Worker> Serving<W> {
 
     fn take_kick(&mut self, at: usize, generation: u32, flags: EpollFlags) {
         let slot = &self.slots[at];
-        let (Some(queue), Some(kick)) = (&self.queues[at], &slot.events.kick) else {
+        let Some(kick) = &slot.events.kick else {
             return;
         };
         if slot.generation != generation {
@@ -352,14 +366,16 @@ impl<W: Worker> Serving<W> {
             let mut count = [0; 8];
             match nix::unistd::read(kick, &mut count) {
                 Ok(8) => {
-                    queue.metrics().kicks.inc();
+                    if let Some(queue) = &self.queues[at] {
+                        queue.metrics().kicks.inc();
+                    }
                     return;
                 }
                 Err(Errno::EAGAIN | Errno::EINTR) => return,
                 Ok(_) | Err(_) => {}
             }
         }
-        tracing::warn!(queue = %queue.index(), "kick descriptor is unusable and no longer watched");
+        tracing::warn!(queue = %slot.index, "kick descriptor is unusable and no longer watched");
         self.forget_kick(at);
     }
 
@@ -419,7 +435,6 @@ impl<W: Worker> Serving<W> {
             slot.broken = true;
             queue.metrics().broken.inc();
             signal(slot.events.error.as_ref(), queue.index());
-            self.forget_kick(at);
         }
     }
 
@@ -433,7 +448,6 @@ impl<W: Worker> Serving<W> {
             }
             self.call_guest(at);
             let slot = &mut self.slots[at];
-            slot.events = RingEvents::default();
             if let (Some(base), Some(queue)) = (slot.stopping.take(), self.queues[at].take()) {
                 // Nobody waits for it any more when the control thread gave up.
                 let _ = base.send(queue.base());
@@ -442,9 +456,7 @@ impl<W: Worker> Serving<W> {
     }
 
     fn place(&self, index: QueueIndex) -> Option<usize> {
-        self.queues
-            .iter()
-            .position(|queue| queue.as_ref().is_some_and(|queue| queue.index() == index))
+        self.slots.iter().position(|slot| slot.index == index)
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use crate::memory::Memory;
 use crate::queue::{Queue, QueueIndex, RingLayout};
-use crate::queue_thread::{RingEvent, RingEvents, Rings, Stuck};
+use crate::queue_thread::{RingEvent, Rings, Stuck};
 
 /// A queue thread that is stuck in a turn.
 #[derive(Debug, thiserror::Error)]
@@ -34,9 +34,9 @@ impl QueueThreads {
         self.thread_of.len()
     }
 
-    pub(crate) fn start(&self, queue: Queue, events: RingEvents) -> Result<(), ThreadStuck> {
+    pub(crate) fn start(&self, queue: Queue) -> Result<(), ThreadStuck> {
         let index = queue.index();
-        self.of(index).start(queue, events).map_err(stuck(index))
+        self.of(index).start(queue).map_err(stuck(index))
     }
 
     /// Asks a queue to stop; its base comes when it is drained.

@@ -5,7 +5,9 @@
 //! access first waits until it cannot block, and then moves no more than is possible at once.
 
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,26 +21,49 @@ const PIPE_SAFE: usize = 4096;
 
 /// Ends the waits of the channels that were made with it, from any thread.
 #[derive(Clone, Debug)]
-pub struct Cancel(Arc<EventFd>);
+pub struct Cancel(Arc<Signal>);
+
+#[derive(Debug)]
+enum Signal {
+    Event(EventFd),
+    /// The end of a connection.
+    Connection(UnixStream),
+}
 
 impl Cancel {
     /// A cancel that was not called yet.
     pub fn new() -> io::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Cancel(Arc::new(event)))
+        Ok(Cancel(Arc::new(Signal::Event(event))))
+    }
+
+    /// A cancel that is called by the end of a connection, on either side.
+    pub fn at_end_of(connection: UnixStream) -> Self {
+        Cancel(Arc::new(Signal::Connection(connection)))
+    }
+
+    fn poll_fd(&self) -> PollFd<'_> {
+        match &*self.0 {
+            Signal::Event(event) => PollFd::new(event.as_fd(), PollFlags::POLLIN),
+            // Its end is told unasked (POLLHUP); what comes on it is no matter.
+            Signal::Connection(socket) => PollFd::new(socket.as_fd(), PollFlags::empty()),
+        }
     }
 
     /// Whether it was called.
     pub fn is_cancelled(&self) -> bool {
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
+        matches!(poll(&mut [self.poll_fd()], PollTimeout::ZERO), Ok(1))
     }
 
     /// Ends every present and future wait with an error of kind `Interrupted`'s sibling,
     /// [`io::ErrorKind::ConnectionAborted`].
     pub fn cancel(&self) {
-        // It fails only when the counter is full: then it is cancelled already.
-        let _ = self.0.write(1);
+        match &*self.0 {
+            // It fails only when the counter is full: then it is cancelled already.
+            Signal::Event(event) => drop(event.write(1)),
+            // It fails only when the other side is gone already.
+            Signal::Connection(socket) => drop(socket.shutdown(Shutdown::Both)),
+        }
     }
 }
 
@@ -101,10 +126,7 @@ impl StateChannel {
             }
             let timeout =
                 PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
-            let mut fds = [
-                PollFd::new(self.fd.as_fd(), events),
-                PollFd::new(self.cancel.0.as_fd(), PollFlags::POLLIN),
-            ];
+            let mut fds = [PollFd::new(self.fd.as_fd(), events), self.cancel.poll_fd()];
             match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
@@ -160,7 +182,6 @@ impl Write for StateChannel {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
     use std::thread;
 
     use super::*;
@@ -209,6 +230,21 @@ mod tests {
             let waiting = thread::spawn(move || read.read(&mut [0]).unwrap_err().kind());
             cancel.cancel();
             assert_eq!(waiting.join().unwrap(), io::ErrorKind::ConnectionAborted);
+        }
+    }
+
+    #[test]
+    fn a_wait_ends_with_a_connection() {
+        for (reading, _writing) in pairs() {
+            let (here, there) = UnixStream::pair().unwrap();
+            (&there).write_all(b"no end").unwrap();
+            let cancel = Cancel::at_end_of(here);
+            assert!(!cancel.is_cancelled());
+            let mut read = StateChannel::new(reading, LONG, cancel.clone());
+            let waiting = thread::spawn(move || read.read(&mut [0]).unwrap_err().kind());
+            drop(there);
+            assert_eq!(waiting.join().unwrap(), io::ErrorKind::ConnectionAborted);
+            assert!(cancel.is_cancelled());
         }
     }
 

@@ -17,7 +17,7 @@
 //! [`FrameReader::bulk`] until it says `None`, which is when all of it is known to be whole. Both
 //! end in order: a unit that leaves bulk unread has not consumed its state, which is an error.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 
 use thiserror::Error;
 
@@ -141,8 +141,9 @@ pub enum FrameError {
 
 /// Writes one frame.
 #[derive(Debug)]
-pub struct FrameWriter<W> {
-    channel: W,
+pub struct FrameWriter<W: Write> {
+    /// Each write to the channel wakes who reads it.
+    channel: BufWriter<W>,
     len: u64,
     crc: u32,
 }
@@ -159,7 +160,7 @@ impl<W: Write> FrameWriter<W> {
         let structured = state.encode()?;
         check_len("structured part", structured.len(), 0, MAX_STRUCTURED)?;
         let mut writer = FrameWriter {
-            channel,
+            channel: BufWriter::new(channel),
             len: 0,
             crc: 0,
         };
@@ -193,11 +194,16 @@ impl<W: Write> FrameWriter<W> {
         trailer[..8].copy_from_slice(&self.len.to_le_bytes());
         trailer[8..].copy_from_slice(&self.crc.to_le_bytes());
         self.chunk(TRAILER, &trailer)?;
-        self.channel.flush().map_err(|source| FrameError::Io {
+        let failed = |source| FrameError::Io {
             after: self.len,
             source,
-        })?;
-        Ok((self.channel, self.len))
+        };
+        let mut channel = self
+            .channel
+            .into_inner()
+            .map_err(|error| failed(error.into_error()))?;
+        channel.flush().map_err(failed)?;
+        Ok((channel, self.len))
     }
 
     fn chunk(&mut self, kind: u32, data: &[u8]) -> Result<(), FrameError> {
@@ -237,7 +243,7 @@ pub struct Header {
 /// Reads one frame.
 #[derive(Debug)]
 pub struct FrameReader<R> {
-    channel: R,
+    channel: BufReader<R>,
     header: Header,
     len: u64,
     crc: u32,
@@ -258,7 +264,7 @@ impl<R: Read> FrameReader<R> {
     /// Reads the header.
     pub fn begin(channel: R) -> Result<Self, FrameError> {
         let mut reader = FrameReader {
-            channel,
+            channel: BufReader::new(channel),
             header: Header {
                 kind: String::new(),
                 unit: String::new(),

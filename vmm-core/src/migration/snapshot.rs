@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Write as _};
+use std::io::{BufWriter, Write as _};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -240,7 +240,7 @@ pub fn restore(
     host: &mut impl NewHost,
 ) -> Result<(), MigrationError> {
     let (core_file, ram, states) = split(files, subject)?;
-    let mut reader = FrameReader::begin(BufReader::new(File::from(core_file)))?;
+    let mut reader = FrameReader::begin(File::from(core_file))?;
     let state: SnapshotState = reader.structured(&core_unit()?)?;
     reader.finish()?;
     let mut reasons = subject.definition.obstacles(&state.definition);

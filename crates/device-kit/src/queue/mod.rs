@@ -399,13 +399,32 @@ impl Queue {
         // The used index is visible before the wish is read, or the guest sleeps on an answer.
         fence(Ordering::SeqCst);
         if self.layout.event_idx {
-            let used_event = self.layout.available.0 + 4 + 2 * u64::from(self.layout.size);
-            let wish = Wrapping(self.load(used_event)?);
+            let wish = Wrapping(self.load(self.used_event())?);
             Ok(self.next_used - wish - Wrapping(1) < self.next_used - before)
         } else {
-            const NO_INTERRUPT: u16 = 1;
-            Ok(self.load(self.layout.available.0)? & NO_INTERRUPT == 0)
+            self.takes_calls()
         }
+    }
+
+    /// Whether the guest may wait for a call that was lost: it has not been seen to look at all
+    /// that was answered.
+    pub(crate) fn owes_call(&self) -> Result<bool, QueueError> {
+        if self.layout.event_idx {
+            Ok(Wrapping(self.load(self.used_event())?) != self.next_used)
+        } else {
+            self.takes_calls()
+        }
+    }
+
+    /// Without EVENT_IDX: whether the guest wants calls at all.
+    fn takes_calls(&self) -> Result<bool, QueueError> {
+        const NO_INTERRUPT: u16 = 1;
+        Ok(self.load(self.layout.available.0)? & NO_INTERRUPT == 0)
+    }
+
+    /// Where the guest says after which answer it wants to be called.
+    fn used_event(&self) -> u64 {
+        self.layout.available.0 + 4 + 2 * u64::from(self.layout.size)
     }
 
     /// Takes over a new memory table; the ring's own addresses stay.

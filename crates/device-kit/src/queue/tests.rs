@@ -111,6 +111,13 @@ impl Guest {
         self.offer(head);
     }
 
+    /// What the guest says of calls: used_event, or without EVENT_IDX the available ring's flags.
+    pub(crate) fn wish(&mut self, event_idx: bool, word: u16) {
+        self.event_idx = event_idx;
+        let used_event = AVAILABLE + 4 + 2 * u64::from(SIZE);
+        self.put(if event_idx { used_event } else { AVAILABLE }, word);
+    }
+
     pub(crate) fn used_index(&self) -> u16 {
         self.get(USED + 2)
     }

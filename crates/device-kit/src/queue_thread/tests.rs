@@ -75,8 +75,9 @@ struct Office {
     ending: Ending,
 }
 
-fn employ(worker: impl Worker, queues: usize, ending: &Ending) -> Arc<dyn Rings> {
-    let shared = QueueThread::new(worker, queues, ending.clone(), Health::default()).unwrap();
+fn employ(worker: impl Worker, ending: &Ending) -> Arc<dyn Rings> {
+    let shared =
+        QueueThread::new(worker, &[HELD, QUICK], ending.clone(), Health::default()).unwrap();
     let thread = Arc::clone(&shared);
     thread::spawn(move || thread.run());
     shared
@@ -91,7 +92,7 @@ fn office() -> Office {
         held: Vec::new(),
         fails: Arc::clone(&fails),
     };
-    let rings = employ(clerk, 2, &ending);
+    let rings = employ(clerk, &ending);
     Office {
         rings,
         release,
@@ -120,15 +121,16 @@ impl Driver {
 
     fn start(&self, office: &Office, index: QueueIndex, base: u16) {
         let queue = self.guest.start_as(index.get(), base, None).unwrap();
-        let copy = |fd: &EventFd| Some(fd.as_fd().try_clone_to_owned().unwrap());
-        let events = RingEvents {
-            kick: copy(&self.kick),
-            call: copy(&self.call),
-            error: copy(&self.error),
-        };
-        office.rings.start(queue, events).unwrap();
-        // A ring that starts calls its guest once.
-        wait(&self.call);
+        let events = [
+            (RingEvent::Kick, &self.kick),
+            (RingEvent::Call, &self.call),
+            (RingEvent::Error, &self.error),
+        ];
+        for (which, event) in events {
+            let fd = Some(event.as_fd().try_clone_to_owned().unwrap());
+            office.rings.set_event(index, which, fd).unwrap();
+        }
+        office.rings.start(queue).unwrap();
     }
 
     fn request(&mut self, head: u16) {
@@ -230,11 +232,13 @@ fn a_kick_descriptor_that_is_replaced_or_unusable_harms_nothing() {
 }
 
 /// Answers two requests at once, and none alone.
-struct Pairing {
+struct Pairing<const ANY_THREAD: bool> {
     turns: Arc<AtomicUsize>,
 }
 
-impl Worker for Pairing {
+impl<const ANY_THREAD: bool> Worker for Pairing<ANY_THREAD> {
+    const ANY_THREAD: bool = ANY_THREAD;
+
     fn start(&mut self) -> Result<(), HostError> {
         Ok(())
     }
@@ -264,12 +268,12 @@ impl Worker for Pairing {
 #[test]
 fn a_queue_that_is_short_rests_until_the_guest_gives_more() {
     let turns = Arc::new(AtomicUsize::new(0));
-    let worker = Pairing {
+    let worker = Pairing::<false> {
         turns: Arc::clone(&turns),
     };
     let ending = Ending::new().unwrap();
     let office = Office {
-        rings: employ(worker, 1, &ending),
+        rings: employ(worker, &ending),
         release: Arc::new(event()),
         fails: Arc::default(),
         ending,
@@ -289,21 +293,75 @@ fn a_queue_that_is_short_rests_until_the_guest_gives_more() {
     }
 }
 
-#[test]
-fn a_ring_at_rest_stops_and_starts_without_its_thread() {
+/// A queue thread that does not run.
+fn asleep<const ANY_THREAD: bool>() -> (
+    Arc<QueueThread<Pairing<ANY_THREAD>>>,
+    Office,
+    Arc<AtomicUsize>,
+) {
     let turns = Arc::new(AtomicUsize::new(0));
     let worker = Pairing {
         turns: Arc::clone(&turns),
     };
     let ending = Ending::new().unwrap();
-    // Its thread does not run at all.
-    let rings = QueueThread::new(worker, 1, ending.clone(), Health::default()).unwrap();
+    let rings = QueueThread::new(worker, &[QUICK], ending.clone(), Health::default()).unwrap();
     let office = Office {
         rings: Arc::clone(&rings) as Arc<dyn Rings>,
         release: Arc::new(event()),
         fails: Arc::default(),
         ending,
     };
+    (rings, office, turns)
+}
+
+#[test]
+fn a_worker_of_any_thread_looks_at_a_ring_that_starts_at_once() {
+    let (_, office, turns) = asleep::<true>();
+    let mut driver = Driver::new();
+    driver.start(&office, QUICK, 0);
+    assert_eq!(turns.load(Ordering::Relaxed), 0, "there was nothing");
+    let (base, stopped) = channel();
+    office.rings.stop(QUICK, base).unwrap();
+    assert_eq!(stopped.try_recv(), Ok(0));
+    driver.guest.request(0);
+    driver.guest.request(1);
+    driver.start(&office, QUICK, 0);
+    assert_eq!(driver.guest.used_index(), 2);
+    assert!(is_readable(&driver.call, Duration::ZERO));
+}
+
+#[test]
+fn a_guest_is_called_at_the_start_unless_it_has_seen_all_answers() {
+    for (event_idx, word, called) in [
+        (true, 2, false),
+        (true, 1, true),
+        (false, 0, true),
+        (false, 1, false),
+    ] {
+        let (_, office, _) = asleep::<true>();
+        let mut driver = Driver::new();
+        driver.start(&office, QUICK, 0);
+        driver.guest.request(0);
+        driver.guest.request(1);
+        let (base, stopped) = channel();
+        office.rings.stop(QUICK, base).unwrap();
+        assert_eq!(stopped.try_recv(), Ok(0));
+        driver.start(&office, QUICK, 0);
+        wait(&driver.call);
+        let (base, stopped) = channel();
+        office.rings.stop(QUICK, base).unwrap();
+        assert_eq!(stopped.try_recv(), Ok(2));
+
+        driver.guest.wish(event_idx, word);
+        driver.start(&office, QUICK, 2);
+        let is_called = is_readable(&driver.call, Duration::ZERO);
+        assert_eq!(is_called, called, "{event_idx} {word}");
+    }
+}
+
+#[test]
+fn a_ring_at_rest_stops_and_starts_without_its_thread() {
+    let (rings, office, turns) = asleep::<false>();
     let mut driver = Driver::new();
     for _ in 0..3 {
         driver.start(&office, QUICK, 0);

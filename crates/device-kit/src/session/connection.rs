@@ -9,13 +9,13 @@
 use std::io::{IoSliceMut, Read};
 use std::net::Shutdown;
 use std::ops::RangeInclusive;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use migration::channel::Cancel;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg, send, sockopt};
 use vhost::vhost_user::{
     BackendReqHandler, Error as ProtocolError, VhostUserProtocolFeatures as Protocol,
@@ -59,7 +59,8 @@ impl Connection {
 /// Serves one front-end until it goes or errs.
 ///
 /// # Errors
-/// When the session cannot be ended: requests are in flight that do not end.
+/// When there is no descriptor left for a session, or it cannot be ended: requests are in flight that
+/// do not end.
 pub(crate) fn serve<D: Device>(
     stream: UnixStream,
     services: &Arc<Services<D>>,
@@ -68,7 +69,8 @@ pub(crate) fn serve<D: Device>(
     services.metrics.sessions.inc();
     services.health.set_connected(true);
     tracing::info!("front-end connected");
-    let session = Arc::new(Session::new(Arc::clone(services)));
+    let end = Cancel::at_end_of(stream.try_clone()?);
+    let session = Arc::new(Session::new(Arc::clone(services), end));
     match messages(stream, &session, connection) {
         Ok(()) => tracing::info!("front-end disconnected"),
         Err(error) => {
@@ -96,7 +98,11 @@ fn messages<D: Device>(
     connection.set(Some(stream.try_clone().map_err(failed)?));
     let peek = stream.try_clone().map_err(failed)?;
     let mut library = BackendReqHandler::from_stream(stream, Arc::clone(session));
-    while let Some(header) = next_header(&peek)? {
+    loop {
+        session.await_message(&peek)?;
+        let Some(header) = next_header(&peek)? else {
+            return Ok(());
+        };
         let request = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]);
         match request {
             SET_BACKEND_REQ_FD => session.backend_channel(&peek)?,
@@ -105,19 +111,11 @@ fn messages<D: Device>(
             _ => library.handle_request()?,
         }
     }
-    Ok(())
 }
 
-/// Waits for a message and looks at its header; `None` when the front-end is gone.
+/// Looks at the header of a message that begins to come; `None` when the front-end is gone.
 fn next_header(stream: &UnixStream) -> Result<Option<[u8; HEADER]>, SessionError> {
     let failed = |error: Errno| SessionError::Connection(error.into());
-    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
-    // No deadline: a front-end may be silent for days, and `Connection` ends the wait.
-    while let Err(error) = poll(&mut fds, PollTimeout::NONE) {
-        if error != Errno::EINTR {
-            return Err(failed(error));
-        }
-    }
     let deadline = Instant::now() + MESSAGE_DEADLINE;
     loop {
         let mut header = [0; HEADER];

@@ -62,25 +62,13 @@ impl<D: Device> Session<D> {
                 source,
             })?;
         }
-        let copy = fd
-            .as_ref()
-            .map(OwnedFd::try_clone)
-            .transpose()
-            .map_err(|source| SessionError::Event {
-                queue: vring.index,
-                source,
-            })?;
-        match which {
-            RingEvent::Kick => vring.kick = fd,
-            RingEvent::Call => vring.call = fd,
-            RingEvent::Error => vring.error = fd,
+        if which == RingEvent::Kick {
+            vring.kick = fd.is_some();
         }
-        if vring.running {
-            self.services
-                .queues
-                .set_event(vring.index, which, copy)
-                .map_err(SessionError::from)?;
-        }
+        self.services
+            .queues
+            .set_event(vring.index, which, fd)
+            .map_err(SessionError::from)?;
         Ok(self.update_ring(state, at)?)
     }
 }
@@ -241,8 +229,13 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
         self.stop_rings(state, &[at])?;
         let vring = &mut state.vrings[at];
         // It starts again when it is given a kick descriptor again.
-        vring.kick = None;
-        Ok(VhostUserVringState::new(index, u32::from(vring.base)))
+        vring.kick = false;
+        let (queue, base) = (vring.index, vring.base);
+        self.services
+            .queues
+            .set_event(queue, RingEvent::Kick, None)
+            .map_err(SessionError::from)?;
+        Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
     fn set_vring_kick(&self, index: u8, fd: Option<File>) -> Result<()> {

@@ -23,11 +23,15 @@ mod transfer;
 mod vring;
 mod wired;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use migration::channel::Cancel;
 use migration::state::DeviceState;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 pub use self::config_change::ConfigChange;
@@ -35,13 +39,14 @@ pub(crate) use self::connection::{Connection, serve};
 use self::error::SessionError;
 use self::lifecycle::Lifecycle;
 pub(crate) use self::services::Services;
-use self::transfer::{Direction, Transfer, TransferError};
+use self::transfer::{Direction, Transfer};
 use self::vring::Vring;
 use crate::device::Device;
 use crate::ending::chain;
 use crate::features::{EVENT_IDX, INDIRECT_DESC, LOG_ALL, PROTOCOL, RARP};
 use crate::memory::{DirtyLog, Memory};
 use crate::queue::{InflightFile, Queue, QueueIndex, RingLayout};
+use crate::queue_thread::RingEvent;
 
 /// Requests that take longer than this to end when a ring stops are reported.
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
@@ -49,6 +54,8 @@ const STOP_DEADLINE: Duration = Duration::from_secs(30);
 /// One front-end being served.
 pub(crate) struct Session<D> {
     services: Arc<Services<D>>,
+    /// Ends a transfer of state with the connection.
+    end: Cancel,
     state: Mutex<State>,
 }
 
@@ -65,7 +72,7 @@ struct State {
 }
 
 impl<D: Device> Session<D> {
-    pub(crate) fn new(services: Arc<Services<D>>) -> Self {
+    pub(crate) fn new(services: Arc<Services<D>>, end: Cancel) -> Self {
         let log = Arc::new(DirtyLog::default());
         let max_size = services.device.max_queue_size();
         let vrings = (0..services.device.queue_count())
@@ -82,6 +89,7 @@ impl<D: Device> Session<D> {
                 transfer: None,
                 life: Lifecycle::new(services.health.clone()),
             }),
+            end,
             services,
         }
     }
@@ -137,7 +145,7 @@ impl<D: Device> Session<D> {
         );
         match started {
             Ok(queue) => {
-                self.services.queues.start(queue, vring.events()?)?;
+                self.services.queues.start(queue)?;
                 vring.running = true;
             }
             Err(error) => {
@@ -236,17 +244,39 @@ impl<D: Device> Session<D> {
             Direction::Load => DeviceState::Resuming,
         };
         self.go(&mut state, to).map_err(|error| chain(&error))?;
-        let device = Arc::clone(&self.services.device);
-        match Transfer::start(direction, device, self.services.unit.clone(), fd) {
-            Ok(transfer) => {
-                state.transfer = Some(transfer);
-                Ok(())
+        state.transfer = Some(Transfer::new(direction, fd));
+        Ok(())
+    }
+
+    fn go_on(&self, transfer: Transfer) -> Transfer {
+        let services = &self.services;
+        transfer.go_on(&*services.device, &services.unit, self.end.clone())
+    }
+
+    /// Saves what was asked for by the message before, then waits for the next one; a state that
+    /// comes meanwhile is loaded.
+    fn await_message(&self, stream: &UnixStream) -> Result<(), SessionError> {
+        // Nobody but this thread uses it.
+        let state = &mut *self.state();
+        loop {
+            if let Some(transfer) = state.transfer.take_if(|transfer| transfer.is_to_save()) {
+                state.transfer = Some(self.go_on(transfer));
             }
-            Err(error) => {
-                // Nothing was moved: the way back is a legal one.
-                self.go(&mut state, DeviceState::Stop)
-                    .map_err(|error| chain(&error))?;
-                Err(chain(&error))
+            let awaited = state.transfer.as_ref().and_then(Transfer::awaited);
+            let mut fds = vec![PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+            fds.extend(awaited.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+            // No deadline: a front-end may be silent for days, and `Connection` ends the wait.
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(SessionError::Connection(error.into())),
+            }
+            let ready = |at: usize| fds.get(at).is_some_and(|fd| fd.any().unwrap_or(true));
+            let (message, twin) = (ready(0), ready(1));
+            if message {
+                return Ok(());
+            }
+            if twin && let Some(transfer) = state.transfer.take() {
+                state.transfer = Some(self.go_on(transfer));
             }
         }
     }
@@ -259,8 +289,8 @@ impl<D: Device> Session<D> {
         }
         self.go(state, DeviceState::StopCopy)
             .map_err(|error| chain(&error))?;
-        let outcome = transfer::save_now(&*self.services.device, &self.services.unit, fd);
-        self.account(state, Direction::Save, outcome)
+        let transfer = self.go_on(Transfer::new(Direction::Save, fd));
+        self.account(state, transfer)
     }
 
     fn transfer_failed(&self, reason: &str) {
@@ -274,29 +304,23 @@ impl<D: Device> Session<D> {
         let Some(transfer) = state.transfer.take() else {
             return Err("there was none".to_owned());
         };
-        let direction = transfer.direction;
-        let outcome = transfer.finish();
-        self.account(&mut state, direction, outcome)
+        let transfer = self.go_on(transfer);
+        self.account(&mut state, transfer)
     }
 
-    fn account(
-        &self,
-        state: &mut State,
-        direction: Direction,
-        outcome: Result<u64, TransferError>,
-    ) -> Result<(), String> {
-        let verdict = match (direction, outcome) {
+    fn account(&self, state: &mut State, transfer: Transfer) -> Result<(), String> {
+        let verdict = match (transfer.direction, transfer.result()) {
             (Direction::Load, Err(error)) => {
                 state.life.fail();
                 return Err(chain(&error));
             }
             // Saving changes nothing: a device that could not be saved goes on where it was.
             (Direction::Save, Err(error)) => Err(chain(&error)),
-            (Direction::Save, Ok(_)) => {
+            (Direction::Save, Ok(())) => {
                 self.services.metrics.states_saved.inc();
                 Ok(())
             }
-            (Direction::Load, Ok(_)) => {
+            (Direction::Load, Ok(())) => {
                 self.services.metrics.states_loaded.inc();
                 Ok(())
             }
@@ -315,12 +339,17 @@ impl<D: Device> Session<D> {
         self.services.config_change.set_channel(None);
         if let Some(transfer) = state.transfer.take() {
             let direction = transfer.direction;
-            let outcome = transfer.abandon();
-            if let Err(error) = self.account(&mut state, direction, outcome) {
-                tracing::warn!(%error, "state transfer was cut off by the end of the session");
-            }
+            tracing::warn!(
+                ?direction,
+                "the session ended before a state transfer was checked"
+            );
         }
         self.stop_all(&mut state)?;
+        for vring in &state.vrings {
+            for which in [RingEvent::Kick, RingEvent::Call, RingEvent::Error] {
+                self.services.queues.set_event(vring.index, which, None)?;
+            }
+        }
         self.services.prefault.forget();
         state.memory = Arc::new(Memory::empty(Arc::clone(&state.log)));
         self.services.metrics.memory.set(0);

@@ -1,11 +1,8 @@
 //! What the front-end has said about one ring.
 
-use std::os::fd::OwnedFd;
-
 use super::error::SessionError;
 use crate::memory::Memory;
 use crate::queue::{QueueIndex, RingLayout};
-use crate::queue_thread::RingEvents;
 
 /// Ring addresses, as the front-end's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,9 +21,8 @@ pub(super) struct Vring {
     /// Next chain to be taken, while it does not run.
     pub(super) base: u16,
     pub(super) enabled: bool,
-    pub(super) kick: Option<OwnedFd>,
-    pub(super) call: Option<OwnedFd>,
-    pub(super) error: Option<OwnedFd>,
+    /// Its thread has a kick descriptor.
+    pub(super) kick: bool,
     pub(super) running: bool,
 }
 
@@ -38,16 +34,14 @@ impl Vring {
             addresses: None,
             base: 0,
             enabled: false,
-            kick: None,
-            call: None,
-            error: None,
+            kick: false,
             running: false,
         }
     }
 
     /// Whether it is to run.
     pub(super) fn wanted(&self) -> bool {
-        self.enabled && self.kick.is_some() && self.addresses.is_some()
+        self.enabled && self.kick && self.addresses.is_some()
     }
 
     /// Where it lies in guest memory.
@@ -76,24 +70,6 @@ impl Vring {
             used: translate("used ring", user.used)?,
             event_idx,
             indirect,
-        })
-    }
-
-    /// Copies of its descriptors, for its thread.
-    pub(super) fn events(&self) -> Result<RingEvents, SessionError> {
-        let copy = |fd: &Option<OwnedFd>| {
-            fd.as_ref()
-                .map(OwnedFd::try_clone)
-                .transpose()
-                .map_err(|source| SessionError::Event {
-                    queue: self.index,
-                    source,
-                })
-        };
-        Ok(RingEvents {
-            kick: copy(&self.kick)?,
-            call: copy(&self.call)?,
-            error: copy(&self.error)?,
         })
     }
 }

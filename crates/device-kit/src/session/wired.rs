@@ -76,7 +76,7 @@ impl<D: Device> Session<D> {
         for ring in rings {
             let at = self.vring_at(ring.index.into())?;
             let vring = &mut state.vrings[at];
-            if vring.running || vring.kick.is_none() || vring.addresses.is_none() {
+            if vring.running || !vring.kick || vring.addresses.is_none() {
                 return Err(SessionError::NotWired { queue: vring.index });
             }
             vring.base = ring.base;
