@@ -280,6 +280,20 @@ pub fn has_arrived(place: &Path) -> bool {
     read.is_ok() && said.starts_with(b"arrived\n")
 }
 
+/// From now on no machine comes to the core of this folder, unless it has: of what the core and
+/// this append to one file the first line counts, and the core looks before it runs the machine.
+pub fn forestall(place: &Path) {
+    let end = OpenOptions::new().append(true).open(place.join("end"));
+    match end.and_then(|mut end| end.write_all(b"unawaited\n")) {
+        // There was no core yet.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => {
+            tracing::error!(place = %place.display(), %error, "a machine may still come there")
+        }
+        Ok(()) => {}
+    }
+}
+
 /// The last complaint in the log of a process: what is only information is none.
 pub fn last_words(log: &Path) -> Option<String> {
     let quiet = [" INFO ", " DEBUG ", " TRACE "];

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Parser;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{getsockopt, sockopt};
+use vmm_core::hypervisor::CpuLevel;
 use vmm_core::machine::config::{ImageSource, KvmSource, MachineConfig, SerialConfig};
 use vmm_core::machine::control::Owner;
 use vmm_core::machine::migrate::Incoming;
@@ -53,6 +54,10 @@ pub struct Options {
     /// Number of vCPUs
     #[arg(long, default_value_t = 1)]
     cpus: u32,
+    /// What vCPUs show: host, or no more than a level that other processors have as well, x86-64-v1, x86-64-v2,
+    /// x86-64-v3 or x86-64-v4
+    #[arg(long, default_value_t, value_name = "LEVEL")]
+    cpu: CpuLevel,
     /// RAM, with K, M, G or T
     #[arg(long, default_value = "512M", value_name = "SIZE", value_parser = size)]
     memory: u64,
@@ -86,8 +91,9 @@ pub struct Options {
     /// An inherited KVM device
     #[arg(long, value_name = "N")]
     kvm_fd: Option<RawFd>,
-    /// An inherited file that is told how it ended: exit status, a space, and why; before that,
-    /// of a machine that came from another core, that it has "arrived"
+    /// An inherited file, to read and to append to, that is told how it ended: exit status, a space,
+    /// and why; before that, of a machine that came from another core, that it has "arrived", which
+    /// it may not when something else is in the file already
     #[arg(long, value_name = "N")]
     end_fd: Option<RawFd>,
     /// Takes a machine over from another core, or from files, instead of booting one:
@@ -139,6 +145,7 @@ impl Options {
             },
             cmdline: self.cmdline,
             cpus: self.cpus,
+            cpu: self.cpu,
             memory: self.memory,
             hugepages: self.hugepages,
             prefault: self.prefault,

@@ -74,10 +74,15 @@ impl Broker {
         }
     }
 
-    async fn take_over(self: &Arc<Self>, name: MachineName) {
+    pub(crate) async fn take_over(self: &Arc<Self>, name: MachineName) {
         let place = self.host.folder.machine(&name);
         let state = match MachineState::load(&place).ok() {
             Some(state) if state.complete => state,
+            // The broker before was killed when it had come, and was to be watched.
+            Some(state) if folder::has_arrived(&place) => MachineState {
+                complete: true,
+                ..state
+            },
             cut_short => {
                 machine::adopt::clean(&self.host, &place, cut_short.as_ref()).await;
                 return;
@@ -91,11 +96,7 @@ impl Broker {
             state.from_file,
         );
         let Ok(machine) = inserted else { return };
-        if let Err(error) = machine::adopt::adopt(&self.host, &machine, &state).await {
-            tracing::error!(machine = %name, %error, "a machine that ran cannot be taken over");
-            machine::adopt::clean(&self.host, &place, Some(&state)).await;
-            machine.set_failed(format!("a new broker could not take it over: {error}"));
-        }
+        machine::adopt::adopt(&self.host, &machine, &state).await;
     }
 
     /// Goes on with a job of the broker before.

@@ -108,6 +108,7 @@ pub(super) fn show(definition: &Definition) -> Dictionary {
     }
     put(keys::CMDLINE, definition.cmdline.clone().into());
     put(keys::VCPUS, definition.vcpus.into());
+    put(keys::CPU, definition.cpu.clone().into());
     put(keys::MEMORY, definition.memory.into());
     if let Some(size) = &definition.hugepages {
         put(keys::HUGEPAGES, size.clone().into());

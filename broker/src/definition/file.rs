@@ -38,6 +38,7 @@ pub(super) fn write(definition: &Definition) -> String {
     }
     put(keys::CMDLINE, definition.cmdline.clone().into());
     put(keys::VCPUS, i64::from(definition.vcpus).into());
+    put(keys::CPU, definition.cpu.clone().into());
     // At most a terabyte.
     let memory = i64::try_from(definition.memory).unwrap_or(i64::MAX);
     put(keys::MEMORY, memory.into());

@@ -68,6 +68,9 @@ pub struct Definition {
     pub cmdline: String,
     /// Number of vCPUs.
     pub vcpus: u32,
+    /// What vCPUs show of the host's processor: `host`, or a level as `x86-64-v2`.
+    #[serde(default = "host_cpu")]
+    pub cpu: String,
     /// Bytes of RAM.
     pub memory: u64,
     /// `2M` or `1G`.
@@ -148,6 +151,11 @@ pub struct VhostUser {
     pub queues: Option<u32>,
     /// Tag of a file system.
     pub tag: Option<String>,
+}
+
+/// The `cpu` of a machine that does not say.
+fn host_cpu() -> String {
+    "host".into()
 }
 
 impl Device {
@@ -273,6 +281,9 @@ fn read(
             .text(keys::CMDLINE, values::cmdline)?
             .unwrap_or_default(),
         vcpus: fields.integer(keys::VCPUS, 1, 32)?.unwrap_or(1),
+        cpu: fields
+            .text(keys::CPU, values::cpu)?
+            .unwrap_or_else(host_cpu),
         memory,
         hugepages: fields.text(keys::HUGEPAGES, values::hugepages)?,
         prefault: fields.boolean(keys::PREFAULT)?.unwrap_or(false),
@@ -338,6 +349,7 @@ fn known_keys(list: &str) -> &'static [&'static str] {
             keys::INITRD,
             keys::CMDLINE,
             keys::VCPUS,
+            keys::CPU,
             keys::MEMORY,
             keys::HUGEPAGES,
             keys::PREFAULT,

@@ -21,6 +21,7 @@ fn a_whole_file_is_understood() {
         kernel = "/boot/vmlinuz"
         cmdline = "console=ttyS0"
         vcpus = 4
+        cpu = "x86-64-v3"
         memory = "2G"
         autostart = true
         [[disk]]
@@ -40,6 +41,7 @@ fn a_whole_file_is_understood() {
     )
     .unwrap();
     assert_eq!((definition.vcpus, definition.memory), (4, 2 << 30));
+    assert_eq!(definition.cpu, "x86-64-v3");
     assert!(definition.autostart);
     let ids: Vec<_> = definition.devices.iter().map(|d| d.id.as_str()).collect();
     assert_eq!(ids, ["disk0", "data", "net0", "vhost-user0"]);
@@ -62,6 +64,10 @@ fn a_mistake_is_named_with_key_value_and_line() {
         (
             "kernel = \"/k\"\nvcpus = \"two\"",
             "line 2: vcpus: a string where an integer is expected",
+        ),
+        (
+            "kernel = \"/k\"\ncpu = \"486\"",
+            "line 2: cpu: \"486\": give host, x86-64-v1, x86-64-v2, x86-64-v3 or x86-64-v4",
         ),
         (
             "kernel = \"k\"",

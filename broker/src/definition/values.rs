@@ -65,6 +65,17 @@ pub(super) fn hugepages(text: &str) -> Result<String, String> {
     }
 }
 
+/// What vCPUs show of the host's processor.
+pub(super) fn cpu(text: &str) -> Result<String, String> {
+    match text {
+        "host" | "x86-64-v1" | "x86-64-v2" | "x86-64-v3" | "x86-64-v4" => Ok(text.to_owned()),
+        _ => Err(format!(
+            "{}: give host, x86-64-v1, x86-64-v2, x86-64-v3 or x86-64-v4",
+            shown(text)
+        )),
+    }
+}
+
 /// A UUID.
 pub(super) fn uuid(text: &str) -> Result<String, String> {
     Uuid::try_parse(text)

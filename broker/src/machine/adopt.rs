@@ -20,12 +20,15 @@ use crate::host::Host;
 use crate::migration::Fate;
 use crate::process::{Ended, Process};
 
+/// How soon a core that does not answer is asked again.
+const AGAIN: Duration = Duration::from_secs(1);
 /// How long a process that was killed may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Ends what is left of a machine whose start was cut short, with its folder; whether one that was
 /// to come from elsewhere had come.
 pub(crate) async fn clean(host: &Host, place: &Path, state: Option<&MachineState>) -> Fate {
+    let fate = Fate::forestall(place);
     let devices = state.into_iter().flat_map(|state| &state.devices);
     let devices = devices.filter_map(|device| device.process.as_ref());
     for id in devices.chain(state.and_then(|state| state.core.as_ref())) {
@@ -47,7 +50,6 @@ pub(crate) async fn clean(host: &Host, place: &Path, state: Option<&MachineState
         }
         Err(error) => tracing::warn!(place = %place.display(), %error, "a core of it may be left"),
     }
-    let fate = Fate::at_the_end_of(place);
     host.folder.remove_place(place);
     fate
 }
@@ -62,29 +64,62 @@ async fn kill(process: &Process) {
     }
 }
 
-/// Takes `machine` over, which runs as `state` says.
-///
-/// # Errors
-/// It does not run any more, or cannot be reached; it is still to be cleaned up.
-pub(crate) async fn adopt(
+/// Takes `machine` over, which runs as `state` says, or ran. One whose core lives and does not answer
+/// is what it was, and is taken over when it does.
+pub(crate) async fn adopt(host: &Arc<Host>, machine: &Arc<Machine>, state: &MachineState) {
+    if lives(host, state).await.is_none() {
+        return bury(host, machine, state).await;
+    }
+    let Err(error) = take_over(host, machine, state).await else {
+        return;
+    };
+    let Some(core) = lives(host, state).await else {
+        return bury(host, machine, state).await;
+    };
+    let pid = core.id().pid;
+    tracing::error!(machine = %machine.name, pid, %error, "a core does not answer");
+    machine.falls_silent(
+        core.id().clone(),
+        format!("its core, process {pid}, does not answer"),
+    );
+    let (host, machine, state) = (Arc::clone(host), Arc::clone(machine), state.clone());
+    tokio::spawn(async move {
+        while tokio::time::timeout(AGAIN, core.ended()).await.is_err() {
+            if take_over(&host, &machine, &state).await.is_ok() {
+                machine.set_reason(String::new());
+                machine.silent.send_replace(false);
+                return;
+            }
+        }
+        bury(&host, &machine, &state).await;
+        machine.silent.send_replace(false);
+    });
+}
+
+/// The core of a machine, if it has not ended.
+async fn lives(host: &Host, state: &MachineState) -> Option<Process> {
+    host.launcher.adopt(state.core.as_ref()?).await.ok()
+}
+
+/// It ended while nobody watched: what it said tells how.
+async fn bury(host: &Arc<Host>, machine: &Arc<Machine>, state: &MachineState) {
+    let own = match Process::new(std::process::id(), String::new()) {
+        Ok(own) => own,
+        Err(error) => return machine.set_failed(format!("nobody saw how it ended: {error}")),
+    };
+    let (_, inbox) = mpsc::channel(1);
+    machine.gone.send_replace(false);
+    let mut supervisor = Supervisor::new(host, machine, Arc::new(own), inbox);
+    supervisor.adopt_devices(RunningDevice::adopt_all(host, state).await);
+    supervisor.end(Ended::Unknown).await;
+}
+
+async fn take_over(
     host: &Arc<Host>,
     machine: &Arc<Machine>,
     state: &MachineState,
 ) -> io::Result<()> {
     let (commands, inbox) = mpsc::channel(16);
-    let lives = match &state.core {
-        Some(id) => host.launcher.adopt(id).await.is_ok(),
-        None => false,
-    };
-    if !lives {
-        // It ended while nobody watched: what it said tells how.
-        let own = Process::new(std::process::id(), String::new())?;
-        machine.gone.send_replace(false);
-        let mut supervisor = Supervisor::new(host, machine, Arc::new(own), inbox);
-        supervisor.adopt_devices(RunningDevice::adopt_all(host, state).await);
-        supervisor.end(Ended::Unknown).await;
-        return Ok(());
-    }
     let place = host.folder.machine(&machine.name);
     let mut instance = Instance::adopt(host, &machine.name, None, place, state).await?;
     let proxy = instance.proxy.clone();

@@ -61,6 +61,7 @@ pub(super) fn program(
     program.args(["--name", name.as_str(), "--kernel", &definition.kernel]);
     program.args(["--cmdline", &definition.cmdline]);
     program.args(["--cpus", &definition.vcpus.to_string()]);
+    program.args(["--cpu", &definition.cpu]);
     program.args(["--memory", &definition.memory.to_string()]);
     if let Some(size) = &definition.hugepages {
         program.args(["--hugepages", size]);

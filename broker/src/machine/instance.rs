@@ -34,7 +34,7 @@ use crate::resources::ResourceError;
 /// How long a core may take until it answers. All of its memory may be made present before.
 const START_DEADLINE: Duration = Duration::from_secs(120);
 /// How long a core that runs may take to answer.
-const ADOPT_DEADLINE: Duration = Duration::from_secs(30);
+const ADOPT_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a process that was killed may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -193,6 +193,7 @@ impl Plan<'_> {
         let listener = UnixListener::bind(&control).map_err(internal("no control socket"))?;
         let (ours, theirs) = UnixStream::pair().map_err(internal("no console"))?;
         let end = OpenOptions::new()
+            .read(true)
             .append(true)
             .create(true)
             .open(self.place.join("end"))
@@ -284,25 +285,15 @@ impl Instance {
         })
     }
 
-    /// Makes its folder that of the machine, which is adopted from there next.
-    ///
-    /// # Errors
-    /// What it is cannot be written.
-    pub(crate) fn leave(
-        mut self,
-        host: &Host,
-        name: &MachineName,
-        state: &MachineState,
-    ) -> io::Result<()> {
-        state.save(&self.place)?;
-        host.folder.settle(&mut self.place, name);
-        Ok(())
+    /// From now on no machine comes to it; whether one has.
+    pub(crate) fn forestall(&self) -> Fate {
+        Fate::forestall(&self.place)
     }
 
     /// Ends it, and leaves nothing of it; whether a machine had come to it.
     pub(crate) async fn discard(self, host: &Host) -> Fate {
+        let fate = self.forestall();
         end(&self.devices, Some(&self.core)).await;
-        let fate = Fate::at_the_end_of(&self.place);
         host.folder.remove_place(&self.place);
         fate
     }
@@ -318,6 +309,11 @@ impl Instance {
     /// Talks to its core by another connection from now on.
     pub(crate) fn set_core(&mut self, core: CoreProxy<'static>) {
         self.proxy = core;
+    }
+
+    /// Its folder.
+    pub(crate) fn place(&self) -> &Path {
+        &self.place
     }
 
     /// The connection to its core.

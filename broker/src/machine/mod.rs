@@ -38,6 +38,7 @@ use api::core::CoreProxy;
 use api::device::State as DeviceState;
 use api::machine::{Facts, State};
 use api::path;
+use nix::sys::signal::Signal;
 use tokio::sync::{mpsc, watch};
 
 pub(crate) use self::instance::Instance;
@@ -48,7 +49,7 @@ use crate::definition::{Definition, Device};
 use crate::host::Host;
 use crate::jobs::{Job, Kind};
 use crate::name::MachineName;
-use crate::process::ProcessId;
+use crate::process::{Process, ProcessId};
 use crate::publish::{Change, Publisher};
 
 /// How long the end of a core that gave no answer may take to be noticed.
@@ -115,6 +116,8 @@ pub struct Machine {
     busy: watch::Sender<bool>,
     /// Whether it moves within this host: another generation of processes may take its place.
     leaving: watch::Sender<bool>,
+    /// Its core lives and does not answer.
+    silent: watch::Sender<bool>,
     /// It has not yet come here.
     new: AtomicBool,
     /// It is at another host, or may be.
@@ -151,6 +154,7 @@ impl Machine {
             gone: watch::Sender::new(true),
             busy: watch::Sender::new(false),
             leaving: watch::Sender::new(false),
+            silent: watch::Sender::new(false),
             new: AtomicBool::new(false),
             away: AtomicBool::new(false),
         })
@@ -402,11 +406,39 @@ impl Machine {
         self.gone.send_replace(true);
     }
 
+    /// Notes that it runs, for all that is known: its core, `process`, does not answer.
+    fn falls_silent(&self, process: ProcessId, reason: String) {
+        self.silent.send_replace(true);
+        self.gone.send_replace(false);
+        self.update(|inner| {
+            inner.state = State::Running;
+            inner.reason = reason;
+            inner.process = Some(process);
+        });
+    }
+
+    /// Whether its core lives and does not answer.
+    pub(crate) fn is_silent(&self) -> bool {
+        *self.silent.borrow()
+    }
+
+    /// Waits until its core answers, or has ended.
+    pub(crate) async fn answers(&self) {
+        let mut silent = self.silent.subscribe();
+        // The sender lives as long as this machine.
+        let _ = silent.wait_for(|silent| !*silent).await;
+    }
+
     /// Kills all of its processes.
     pub(crate) async fn kill(&self) {
         if let Ok(live) = self.live("killed") {
             // A supervisor that is gone has killed them.
             let _ = live.commands.send(Command::Kill).await;
+        } else if self.is_silent()
+            && let Some(id) = self.lock().process.clone()
+            && let Ok(core) = Process::adopt(&id)
+        {
+            core.signal(Signal::SIGKILL);
         }
     }
 

@@ -60,7 +60,7 @@ impl MachineState {
     }
 
     /// Writes it into the folder of its processes, where the next broker looks for it.
-    pub(super) fn save(&self, place: &Path) -> io::Result<()> {
+    pub(crate) fn save(&self, place: &Path) -> io::Result<()> {
         folder::save(&place.join(STATE), self)
     }
 

@@ -78,7 +78,7 @@ pub(crate) async fn take_in(
     resumed: bool,
 ) -> Result<(), Error> {
     job.set_phase("receiving", 0.0);
-    let core = instance.core().clone();
+    let (core, place) = (instance.core().clone(), instance.place().to_owned());
     let cancelled = async {
         job.cancelled().await;
         let cancelled = match Mover::of(&core).await {
@@ -86,7 +86,9 @@ pub(crate) async fn take_in(
             Err(error) => Err(error),
         };
         match cancelled {
-            Err(Error::ZBus(error)) => format!("its core does not answer: {error}"),
+            Err(Error::ZBus(error)) if Fate::forestall(&place) == Fate::Never => {
+                format!("its core does not answer: {error}")
+            }
             // It says what comes of it; too late for a machine that is here already.
             _ => std::future::pending().await,
         }

@@ -33,8 +33,9 @@ pub(crate) enum Fate {
 }
 
 impl Fate {
-    /// Of a machine for which processes waited that have ended, by what they left in `place`.
-    pub(crate) fn at_the_end_of(place: &Path) -> Self {
+    /// Of a machine for which processes in `place` waited, or wait: from now on in vain.
+    pub(crate) fn forestall(place: &Path) -> Self {
+        folder::forestall(place);
         match folder::has_arrived(place) {
             true => Self::Came,
             false => Self::Never,

@@ -1,6 +1,7 @@
 //! What a broker does that was started in the middle of a migration: it asks the cores how it
 //! ended, as the one before would have.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use api::Error;
@@ -45,7 +46,7 @@ impl Broker {
             let instance = Instance::adopt(&self.host, &name, None, place.clone(), &state).await;
             match instance {
                 Ok(instance) => {
-                    let arrived = has_arrived(&instance).await;
+                    let arrived = folder::has_arrived(&place) || has_arrived(&instance).await;
                     let found = Pending {
                         state,
                         instance,
@@ -54,9 +55,15 @@ impl Broker {
                     pending.push((name, found));
                 }
                 Err(error) => {
-                    tracing::info!(machine = %name, %error, "it did not arrive");
-                    let fate = clean(&self.host, &place, Some(&state)).await;
-                    self.host.arrivals.settle(&name, fate);
+                    tracing::info!(machine = %name, %error, "its core cannot be asked");
+                    match Fate::forestall(&place) {
+                        // Whether it has ended, or answers yet, is seen when it is taken over.
+                        Fate::Came => self.hand_over(&name, place, state).await,
+                        never => {
+                            clean(&self.host, &place, Some(&state)).await;
+                            self.host.arrivals.settle(&name, never);
+                        }
+                    }
                 }
             }
         }
@@ -74,33 +81,32 @@ impl Broker {
     }
 
     /// Makes processes the machine that they have. What is left of those that had it is ended.
-    pub(crate) async fn settle(
-        self: &Arc<Self>,
-        name: &MachineName,
-        pending: Pending,
-    ) -> Option<Pending> {
+    pub(crate) async fn settle(&self, name: &MachineName, pending: Pending) -> Option<Pending> {
         if !pending.arrived {
             return Some(pending);
         }
+        let place = pending.instance.place().to_owned();
+        self.hand_over(name, place, pending.state).await;
+        None
+    }
+
+    /// Makes the folder of processes that have a machine that of the machine, which is taken over
+    /// from there next.
+    async fn hand_over(&self, name: &MachineName, mut place: PathBuf, mut state: MachineState) {
         self.host.arrivals.settle(name, Fate::Came);
         Departure::forget(&self.host, name);
-        let place = self.host.folder.machine(name);
-        if let Ok(former) = MachineState::load(&place) {
-            clean(&self.host, &place, Some(&former)).await;
+        let own = self.host.folder.machine(name);
+        if let Ok(former) = MachineState::load(&own) {
+            clean(&self.host, &own, Some(&former)).await;
         }
-        let Pending {
-            mut state,
-            instance,
-            ..
-        } = pending;
         state.complete = true;
         if let Err(error) = self.keep(name, &state.definition, state.transient) {
             tracing::error!(machine = %name, %error, "another broker would not know it when it is off");
         }
-        if let Err(error) = instance.leave(&self.host, name, &state) {
+        if let Err(error) = state.save(&place) {
             tracing::error!(machine = %name, %error, "a machine that arrived is lost sight of");
         }
-        None
+        self.host.folder.settle(&mut place, name);
     }
 
     /// Goes on with the job of a machine that moves, or comes.
@@ -120,6 +126,7 @@ impl Broker {
                     machine: Arc::clone(&machine),
                     job: Arc::clone(&job),
                 };
+                machine.answers().await;
                 let Ok(core) = machine.core("moved") else {
                     return leaving.end_unwatched().await;
                 };
@@ -176,6 +183,12 @@ impl Broker {
     pub(crate) async fn end_pending(self: &Arc<Self>) {
         let left = std::mem::take(&mut *self.pending());
         for (name, found) in left {
+            if found.instance.forestall() == Fate::Came {
+                let place = found.instance.place().to_owned();
+                self.hand_over(&name, place, found.state).await;
+                self.take_over(name).await;
+                continue;
+            }
             tracing::warn!(machine = %name, "no job is left that awaits it");
             let fate = found.instance.discard(&self.host).await;
             self.host.arrivals.settle(&name, fate);
@@ -191,25 +204,37 @@ impl Broker {
             if machine.job().is_some() {
                 continue;
             }
-            if machine.state() != State::Paused {
-                self.forget_moved(&machine).await;
-                continue;
+            if machine.is_silent() {
+                let broker = Arc::clone(self);
+                tokio::spawn(async move {
+                    machine.answers().await;
+                    broker.look_for(&machine).await;
+                });
+            } else {
+                self.look_for(&machine).await;
             }
-            let Ok(core) = machine.core("asked") else {
-                continue;
-            };
-            let Ok(mover) = Mover::of(&core).await else {
-                continue;
-            };
-            if let Ok(Outcome {
-                result: Verdict::Undecided,
-                ..
-            }) = mover.now().await
-            {
-                machine.set_away(true);
-                machine.set_reason(undecided(machine.name().as_str()));
-                self.resolve(&machine);
-            }
+        }
+    }
+
+    /// Finds out whether a machine that no job works on is here.
+    async fn look_for(self: &Arc<Self>, machine: &Arc<Machine>) {
+        if machine.state() != State::Paused {
+            return self.forget_moved(machine).await;
+        }
+        let Ok(core) = machine.core("asked") else {
+            return;
+        };
+        let Ok(mover) = Mover::of(&core).await else {
+            return;
+        };
+        if let Ok(Outcome {
+            result: Verdict::Undecided,
+            ..
+        }) = mover.now().await
+        {
+            machine.set_away(true);
+            machine.set_reason(undecided(machine.name().as_str()));
+            self.resolve(machine);
         }
     }
 }

@@ -28,6 +28,7 @@ pub fn of_options(define: &Define) -> Result<Dictionary> {
     definition.path(key::INITRD, define.initrd.as_deref())?;
     definition.put(key::CMDLINE, define.cmdline.clone());
     definition.put(key::VCPUS, define.cpus);
+    definition.put(key::CPU, define.cpu.clone());
     definition.put(key::MEMORY, define.memory.map(|size| size.0));
     definition.put(key::HUGEPAGES, define.hugepages.map(|size| size.as_str()));
     definition.put(key::PREFAULT, define.prefault.then_some(true));

@@ -8,7 +8,7 @@ Examples:
   godwit run --demo --name first        # needs no kernel of yours
 
 A definition file has these keys; paths are absolute:
-  kernel, initrd, cmdline, vcpus, memory = \"1G\", hugepages, prefault, uuid
+  kernel, initrd, cmdline, vcpus, cpu, memory = \"1G\", hugepages, prefault, uuid
   [[disk]]        path, read-only, queues, serial, id
   [[net]]         tap, mac, queue-pairs, mtu, id
   [[balloon]]     target = \"256M\", id

@@ -51,6 +51,10 @@ pub struct Define {
     /// Number of vCPUs [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,
+    /// What vCPUs show of the host's processor: host, or no more than x86-64-v1, -v2, -v3 or -v4, so
+    /// that the machine can move to other processors [default: host]
+    #[arg(long, value_name = "LEVEL")]
+    pub cpu: Option<String>,
     /// RAM, with K, M, G or T [default: 512M]
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,

@@ -51,6 +51,7 @@ pub fn machine(machine: &Machine, definition: &Value) -> String {
     line("Reason", machine.reason.clone());
     line("Up", machine.started_usec.map(since).unwrap_or_default());
     line("vCPUs", machine.vcpus.to_string());
+    line("CPU", definition["cpu"].as_str().unwrap_or_default().into());
     line("Memory", Size(machine.memory).to_string());
     for key in ["kernel", "initrd", "cmdline"] {
         let value = definition[key].as_str().unwrap_or_default();

@@ -7,6 +7,7 @@
 //! | `initrd` | string | path of the initial RAM disk | none |
 //! | `cmdline` | string | kernel command line | empty |
 //! | `vcpus` | integer | number of vCPUs, 1 to 32 | 1 |
+//! | `cpu` | string | what vCPUs show of the host's processor: `host`, or no more than a level of the x86-64 psABI, `x86-64-v1`, `x86-64-v2`, `x86-64-v3` or `x86-64-v4`, with which the machine can move to other processors | `host` |
 //! | `memory` | integer or string | bytes of RAM, or with a unit as `"512M"` | 512M |
 //! | `hugepages` | string | `2M` or `1G` | none |
 //! | `prefault` | boolean | make all RAM present before the guest starts | false |
@@ -46,6 +47,8 @@ pub const INITRD: &str = "initrd";
 pub const CMDLINE: &str = "cmdline";
 /// Number of vCPUs.
 pub const VCPUS: &str = "vcpus";
+/// What vCPUs show of the host's processor.
+pub const CPU: &str = "cpu";
 /// RAM.
 pub const MEMORY: &str = "memory";
 /// Size of huge pages.

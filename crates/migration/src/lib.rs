@@ -5,7 +5,7 @@
 //! - [`schema`]: which bytes are the state of which unit, and the names of units;
 //! - [`frame`]: how saved state travels and how it is known to be whole;
 //! - [`channel`]: the pipe or socket that it travels on, with a deadline;
-//! - [`link`]: messages between two cores; [`wire`]: what they say; [`ram`]: how memory travels;
+//! - [`link`]: messages between two cores; [`wire`]: what they say, and compare; [`ram`]: how memory travels;
 //! - [`free_pages`]: which pages a balloon says need not travel;
 //! - [`rings`]: what a core says to a device process to start and stop it at once;
 //! - [`commit`]: who may run the machine, whatever happens;
@@ -13,6 +13,7 @@
 
 pub mod channel;
 pub mod commit;
+mod fit;
 pub mod frame;
 pub mod free_pages;
 pub mod link;

@@ -1,10 +1,11 @@
 //! The link between two cores: messages in both directions of one socket.
 //!
 //! ```text
-//! message   u32 magic "GWLK", u32 length, u32 CRC-32C of the payload, payload (MessagePack)
+//! message   u32 magic "GWLK", u32 length, u32 CRC-32C of the payload,
+//!           u32 CRC-32C of the twelve bytes before it, payload (MessagePack)
 //! ```
-//! Numbers are little-endian. A length is checked before anything is allocated for it, and every
-//! send and receive has a deadline. After an error the link is of no more use.
+//! Numbers are little-endian. A header is checked before its length is believed, and the length
+//! before anything is allocated for it. Every send and receive has a deadline. After an error the link is of no more use.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -20,7 +21,9 @@ use crate::channel::{Cancel, StateChannel};
 pub const MAX_MESSAGE: usize = 32 << 20;
 
 const MAGIC: [u8; 4] = *b"GWLK";
-const HEADER: usize = 12;
+const HEADER: usize = 16;
+/// Where the header's own checksum is.
+const CHECKED: usize = 12;
 
 /// Why the link is of no more use.
 #[derive(Debug, Error)]
@@ -115,7 +118,9 @@ impl Link {
         // Bounded above.
         let length = u32::try_from(length).unwrap_or(u32::MAX);
         bytes[4..8].copy_from_slice(&length.to_le_bytes());
-        bytes[8..HEADER].copy_from_slice(&crc.to_le_bytes());
+        bytes[8..CHECKED].copy_from_slice(&crc.to_le_bytes());
+        let crc = crc32c::crc32c(&bytes[..CHECKED]);
+        bytes[CHECKED..HEADER].copy_from_slice(&crc.to_le_bytes());
         self.channel.set_deadline(within);
         self.channel
             .write_all(&bytes)
@@ -128,9 +133,35 @@ impl Link {
         self.channel.set_deadline(within);
         let mut header = [0; HEADER];
         self.fill(&mut header, within)?;
-        let [m0, m1, m2, m3, l0, l1, l2, l3, c0, c1, c2, c3] = header;
+        let [
+            m0,
+            m1,
+            m2,
+            m3,
+            l0,
+            l1,
+            l2,
+            l3,
+            c0,
+            c1,
+            c2,
+            c3,
+            h0,
+            h1,
+            h2,
+            h3,
+        ] = header;
         if [m0, m1, m2, m3] != MAGIC {
             return Err(nonsense(format!("it begins with {header:02x?}")));
+        }
+        let (said, is) = (
+            u32::from_le_bytes([h0, h1, h2, h3]),
+            crc32c::crc32c(&header[..CHECKED]),
+        );
+        if said != is {
+            return Err(nonsense(format!(
+                "checksum {is:08x} of its header instead of {said:08x}"
+            )));
         }
         let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
         if length > MAX_MESSAGE {
@@ -190,6 +221,19 @@ mod tests {
     }
 
     #[test]
+    fn a_flipped_bit_of_a_header_is_noticed_without_waiting_for_more() {
+        let bytes = sent("hello");
+        for bit in 0..HEADER * 8 {
+            let mut wrong = bytes.clone();
+            wrong[bit / 8] ^= 1 << (bit % 8);
+            let (a, mut b) = UnixStream::pair().unwrap();
+            b.write_all(&wrong).unwrap();
+            let error = link(a).receive::<String>(LONG).unwrap_err();
+            assert!(matches!(error, LinkError::Nonsense { .. }), "bit {bit}");
+        }
+    }
+
+    #[test]
     fn every_flipped_bit_and_every_cut_is_noticed() {
         let bytes = sent("hello");
         for bit in 0..bytes.len() * 8 {
@@ -209,6 +253,8 @@ mod tests {
     fn a_length_beyond_the_bound_is_refused_before_it_is_believed() {
         let mut bytes = sent("hello");
         bytes[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+        let crc = crc32c::crc32c(&bytes[..CHECKED]);
+        bytes[CHECKED..HEADER].copy_from_slice(&crc.to_le_bytes());
         let error = received(&bytes).unwrap_err().to_string();
         assert!(error.contains("4294967295 bytes are too many"), "{error}");
     }

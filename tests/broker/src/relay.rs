@@ -17,6 +17,8 @@ struct Way {
     /// After that nobody gets through any more.
     then_closed: bool,
     closed: bool,
+    /// What is said with this word does not arrive.
+    muted: Option<&'static str>,
 }
 
 /// Leads connections to a broker's Unix socket.
@@ -69,6 +71,11 @@ impl Relay {
         (way.last_word, way.then_closed) = (Some(word), then_closed);
     }
 
+    /// From now on a core's message with `word` is lost, and nothing else; with none all arrive.
+    pub fn mute(&self, word: Option<&'static str>) {
+        lock(&self.way).muted = word;
+    }
+
     /// Lets connections through again.
     pub fn open(&self) {
         lock(&self.way).closed = false;
@@ -92,6 +99,9 @@ fn pass(mut from: UnixStream, mut to: UnixStream, way: &Mutex<Way>) {
                 way.last_word = None;
                 way.closed = way.then_closed;
                 break;
+            }
+            if way.muted.is_some_and(says) {
+                continue;
             }
         }
         if to.write_all(bytes).is_err() {

@@ -247,6 +247,43 @@ async fn machines_survive_their_broker() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_core_that_does_not_answer_the_next_broker_is_waited_for() -> Result<()> {
+    let mut broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let vm = running(&bus, "vm", definition(&idle())).await?;
+    let core = vm.process().await?;
+    let signal = |signal| kill(Pid::from_raw(i32::try_from(core)?), signal).context("no core");
+    for ends in [false, true] {
+        signal(Signal::SIGSTOP)?;
+        broker.kill()?;
+        broker.start_again()?;
+        let bus = broker.connect().await?;
+        let path = manager(&bus).await?.get_machine("vm").await?;
+        let vm = machine(&bus, path).await?;
+        let silent = format!("its core, process {core}, does not answer");
+        until("a word on its core", async || {
+            Ok(vm.reason().await? == silent)
+        })
+        .await?;
+        assert_eq!(vm.process().await?, core);
+        if ends {
+            // Who does not want to wait ends it, by force if nothing else helps.
+            done(&bus, vm.terminate(0).await?).await?;
+            assert_eq!(vm.state().await?, State::Failed);
+        } else {
+            signal(Signal::SIGCONT)?;
+            until("an answer", async || Ok(vm.reason().await?.is_empty())).await?;
+            assert_eq!(vm.state().await?, State::Running);
+            beats(&mut console(&vm).await?)?;
+        }
+    }
+    until("an end of its processes", async || {
+        Ok(broker.programs().is_empty())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_was_cut_short_is_cleaned_up() -> Result<()> {
     let mut broker = Broker::start()?;
     let bus = broker.connect().await?;

@@ -32,15 +32,6 @@ fn busy() -> Workload {
     }
 }
 
-/// The same, writing to memory as fast as it goes: something is left after every round.
-fn hurried() -> Workload {
-    Workload {
-        span: 32,
-        dirty: 0,
-        ..busy()
-    }
-}
-
 /// The same without disks.
 fn diskless() -> Workload {
     Workload {
@@ -63,14 +54,11 @@ fn no_options() -> Dictionary {
     Dictionary::new()
 }
 
-/// A stop as short as this is never predicted, so that the machine is copied and copied, slower
-/// than its guest writes.
-fn never_stops() -> Dictionary {
-    HashMap::from([
-        ("max-downtime-ms".to_owned(), value(0u64)),
-        ("patience-s".to_owned(), value(600u64)),
-        ("max-bandwidth".to_owned(), value(32u64 << 20)),
-    ])
+/// A way to a broker that never says that it is ready, so that a machine is copied and copied.
+fn unready(folder: &TempDir, broker: &Broker) -> Result<Relay> {
+    let relay = Relay::start(folder.path(), &broker.unix())?;
+    relay.mute(Some("Ready"));
+    Ok(relay)
 }
 
 /// The machine of this name, if the broker has it.
@@ -85,7 +73,15 @@ async fn find(bus: &Connection, name: &str) -> Result<Option<MachineProxy<'stati
 /// Waits until a migration copies memory.
 async fn copies(bus: &Connection, at: &zbus::OwnedObjectPath) -> Result<()> {
     let job = job(bus, at.clone()).await?;
-    until("a copy", async || Ok(job.phase().await? == "copying")).await
+    until("a copy", async || {
+        ensure!(
+            job.state().await? == JobState::Running,
+            "it is over: {:?}",
+            job.result().await?
+        );
+        Ok(job.phase().await? == "copying")
+    })
+    .await
 }
 
 /// Waits until nothing of a machine is left at a broker.
@@ -292,13 +288,14 @@ async fn a_migration_is_cancelled_and_tried_again() -> Result<()> {
     let vm = running(
         &bus,
         "vm",
-        with_disks(definition(&hurried()), &disks(&folder, &["a"])?, 1),
+        with_disks(definition(&busy()), &disks(&folder, &["a"])?, 1),
     )
     .await?;
     let mut console = console(&vm).await?;
-    for uri in [b.unix(), b.tcp()?] {
+    let relay = unready(&folder, &b)?;
+    for _ in 0..2 {
         beats(&mut console)?;
-        let at = vm.migrate(&uri, never_stops(), 0).await?;
+        let at = vm.migrate(&relay.uri(), no_options(), 0).await?;
         copies(&bus, &at).await?;
         job(&bus, at.clone()).await?.cancel().await?;
         let (state, result) = ended(&bus, at).await?;
@@ -331,8 +328,9 @@ async fn whoever_is_killed_the_machine_goes_on_and_moves_later() -> Result<()> {
     );
     let (mut bus, mut there) = (a.connect().await?, b.connect().await?);
     let folder = TempDir::new()?;
-    let definition = with_disks(definition(&hurried()), &disks(&folder, &["a"])?, 1);
+    let definition = with_disks(definition(&busy()), &disks(&folder, &["a"])?, 1);
     let mut vm = running(&bus, "vm", definition).await?;
+    let relay = unready(&folder, &b)?;
     for victim in [
         Victim::SourceDisk,
         Victim::DestinationCore,
@@ -341,7 +339,7 @@ async fn whoever_is_killed_the_machine_goes_on_and_moves_later() -> Result<()> {
         Victim::DestinationBroker,
     ] {
         beats(&mut console(&vm).await?)?;
-        let mut at = vm.migrate(&b.unix(), never_stops(), 0).await?;
+        let mut at = vm.migrate(&relay.uri(), no_options(), 0).await?;
         copies(&bus, &at).await?;
         let state = b.run().join("incoming/vm/state.json");
         let state: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(state)?)?;
@@ -419,9 +417,10 @@ async fn a_core_that_is_killed_while_it_is_copied_leaves_nothing_anywhere() -> R
     );
     let (bus, there) = (a.connect().await?, b.connect().await?);
     let folder = TempDir::new()?;
-    let definition = with_disks(definition(&hurried()), &disks(&folder, &["a"])?, 1);
+    let definition = with_disks(definition(&busy()), &disks(&folder, &["a"])?, 1);
     let vm = running(&bus, "vm", definition).await?;
-    let at = vm.migrate(&b.unix(), never_stops(), 0).await?;
+    let relay = unready(&folder, &b)?;
+    let at = vm.migrate(&relay.uri(), no_options(), 0).await?;
     copies(&bus, &at).await?;
     kill_process(vm.process().await?)?;
     let (state, result) = ended(&bus, at).await?;

@@ -33,6 +33,8 @@ pub struct Spec {
     pub workload: Workload,
     /// vCPUs.
     pub cpus: u32,
+    /// What they show of the host's processor.
+    pub cpu: &'static str,
     /// MiB of RAM.
     pub memory_mib: u64,
     /// Disks: image and queues.
@@ -65,6 +67,7 @@ impl Spec {
         Self {
             workload,
             cpus: 1,
+            cpu: "host",
             memory_mib: 64,
             disks: Vec::new(),
             nics: Vec::new(),
@@ -184,6 +187,7 @@ impl Side {
             .option("--kernel", test_guest::program())
             .option("--cmdline", spec.workload.to_string())
             .option("--cpus", spec.cpus.to_string())
+            .option("--cpu", spec.cpu)
             .option("--memory", format!("{}M", spec.memory_mib));
         if !spec.without.is_empty() {
             core = core.option("--without", spec.without.join(","));

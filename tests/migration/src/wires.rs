@@ -25,7 +25,8 @@ pub enum Kind {
 
 /// What happens to one connection. Where it says nothing else: on the way to the destination.
 ///
-/// Those that name a message are for the connection of the cores, see `crates/migration/src/link.rs`.
+/// Those that name a message are for the connection of the cores, see `crates/migration/src/link.rs`,
+/// on the message's own way.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// After so many bytes the connection is closed on both sides.
@@ -38,21 +39,46 @@ pub enum Fault {
     Put(usize, u8),
     /// As `Cut`, for what the destination says.
     CutBack(usize),
-    /// The connection is closed in the place of the destination's message of this name.
+    /// The connection is closed in the place of the message of this name.
     CutBefore(&'static str),
     /// As `Flip`, for what the destination says.
     FlipBack(usize),
     /// What the destination says after so many bytes comes so much later.
     Late(usize, Duration),
-    /// The message of the source with this name comes so much later.
+    /// The message with this name comes so much later.
     Delay(&'static str, Duration),
     /// The same, and a bit of it is flipped.
     Spoil(&'static str, Duration),
-    /// The message of the source with this name waits at a gate, with all that follow it.
+    /// The message with this name waits at a gate, with all that follow it.
     Wait(&'static str, Gate),
-    /// In the message of the source with this name the byte after this text is this one, as if it
+    /// In the message with this name the byte after this text is this one, as if it
     /// were meant.
     Say(&'static str, &'static str, u8),
+}
+
+/// What a destination says.
+const ANSWERS: [&str; 7] = [
+    "Welcome",
+    "Refused",
+    "Ready",
+    "Prepared",
+    "Loaded",
+    "Running",
+    "Discarded",
+];
+
+impl Fault {
+    /// The message that it is about.
+    fn message(&self) -> Option<&'static str> {
+        match self {
+            Self::CutBefore(name)
+            | Self::Delay(name, _)
+            | Self::Spoil(name, _)
+            | Self::Wait(name, _)
+            | Self::Say(name, ..) => Some(name),
+            _ => None,
+        }
+    }
 }
 
 /// Where a message waits until it may pass.
@@ -185,7 +211,8 @@ fn relay(near: UnixStream, far: UnixStream, fault: Fault) -> Result<()> {
     let (back, forth) = match fault {
         Fault::CutBack(at) => (Some(Fault::Cut(at)), None),
         Fault::FlipBack(at) => (Some(Fault::Flip(at)), None),
-        back @ (Fault::Late(..) | Fault::CutBefore(_)) => (Some(back), None),
+        back @ Fault::Late(..) => (Some(back), None),
+        fault if fault.message().is_some_and(|name| ANSWERS.contains(&name)) => (Some(fault), None),
         fault => (None, Some(fault)),
     };
     for (from, to, fault) in [(&near, &far, forth), (&far, &near, back)] {
@@ -193,13 +220,7 @@ fn relay(near: UnixStream, far: UnixStream, fault: Fault) -> Result<()> {
         thread::spawn(move || {
             let passed = match fault {
                 None => bytes(&from, &to, &Fault::Cut(usize::MAX)),
-                Some(
-                    fault @ (Fault::CutBefore(_)
-                    | Fault::Delay(..)
-                    | Fault::Spoil(..)
-                    | Fault::Wait(..)
-                    | Fault::Say(..)),
-                ) => messages(&from, &to, &fault),
+                Some(fault) if fault.message().is_some() => messages(&from, &to, &fault),
                 Some(fault) => bytes(&from, &to, &fault),
             };
             // Whoever sends or waits sees an end.
@@ -243,8 +264,10 @@ fn messages(mut from: &UnixStream, mut to: &UnixStream, fault: &Fault) -> io::Re
                 let missing = || io::Error::other("what shall be said otherwise is not said");
                 let at = find(&message, text).ok_or_else(missing)? + text.len();
                 message[at] = *byte;
-                let crc = crc32c::crc32c(&message[HEADER..]);
-                message[8..HEADER].copy_from_slice(&crc.to_le_bytes());
+                for (checked, at) in [(HEADER..message.len(), 8), (0..12, 12)] {
+                    let crc = crc32c::crc32c(&message[checked]);
+                    message[at..at + 4].copy_from_slice(&crc.to_le_bytes());
+                }
             }
             _ => {}
         }
@@ -252,8 +275,8 @@ fn messages(mut from: &UnixStream, mut to: &UnixStream, fault: &Fault) -> io::Re
     }
 }
 
-/// Bytes before a message, with its length and its checksum.
-const HEADER: usize = 12;
+/// Bytes before a message, with its length and two checksums.
+const HEADER: usize = 16;
 
 fn find(bytes: &[u8], text: &str) -> Option<usize> {
     bytes

@@ -64,7 +64,9 @@ fn corruption_is_detected_and_never_loaded() -> Result<()> {
     kept(vec![
         // A message's beginning, its checksum, what it says; early and in the blackout.
         ("control", Fault::Flip(0), "sent no message: it begins"),
-        ("control", Fault::Flip(9), "sent no message: checksum"),
+        // A length, which promises more than will come.
+        ("control", Fault::Flip(5), "of its header instead of"),
+        ("control", Fault::Flip(9), "of its header instead of"),
         ("control", Fault::Flip(100), "sent no message: checksum"),
         (
             "control",
@@ -179,14 +181,20 @@ fn a_machine_that_does_not_fit_is_refused_with_every_reason() -> Result<()> {
     let spec = Spec::with_disks(&folder, &[2, 2])?;
     let side = at_work(&spec)?;
     let mut other = spec.clone();
-    (other.cpus, other.memory_mib) = (2, 128);
+    (other.cpus, other.memory_mib, other.cpu) = (2, 128, "x86-64-v1");
     other.disks[0].1 = 1;
     let wires = Wires::connect(Kind::Unix, spec.channels, &spec.ids(), None)?;
     let destination = Side::expect(&other, wires.destination, None)?;
     side.migrate(&spec, wires.source)?;
     let outcome = side.outcome()?;
     let reason = outcome["reason"].as_str().unwrap_or_default();
-    for part in ["vCPUs", "memory", "device disk0: its number of queues"] {
+    for part in [
+        "vCPUs",
+        "memory",
+        "cpu is host at the source and x86-64-v1 at the destination",
+        "lacks features",
+        "device disk0: its number of queues",
+    ] {
         assert!(reason.contains(part), "{part} in {reason}");
     }
     finish(goes_on(side, destination, &spec)?)?;
@@ -283,8 +291,27 @@ fn a_lost_word_after_the_commit_leaves_it_to_somebody() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_machine_that_was_paused_stays_so_when_it_is_decided_that_it_is_here() -> Result<()> {
+    let folder = TempDir::new()?;
+    let spec = Spec::with_disks(&folder, &[2, 2])?;
+    let side = at_work(&spec)?;
+    side.pause()?;
+    let lost = Some(("control", Fault::CutBefore("Commit")));
+    let (source, mut destination, outcome) = side.try_move(&spec, lost)?;
+    ensure!(outcome["result"] == "undecided", "{outcome:#}");
+    destination.core().wait(DEADLINE)?;
+    source.decide(false)?;
+    assert_eq!(source.state()?, State::Paused);
+    source.resume()?;
+    let mut source = source;
+    beat_on(&mut source)?;
+    finish(source.move_on(&spec)?.side)?;
+    Ok(())
+}
+
 /// Bytes of what a destination says in these messages of one word.
 fn said(words: &[&str]) -> usize {
     // A header and a short string.
-    words.iter().map(|word| 12 + 1 + word.len()).sum()
+    words.iter().map(|word| 16 + 1 + word.len()).sum()
 }

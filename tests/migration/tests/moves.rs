@@ -49,6 +49,14 @@ fn ten_times_there_and_back_with_a_disk_at_work() -> Result<()> {
 }
 
 #[test]
+fn a_machine_that_fits_many_processors_moves() -> Result<()> {
+    let mut spec = Spec::of(busy());
+    spec.cpu = "x86-64-v1";
+    assert_eq!(finish(there_and_back(&spec, 2)?)?.pages, 8 << 8);
+    Ok(())
+}
+
+#[test]
 fn four_vcpus_that_sleep_over_tcp() -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = Spec::with_disks(&folder, &[2])?;

@@ -10,9 +10,11 @@ use test_guest::{BalloonMode, NetMode};
 use test_machine::network;
 use test_migration::{Fault, Foreign, Gate, Outcome, Side, Spec, at_work, beat_on, finish};
 
-/// The messages of the source that are held up while somebody is killed: the machine is compared,
-/// copied, about to stop, stopped, and given away.
-const PHASES: [&str; 5] = ["Hello", "Wiring", "Stopping", "Core", "Commit"];
+/// The messages that are held up while somebody is killed: the machine is compared, copied, about to
+/// stop, stopped, loaded, given away, and runs at the destination.
+const PHASES: [&str; 7] = [
+    "Hello", "Wiring", "Stopping", "Core", "Loaded", "Commit", "Running",
+];
 
 /// Where the machine is afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,14 +29,16 @@ enum Place {
     Undecided,
     /// Its core was killed, and no other has it.
     Nowhere,
+    /// It had moved, and its core there was killed.
+    Lost,
 }
-use Place::{Kept, Moved, Nowhere, One, Undecided};
+use Place::{Kept, Lost, Moved, Nowhere, One, Undecided};
 
 /// Where the machine is when this is killed at each of [`PHASES`].
-const CORE_HERE: [Place; 5] = [Nowhere, Nowhere, Nowhere, Nowhere, Moved];
-const CORE_THERE: [Place; 5] = [Kept, Kept, Kept, Kept, Undecided];
-const DEVICE_HERE: [Place; 5] = [Kept, Kept, One, One, Moved];
-const DEVICE_THERE: [Place; 5] = [Kept, Kept, Kept, Kept, Kept];
+const CORE_HERE: [Place; 7] = [Nowhere, Nowhere, Nowhere, Nowhere, Nowhere, Moved, Moved];
+const CORE_THERE: [Place; 7] = [Kept, Kept, Kept, Kept, Undecided, Undecided, Lost];
+const DEVICE_HERE: [Place; 7] = [Kept, Kept, One, One, One, Moved, Moved];
+const DEVICE_THERE: [Place; 7] = [Kept, Kept, Kept, Kept, Kept, Kept, Moved];
 
 /// Who is killed.
 #[derive(Clone, Copy, Debug)]
@@ -115,16 +119,16 @@ fn goes_on(side: &mut Side, mut destination: Side) -> Result<()> {
 }
 
 /// Kills a process of the source at each phase, and finds the machine in these places.
-fn here(victim: &str, places: [Place; 5]) -> Result<()> {
+fn here(victim: &str, places: [Place; 7]) -> Result<()> {
     table(victim, places, true)
 }
 
 /// The same with one of the destination.
-fn there(victim: &str, places: [Place; 5]) -> Result<()> {
+fn there(victim: &str, places: [Place; 7]) -> Result<()> {
     table(victim, places, false)
 }
 
-fn table(victim: &str, places: [Place; 5], is_here: bool) -> Result<()> {
+fn table(victim: &str, places: [Place; 7], is_here: bool) -> Result<()> {
     let folder = TempDir::new()?;
     let spec = spec(&folder, victim)?;
     let victim = match victim {
@@ -164,7 +168,7 @@ fn row(
     let expected = match place {
         Kept => Some("kept"),
         Undecided => Some("undecided"),
-        Moved if outcome.is_some() => Some("moved"),
+        Moved | Lost if outcome.is_some() => Some("moved"),
         _ => None,
     };
     ensure!(result == expected, "{outcome:#?} instead of {expected:?}");
@@ -191,8 +195,18 @@ fn row(
             drop(side);
             at_work(spec)
         }
+        (Lost, _) => {
+            // Its devices there may still hold their images.
+            drop((side, destination));
+            at_work(spec)
+        }
         (Moved | One, _) => {
             ensure!(destination.state()? == State::Running, "it does not run");
+            if let Victim::Device(number) = victim
+                && !is_here
+            {
+                destination.restart_device(number)?;
+            }
             beat_on(&mut destination)?;
             Ok(destination)
         }

@@ -3,14 +3,20 @@
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
-use super::{HypervisorError, refused};
+use super::{CpuLevel, HypervisorError, refused};
 
-/// CPUID of vCPU `id` of `count`: what KVM supports, one package, a core a vCPU, a
+/// CPUID of vCPU `id` of `count`: what KVM supports of `level`, one package, a core a vCPU, a
 /// thread a core.
-pub fn guest_cpuid(kvm: &Kvm, id: u32, count: u32) -> Result<CpuId, HypervisorError> {
+pub fn guest_cpuid(
+    kvm: &Kvm,
+    level: CpuLevel,
+    id: u32,
+    count: u32,
+) -> Result<CpuId, HypervisorError> {
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(refused("tell the CPUID that it supports"))?;
+    level.apply(&mut cpuid)?;
     let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
     for entry in cpuid.as_mut_slice() {
         adapt(entry, id, count, deadline_timer);

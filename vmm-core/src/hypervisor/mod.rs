@@ -4,6 +4,7 @@
 //! try), never by its name: nested state, TSC scaling, the interrupt controllers'
 //! registers with a split irqchip may all be absent.
 
+mod cpu_level;
 mod cpuid;
 mod doorbells;
 mod interrupts;
@@ -18,6 +19,7 @@ use std::io;
 
 use thiserror::Error;
 
+pub use cpu_level::{CpuLevel, LacksLevel};
 pub use cpuid::guest_cpuid;
 pub use interrupts::Interrupts;
 pub use saved_state::{VcpuSavedState, VmSavedState};
@@ -53,6 +55,9 @@ pub enum HypervisorError {
         /// KVM's name for it.
         capability: &'static str,
     },
+    /// The processor has less than was asked for.
+    #[error(transparent)]
+    Level(#[from] LacksLevel),
     /// More vCPUs than KVM runs.
     #[error("{wanted} vCPUs wanted, this KVM runs at most {most}")]
     TooManyVcpus {

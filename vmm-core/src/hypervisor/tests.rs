@@ -70,7 +70,14 @@ fn bench(code: &[u8]) -> Bench {
         .insert(0xd0_0000, 0x1000, witness.clone())
         .unwrap();
     let msrs = Vm::msrs(&kvm).unwrap();
-    let vcpu = Vcpu::new(&kvm, &vm, 0, &guest_cpuid(&kvm, 0, 1).unwrap(), &msrs).unwrap();
+    let vcpu = Vcpu::new(
+        &kvm,
+        &vm,
+        0,
+        &guest_cpuid(&kvm, CpuLevel::Host, 0, 1).unwrap(),
+        &msrs,
+    )
+    .unwrap();
     let mut sregs = vcpu.fd.get_sregs().unwrap();
     sregs.cs.base = 0;
     sregs.cs.selector = 0;

@@ -33,7 +33,7 @@ use crate::hypervisor::{
     Interrupts, MemorySlots, Vcpu, VcpuBuses, VcpuEvents, VcpuSet, Vm, guest_cpuid, open_kvm,
 };
 use crate::memory::{Memory, Ram, prefault};
-use crate::migration::definition::cpu_features;
+use crate::migration::definition::{cpu_features, processor};
 use crate::migration::unit::Unit;
 use crate::pci::{BarAllocator, HostBridge, PciAddress, Root};
 use crate::remote::device1::DeviceLinks;
@@ -124,9 +124,9 @@ impl Machine {
 
         let msrs = Vm::msrs(&kvm)?;
         let mut vcpus = Vec::new();
-        let features = cpu_features(&guest_cpuid(&kvm, 0, config.cpus)?);
+        let shown = guest_cpuid(&kvm, config.cpu, 0, config.cpus)?;
         for id in 0..config.cpus {
-            let cpuid = guest_cpuid(&kvm, id, config.cpus)?;
+            let cpuid = guest_cpuid(&kvm, config.cpu, id, config.cpus)?;
             vcpus.push(Vcpu::new(&kvm, &vm, id, &cpuid, &msrs)?);
         }
         let tsc = vcpus.first().and_then(Vcpu::tsc_khz).map(|khz| Tsc {
@@ -157,7 +157,8 @@ impl Machine {
             slots,
             units,
             cpus: config.cpus,
-            cpu_features: features,
+            cpu_features: cpu_features(&shown),
+            processor: processor(config.cpu, &shown),
             tsc,
             links: Arc::clone(&links),
             incoming: config.incoming,

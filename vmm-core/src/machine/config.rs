@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::migrate::Incoming;
+use crate::hypervisor::CpuLevel;
 use crate::memory::HugePages;
 use crate::migration::without::Without;
 use crate::remote::vhost_user::{Endpoint, VhostUserConfig};
@@ -27,6 +28,8 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// Number of vCPUs, 1 to [`MOST_VCPUS`].
     pub cpus: u32,
+    /// What they show of the host's processor.
+    pub cpu: CpuLevel,
     /// Bytes of RAM.
     pub memory: u64,
     /// Pages behind the RAM.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread;
@@ -15,7 +16,7 @@ use migration::channel::Cancel;
 use migration::commit::Source;
 use migration::link::LinkError;
 use migration::report::Report;
-use migration::wire::{CpuFeatures, Tsc};
+use migration::wire::{CpuFeatures, Processor, Tsc};
 use tokio::sync::{oneshot, watch};
 
 use super::event::{Command, CurrentMigration, Event, Events};
@@ -39,7 +40,7 @@ use crate::remote::device1::DeviceLinks;
 const LINGER: Duration = Duration::from_secs(5);
 
 /// What the owner's file is told when a machine has come and, from then on, is only here.
-const ARRIVED: &str = "arrived";
+const ARRIVED: &str = "arrived\n";
 
 /// A machine that is not booted.
 #[derive(Debug)]
@@ -88,7 +89,8 @@ impl fmt::Debug for Copied {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     Here,
-    Undecided,
+    /// Whether it ran before.
+    Undecided(bool),
     /// Elsewhere, and this core goes then.
     Gone(Instant),
 }
@@ -100,6 +102,7 @@ pub(super) struct Parts {
     pub(super) units: Vec<Arc<Unit>>,
     pub(super) cpus: u32,
     pub(super) cpu_features: Vec<CpuFeatures>,
+    pub(super) processor: Processor,
     pub(super) tsc: Option<Tsc>,
     pub(super) links: Arc<DeviceLinks>,
     pub(super) incoming: Option<Incoming>,
@@ -158,7 +161,7 @@ impl Moving {
     pub(super) fn check_here(&self) -> Result<(), MachineError> {
         match self.place {
             Place::Here => Ok(()),
-            Place::Undecided => Err(MachineError::Elsewhere(
+            Place::Undecided(_) => Err(MachineError::Elsewhere(
                 "may run at its destination: decide that first",
             )),
             Place::Gone(_) => Err(MachineError::Elsewhere("has moved")),
@@ -305,6 +308,7 @@ impl Machine {
         define(
             moving.parts.cpus,
             &moving.parts.cpu_features,
+            &moving.parts.processor,
             moving.parts.tsc,
             &self.memory,
             &moving.parts.units,
@@ -359,9 +363,10 @@ impl Machine {
                 report: Report::default(),
             },
         };
+        let ran = self.is(State::Running);
         let (result, place) = match ended.state {
             Source::Gone => (Verdict::Moved, Place::Gone(Instant::now() + LINGER)),
-            Source::Unresolved => (Verdict::Undecided, Place::Undecided),
+            Source::Unresolved => (Verdict::Undecided, Place::Undecided(ran)),
             _ => (Verdict::Kept, Place::Here),
         };
         self.moving.place = place;
@@ -377,9 +382,9 @@ impl Machine {
 
     /// The owner knows whether the machine runs elsewhere.
     pub(super) fn decide(&mut self, runs_there: bool) -> Result<(), MachineError> {
-        if self.moving.place != Place::Undecided {
+        let Place::Undecided(ran) = self.moving.place else {
             return Err(MachineError::Elsewhere("is where everybody knows"));
-        }
+        };
         let result = match runs_there {
             true => Verdict::Moved,
             false => Verdict::Kept,
@@ -394,7 +399,11 @@ impl Machine {
             return Ok(());
         }
         self.moving.place = Place::Here;
-        self.resume()
+        if ran {
+            return self.resume();
+        }
+        let mut units = self.moving.parts.units.iter();
+        Ok(units.try_for_each(|unit| unit.take_up(false))?)
     }
 }
 
@@ -482,12 +491,8 @@ impl NewHost for Machine {
         self.load_core(from_blob(&core)?)
     }
 
-    fn arrived(&mut self) {
-        if let Some(end) = &mut self.moving.parts.end
-            && let Err(error) = writeln!(end, "{ARRIVED}")
-        {
-            tracing::warn!(%error, "the owner is not told that the machine is here");
-        }
+    fn arrived(&mut self) -> Result<(), MigrationError> {
+        self.moving.parts.end.as_mut().map_or(Ok(()), note_arrival)
     }
 
     fn run(&mut self, running: bool) {
@@ -495,6 +500,22 @@ impl NewHost for Machine {
             self.vcpus.run();
             self.state.send_replace(State::Running);
         }
+    }
+}
+
+/// Tells the owner's file that the machine is here. Who has appended to it before does not await it
+/// any more.
+fn note_arrival(end: &mut File) -> Result<(), MigrationError> {
+    let mut first = [0; ARRIVED.len()];
+    end.write_all(ARRIVED.as_bytes())
+        .and_then(|()| end.read_exact_at(&mut first, 0))
+        .map_err(|source| MigrationError::System {
+            what: "the owner's file",
+            source,
+        })?;
+    match first == *ARRIVED.as_bytes() {
+        true => Ok(()),
+        false => Err(MigrationError::NotAwaited),
     }
 }
 
@@ -509,4 +530,26 @@ fn no_thread(source: std::io::Error) -> MachineError {
 /// Answers a caller, who may have stopped waiting.
 pub(super) fn answer(to: oneshot::Sender<Result<(), CallError>>, result: Result<(), MachineError>) {
     let _ = to.send(result.map_err(CallError::from));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_arrives_unless_it_is_not_awaited_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("end");
+        let open = || {
+            let mut options = File::options();
+            options.read(true).append(true).create(true).open(&path)
+        };
+        let (mut core, mut owner) = (open().unwrap(), open().unwrap());
+        note_arrival(&mut core).unwrap();
+        owner.write_all(b"unawaited\n").unwrap();
+        note_arrival(&mut core).unwrap();
+        std::fs::write(&path, "unawaited\n").unwrap();
+        let error = note_arrival(&mut core).unwrap_err();
+        assert!(matches!(error, MigrationError::NotAwaited), "{error}");
+    }
 }

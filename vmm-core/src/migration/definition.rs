@@ -4,27 +4,47 @@ use std::os::unix::fs::MetadataExt as _;
 
 use kvm_bindings::CpuId;
 use migration::schema::Schema;
-use migration::wire::{CpuFeatures, Definition, Tsc, Unit as UnitDefinition};
+use migration::wire::{CpuFeatures, Definition, Processor, Tsc, Unit as UnitDefinition};
 
 use super::saved_state::{CoreState, WiringState};
 use super::unit::Unit;
+use crate::hypervisor::CpuLevel;
 use crate::memory::Memory;
 use crate::transport::{DeviceKind, VirtioDevice as _};
 
 /// Registers of CPUID whose bits are features: function, index, and which registers.
-const FEATURE_LEAVES: [(u32, u32, &[&str]); 7] = [
+const FEATURE_LEAVES: [(u32, u32, &[&str]); 11] = [
     (1, 0, &["ecx", "edx"]),
+    (6, 0, &["eax"]),
     (7, 0, &["ebx", "ecx", "edx"]),
-    (7, 1, &["eax"]),
+    (7, 1, &["eax", "ebx", "edx"]),
+    (7, 2, &["edx"]),
     (0xd, 0, &["eax", "edx"]),
     (0xd, 1, &["eax"]),
     (0x8000_0001, 0, &["ecx", "edx"]),
+    (0x8000_0007, 0, &["edx"]),
+    (0x8000_0008, 0, &["ebx"]),
     (0x4000_0001, 0, &["eax"]),
 ];
 /// Bits of CPUID 1:ecx that say what the guest's kernel has switched on, not what there is.
 const OSXSAVE: u32 = 1 << 27;
 /// Bytes of a disk's configuration that are its capacity (virtio 1.3, 5.2.4).
 const CAPACITY: usize = 8;
+
+/// What `cpuid`, of this level, shows.
+pub fn processor(level: CpuLevel, cpuid: &CpuId) -> Processor {
+    let find = |function| cpuid.as_slice().iter().find(|e| e.function == function);
+    let vendor = find(0).map_or_else(Vec::new, |leaf| {
+        [leaf.ebx, leaf.edx, leaf.ecx]
+            .map(u32::to_le_bytes)
+            .concat()
+    });
+    Processor {
+        level: level.to_string(),
+        vendor: String::from_utf8_lossy(&vendor).into_owned(),
+        address_bits: find(0x8000_0008).map_or(0, |leaf| leaf.eax & 0xff),
+    }
+}
 
 /// The features that `cpuid` shows.
 pub fn cpu_features(cpuid: &CpuId) -> Vec<CpuFeatures> {
@@ -78,6 +98,7 @@ pub fn available() -> Option<u64> {
 pub fn define(
     cpus: u32,
     cpu_features: &[CpuFeatures],
+    processor: &Processor,
     tsc: Option<Tsc>,
     memory: &Memory,
     units: &[impl AsRef<Unit>],
@@ -86,6 +107,7 @@ pub fn define(
     Definition {
         cpus,
         cpu_features: cpu_features.to_vec(),
+        processor: Some(processor.clone()),
         tsc,
         memory: regions.iter().map(|r| (r.gpa(), r.size())).collect(),
         units: units

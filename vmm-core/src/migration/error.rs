@@ -41,6 +41,9 @@ pub enum MigrationError {
         /// Why.
         reason: String,
     },
+    /// Its owner has given it up.
+    #[error("nobody awaits the machine any more")]
+    NotAwaited,
     /// The other side said something that it should not have.
     #[error("the other core said {said} instead of {expected}")]
     Unexpected {

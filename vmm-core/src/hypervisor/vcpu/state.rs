@@ -158,12 +158,7 @@ impl Vcpu {
     }
 
     fn save_xsave(&self) -> Result<Xsave, HypervisorError> {
-        let mut xsave = Xsave::new(self.xsave_extra_words()).map_err(|error| {
-            HypervisorError::InvalidState {
-                what: "vector registers",
-                why: format!("{error:?}"),
-            }
-        })?;
+        let mut xsave = xsave_of(self.xsave_extra_words())?;
         #[expect(
             unsafe_code,
             reason = "the kernel writes as many bytes as it said it would"
@@ -176,10 +171,7 @@ impl Vcpu {
                 .fd
                 .get_xsave()
                 .map_err(refused("tell a vCPU's vector registers"))?;
-            xsave = Xsave::new(0).map_err(|error| HypervisorError::InvalidState {
-                what: "vector registers",
-                why: format!("{error:?}"),
-            })?;
+            xsave = xsave_of(0)?;
             #[expect(
                 unsafe_code,
                 reason = "the wrapper gives its header away only as unsafe"
@@ -194,17 +186,62 @@ impl Vcpu {
 
     fn restore_xsave(&self, xsave: &Xsave) -> Result<(), HypervisorError> {
         let (has, wants) = (xsave.as_slice().len(), self.xsave_extra_words());
-        if has < wants {
-            return Err(HypervisorError::InvalidState {
-                what: "vector registers",
-                why: format!("{has} words beyond 4 KiB, this KVM reads {wants}"),
-            });
-        }
+        let longer;
+        let xsave = if has < wants {
+            // What this processor has more is in its initial state.
+            longer = lengthened(xsave, wants)?;
+            &longer
+        } else {
+            xsave
+        };
         #[expect(
             unsafe_code,
             reason = "the kernel reads as many bytes as it said it would"
         )]
         // SAFETY: the area is at least as long as KVM_CAP_XSAVE2 named.
         unsafe { self.fd.set_xsave2(xsave) }.map_err(refused("set a vCPU's vector registers"))
+    }
+}
+
+/// An XSAVE area of 4 KiB and so many words.
+fn xsave_of(words: usize) -> Result<Xsave, HypervisorError> {
+    Xsave::new(words).map_err(|error| HypervisorError::InvalidState {
+        what: "vector registers",
+        why: format!("{error:?}"),
+    })
+}
+
+/// The same with zeroes behind it, up to so many words beyond 4 KiB.
+fn lengthened(xsave: &Xsave, words: usize) -> Result<Xsave, HypervisorError> {
+    let mut longer = xsave_of(words)?;
+    let has = xsave.as_slice();
+    longer.as_mut_slice()[..has.len()].copy_from_slice(has);
+    #[expect(
+        unsafe_code,
+        reason = "the wrapper gives its header away only as unsafe"
+    )]
+    // SAFETY: the length field stays as it is.
+    unsafe {
+        longer.as_mut_fam_struct().xsave.region = xsave.as_fam_struct_ref().xsave.region;
+    }
+    Ok(longer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn state_of_a_processor_with_less_is_filled_up_with_zeroes() {
+        let mut xsave = xsave_of(2).unwrap();
+        xsave.as_mut_slice().copy_from_slice(&[7, 8]);
+        #[expect(unsafe_code, reason = "a header to compare")]
+        // SAFETY: the length field stays as it is.
+        unsafe {
+            xsave.as_mut_fam_struct().xsave.region[1023] = 6;
+        }
+        let longer = lengthened(&xsave, 5).unwrap();
+        assert_eq!(longer.as_slice(), [7, 8, 0, 0, 0]);
+        assert_eq!(longer.as_fam_struct_ref().xsave.region[1023], 6);
     }
 }
