@@ -162,6 +162,7 @@ fn start<D: Device>(
     options: KitOptions,
     device_options: D::Options,
 ) -> Result<Running, StartError> {
+    migration::frame::warm_up();
     let host = |what: &str, error: Errno| HostError::new(what, error);
     let signals = block_signals().map_err(|error| host("signals cannot be received", error))?;
     let ending = Ending::new().map_err(|error| host("cannot make an eventfd", error))?;

@@ -40,6 +40,12 @@ const STRUCTURED: u32 = 1;
 const BULK: u32 = 2;
 const TRAILER: u32 = u32::MAX;
 
+/// Asks the processor what it can do for checksums, which is remembered. Where a hypervisor answers
+/// that takes longer than to save most devices, and is better done before a machine stands still.
+pub fn warm_up() {
+    crc32c::crc32c(&[]);
+}
+
 /// Why saved state could not be written or read.
 #[derive(Debug, Error)]
 pub enum FrameError {

@@ -204,6 +204,7 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
         if vring.addresses != Some(addresses) {
             while_stopped(vring, "address")?;
             vring.addresses = Some(addresses);
+            vring.metrics(&self.services.metrics);
         }
         // Said at once where it can be: a wrong address is easier to find here than at the start.
         if state.memory.size() > 0 {

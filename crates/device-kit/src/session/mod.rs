@@ -134,7 +134,7 @@ impl<D: Device> Session<D> {
             .as_ref()
             .map(|file| file.queue(vring.index, vring.size))
             .transpose()?;
-        let metrics = self.services.metrics.queue(vring.index);
+        let metrics = vring.metrics(&self.services.metrics);
         let started = Queue::start(
             vring.index,
             layout,

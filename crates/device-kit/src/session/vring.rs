@@ -2,6 +2,7 @@
 
 use super::error::SessionError;
 use crate::memory::Memory;
+use crate::metrics::{Metrics, QueueMetrics};
 use crate::queue::{QueueIndex, RingLayout};
 
 /// Ring addresses, as the front-end's own.
@@ -21,6 +22,8 @@ pub(super) struct Vring {
     /// Next chain to be taken, while it does not run.
     pub(super) base: u16,
     pub(super) enabled: bool,
+    /// Looked up with its addresses.
+    metrics: Option<QueueMetrics>,
     /// Its thread has a kick descriptor.
     pub(super) kick: bool,
     pub(super) running: bool,
@@ -34,6 +37,7 @@ impl Vring {
             addresses: None,
             base: 0,
             enabled: false,
+            metrics: None,
             kick: false,
             running: false,
         }
@@ -42,6 +46,13 @@ impl Vring {
     /// Whether it is to run.
     pub(super) fn wanted(&self) -> bool {
         self.enabled && self.kick && self.addresses.is_some()
+    }
+
+    /// Its counters, which it takes a while to find.
+    pub(super) fn metrics(&mut self, all: &Metrics) -> QueueMetrics {
+        self.metrics
+            .get_or_insert_with(|| all.queue(self.index))
+            .clone()
     }
 
     /// Where it lies in guest memory.
