@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::machine::State;
 use api::{Dictionary, Error, path};
@@ -32,6 +32,9 @@ const DEFAULT_TIMEOUT_S: u64 = 600;
 const MAX_TIMEOUT_S: u64 = 86_400;
 /// How long it is still listened when the machine has come, or has not.
 const LISTEN_ON: Duration = Duration::from_secs(60);
+/// How long an earlier attempt may take to be over; who offers waits longer for an answer.
+const FORMER_DEADLINE: Duration = Duration::from_secs(7);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Longest id of an offer, in bytes.
 const MAX_ID: usize = 128;
 /// Most paths that are called otherwise here.
@@ -89,6 +92,7 @@ impl Arriving {
         }
         let mut definition = Definition::from_toml(&name, &offer.definition)
             .map_err(|error| vec![format!("its definition: {error}")])?;
+        former_is_over(broker, &name).await;
         let expectation = broker.awaited.lock().remove(&name);
         if let Some(expectation) = &expectation {
             rename(&mut definition, &expectation.paths);
@@ -154,6 +158,21 @@ impl Arriving {
         let over = || "it was given up at the destination".to_owned();
         self.ends.send(ends).map_err(|_| over())?;
         self.ready.await.map_err(|_| over())?
+    }
+}
+
+/// Waits until nothing is left of an earlier attempt, of which who offers has heard the end already.
+async fn former_is_over(broker: &Broker, name: &MachineName) {
+    let is_over = || match broker.machine(name.as_str()) {
+        Ok(known) => {
+            let receives = known.job().map(|job| job.record().kind == Kind::Receive);
+            !receives.unwrap_or(known.is_new())
+        }
+        Err(_) => true,
+    };
+    let end = Instant::now() + FORMER_DEADLINE;
+    while !is_over() && Instant::now() < end {
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 

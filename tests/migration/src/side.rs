@@ -163,17 +163,21 @@ impl Side {
 
     /// Writes the machine into files in `folder`.
     pub fn snapshot(&self, spec: &Spec, folder: &Path) -> Result<()> {
-        let ends = files(spec, folder, true)?;
+        self.begin_snapshot(files(spec, folder, true)?)?;
+        let outcome = self.outcome()?;
+        ensure!(outcome["reason"].is_null(), "{outcome:#}");
+        Ok(())
+    }
+
+    /// Begins to write the machine into these.
+    pub fn begin_snapshot(&self, ends: Ends) -> Result<()> {
         let ram = ends.ram.into_iter().map(Into::into).collect();
         let states = ends.states.into_iter().map(|(id, fd)| (id, fd.into()));
         let states = states.collect();
         self.call(async |connection| {
             let mover = MigrationProxy::new(connection).await?;
             Ok(mover.snapshot(ends.control.into(), ram, states).await?)
-        })?;
-        let outcome = self.outcome()?;
-        ensure!(outcome["reason"].is_null(), "{outcome:#}");
-        Ok(())
+        })
     }
 
     /// A machine that waits for one to come, with the other's memory if it is shared.

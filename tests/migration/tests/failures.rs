@@ -176,6 +176,26 @@ fn a_migration_is_cancelled_while_it_copies() -> Result<()> {
 }
 
 #[test]
+fn a_snapshot_is_cancelled_while_it_is_written() -> Result<()> {
+    let folder = TempDir::new()?;
+    let spec = Spec::with_disks(&folder, &[2])?;
+    let mut side = at_work(&spec)?;
+    // Nobody reads, and no socket holds so much memory.
+    let wires = Wires::connect(Kind::Unix, spec.channels, &spec.ids(), None)?;
+    side.begin_snapshot(wires.source)?;
+    assert!(side.resume().is_err(), "it stands still");
+    side.cancel()?;
+    let outcome = side.outcome()?;
+    let reason = outcome["reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("cancelled"), "{outcome:#}");
+    assert_eq!(side.state()?, State::Running);
+    beat_on(&mut side)?;
+    drop(wires.destination);
+    finish(side.move_on(&spec)?.side)?;
+    Ok(())
+}
+
+#[test]
 fn a_machine_that_does_not_fit_is_refused_with_every_reason() -> Result<()> {
     let folder = TempDir::new()?;
     let spec = Spec::with_disks(&folder, &[2, 2])?;

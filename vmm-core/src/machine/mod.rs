@@ -104,6 +104,9 @@ impl Machine {
         if let Err(error) = self.vcpus.pause(VCPU_DEADLINE) {
             tracing::error!(error = chain(&error), "a vCPU is left behind");
         }
+        if let Some(backend) = self.backends.first() {
+            backend.end_waits();
+        }
         self.console.close();
         drop(self.state);
         if self.control.join().is_err() {

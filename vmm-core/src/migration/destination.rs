@@ -10,6 +10,7 @@
 //! ```
 //! Whatever fails before *Commit* makes the destination discard itself: it says so, and never runs.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
@@ -38,6 +39,8 @@ use crate::memory::Memory;
 const REHEARSALS: u32 = 3;
 /// How long devices may take to map memory.
 const PREFAULT_DEADLINE: Duration = Duration::from_secs(60);
+/// Messages that are kept meanwhile.
+const MOST_HEARD: usize = 64;
 /// How long a destination waits for its source to come at all.
 const HELLO_DEADLINE: Duration = Duration::from_secs(600);
 
@@ -88,6 +91,7 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
         .map_err(system("a copy of a device's socket"))?;
     let mut incoming = Incoming {
         link: Link::new(sockets.control, cancel),
+        heard: VecDeque::new(),
         state: Destination::Receiving,
         recorder: Recorder::start(),
         crew: Crew::start(&units, &without).map_err(system("a thread for a device"))?,
@@ -119,6 +123,8 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
 
 struct Incoming {
     link: Link,
+    /// What came while devices were waited for.
+    heard: VecDeque<ToDestination>,
     state: Destination,
     recorder: Recorder,
     units: Vec<Arc<Unit>>,
@@ -170,7 +176,10 @@ impl Incoming {
             if let Some(memory) = &mut self.memory {
                 memory.check()?;
             }
-            let message: ToDestination = self.link.receive(ANSWER_DEADLINE)?;
+            let message = match self.heard.pop_front() {
+                Some(message) => message,
+                None => self.link.receive(ANSWER_DEADLINE)?,
+            };
             match (self.state, message) {
                 (Destination::Receiving, ToDestination::Wiring(blob)) => self.wire(&blob)?,
                 (Destination::Receiving, ToDestination::Copied) if self.loading.is_none() => {
@@ -224,8 +233,26 @@ impl Incoming {
                 states.load_ahead(number, unit)
             });
             let names = self.crew.names();
+            let listen = |_| {
+                while self.heard.len() < MOST_HEARD && self.link.has_message() {
+                    let message = self.link.receive(ANSWER_DEADLINE)?;
+                    if let ToDestination::Abort { reason } = message {
+                        return Err(MigrationError::GivenUp { reason });
+                    }
+                    self.heard.push_back(message);
+                }
+                Ok(())
+            };
             let (within, recorder) = (PREFAULT_DEADLINE, &mut self.recorder);
-            barrier::wait(Barrier::A, "prepare", names, &prepared, within, recorder)?;
+            barrier::wait_while(
+                listen,
+                Barrier::A,
+                "prepare",
+                names,
+                &prepared,
+                within,
+                recorder,
+            )?;
         }
         let mut core = Duration::MAX;
         for _ in 0..REHEARSALS {
@@ -352,7 +379,7 @@ impl Incoming {
         self.state = next;
         self.states.cut();
         if let Some(unit) = self.units.first() {
-            unit.remote.give_up();
+            unit.remote.end_waits();
         }
         if word.is_some() {
             if let Ok(cancel) = Cancel::new() {

@@ -288,6 +288,11 @@ impl VhostUserDevice {
         self.shared.watchdog.give_up();
     }
 
+    /// As [`Self::give_up`], from now on: the machine ends, and waits for no device.
+    pub fn end_waits(&self) {
+        self.shared.watchdog.end();
+    }
+
     /// Waits for the end of a transfer of state, and says whether all of it was good.
     pub fn check_state(&self, deadline: Duration) -> Result<(), VhostUserError> {
         let state = &mut *self.shared.state();

@@ -28,6 +28,8 @@ struct State {
     /// When the thread will look, if nobody wakes it.
     wakes_at: Option<Instant>,
     ended: bool,
+    /// Nothing is waited for any more.
+    over: bool,
 }
 
 #[derive(Default)]
@@ -101,6 +103,12 @@ impl Watchdog {
         }
     }
 
+    /// As [`Self::give_up`], for all that is waited for later, too.
+    pub fn end(&self) {
+        self.shared.state().over = true;
+        self.give_up();
+    }
+
     /// Shuts `socket` down after `deadline`, unless the guard is dropped before.
     pub(super) fn guard(&self, socket: &Arc<UnixStream>, deadline: Duration) -> Guard<'_> {
         let at = Instant::now() + deadline;
@@ -109,6 +117,9 @@ impl Watchdog {
             fired: AtomicBool::new(false),
         });
         let mut state = self.shared.state();
+        if state.over {
+            armed.fire();
+        }
         let key = (at, state.next);
         state.next += 1;
         state.armed.insert(key, Arc::clone(&armed));
@@ -183,6 +194,17 @@ mod tests {
         let socket = Arc::new(socket);
         let guard = watchdog.guard(&socket, Duration::from_secs(3600));
         watchdog.give_up();
+        assert_eq!((&*socket).read(&mut [0]).unwrap(), 0);
+        assert!(guard.has_fired());
+    }
+
+    #[test]
+    fn after_the_end_nothing_is_waited_for() {
+        let watchdog = Watchdog::start().unwrap();
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        let socket = Arc::new(socket);
+        watchdog.end();
+        let guard = watchdog.guard(&socket, Duration::from_secs(3600));
         assert_eq!((&*socket).read(&mut [0]).unwrap(), 0);
         assert!(guard.has_fired());
     }

@@ -1,9 +1,7 @@
 //! Saved state of the platform's devices, from a hostile peer, and a guest's accesses after it.
-#![no_main]
 
 use std::sync::Arc;
 
-use libfuzzer_sys::fuzz_target;
 use vmm_core::bus::BusDevice;
 use vmm_core::interrupt::{InterruptError, IrqLine};
 use vmm_core::machine::request::{Request, RequestSink};
@@ -27,8 +25,11 @@ fn use_it(device: &dyn BusDevice) {
     }
 }
 
-fuzz_target!(|data: &[u8]| {
-    let Ok(serial) = SerialPort::new(Arc::new(Nobody), OutputBuffer::new(64)) else { return };
+/// See the module.
+pub fn platform_state(data: &[u8]) {
+    let Ok(serial) = SerialPort::new(Arc::new(Nobody), OutputBuffer::new(64)) else {
+        return;
+    };
     if rmp_serde::from_slice(data).is_ok_and(|state| serial.restore(&state).is_ok()) {
         use_it(&serial);
     }
@@ -40,4 +41,20 @@ fuzz_target!(|data: &[u8]| {
     if rmp_serde::from_slice(data).is_ok_and(|state| power.restore(&state).is_ok()) {
         use_it(&power);
     }
-});
+}
+
+/// What these devices save.
+pub fn platform_seeds() -> Vec<Vec<u8>> {
+    let serial = SerialPort::new(Arc::new(Nobody), OutputBuffer::new(64));
+    let power = PowerManagement::new(Arc::new(Nobody), Arc::new(Nobody));
+    let states = [
+        serial
+            .ok()
+            .map(|serial| rmp_serde::to_vec_named(&serial.save())),
+        Some(rmp_serde::to_vec_named(
+            &Cmos::new(RamSize::of(1 << 30)).save(),
+        )),
+        Some(rmp_serde::to_vec_named(&power.save())),
+    ];
+    states.into_iter().flatten().flatten().collect()
+}

@@ -1,11 +1,9 @@
 //! What a hostile core says on the link: messages with right checksums, whatever is in them.
-#![no_main]
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use libfuzzer_sys::fuzz_target;
 use migration::channel::Cancel;
 use migration::link::Link;
 use migration::wire::{Definition, ToDestination, ToSource};
@@ -13,10 +11,13 @@ use migration::wire::{Definition, ToDestination, ToSource};
 /// Less than a socket holds.
 const LONGEST: usize = 32 << 10;
 
-fn framed(payload: &[u8]) -> Vec<u8> {
+/// A message of this payload, with right checksums.
+pub fn framed(payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
     let mut message = b"GWLK".to_vec();
-    message.extend((payload.len() as u32).to_le_bytes());
+    message.extend(length.to_le_bytes());
     message.extend(crc32c::crc32c(payload).to_le_bytes());
+    message.extend(crc32c::crc32c(&message).to_le_bytes());
     message.extend(payload);
     message
 }
@@ -29,7 +30,8 @@ fn received<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Option<T> {
     link.receive(Duration::from_secs(10)).ok()
 }
 
-fuzz_target!(|data: &[u8]| {
+/// See the module.
+pub fn link(data: &[u8]) {
     let data = &data[..data.len().min(LONGEST)];
     // As it is: framing.
     let _ = received::<ToSource>(data);
@@ -38,10 +40,15 @@ fuzz_target!(|data: &[u8]| {
     if let Some(message) = received::<ToSource>(&message) {
         let _ = message.input();
     }
-    let Some(message) = received::<ToDestination>(&message) else { return };
+    let Some(message) = received::<ToDestination>(&message) else {
+        return;
+    };
     let _ = message.input();
     if let ToDestination::Hello(hello) = message {
-        let here = Definition { cpus: 2, ..hello.definition.clone() };
+        let here = Definition {
+            cpus: 2,
+            ..hello.definition.clone()
+        };
         let _ = here.obstacles(&hello.definition);
     }
-});
+}
