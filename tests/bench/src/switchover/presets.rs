@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use test_framework::machine::{Device, make_image};
 use test_framework::network;
-use test_guest::{Activate, Workload};
+use test_guest::{Activate, BalloonMode, Workload};
 use test_migration::{Counter, Kind, Spec};
 
 use super::{MAX_DOWNTIME_MS, SwitchoverPreset};
@@ -43,6 +43,7 @@ pub(super) fn plan(preset: SwitchoverPreset, folder: &Path) -> Result<Plan> {
                 godwit("net, blk, balloon", {
                     let mut spec = parts.machine(&[1], &[1])?;
                     spec.balloon = true;
+                    spec.workload.balloon = BalloonMode::Follow;
                     spec
                 }),
             ],
