@@ -83,6 +83,7 @@ pub enum Failure {
     #[error("{what}: {message}")]
     Job {
         what: String,
+        id: u32,
         /// D-Bus name of the error, or nothing.
         name: String,
         message: String,
@@ -193,8 +194,14 @@ impl Failure {
             Self::NoBrokerProgram => {
                 "install godwit-broker, or build it with cargo build --bins".into()
             }
+            Self::Refused {
+                error: ApiError::LimitsExceeded(_),
+                ..
+            } => return None,
             Self::Refused { error, .. } => return hint_of(of_api(error)),
-            Self::Job { name, .. } => return hint_of(of_name(name)),
+            Self::Job { name, id, .. } => {
+                hint_of(of_name(name)).unwrap_or_else(|| format!("godwit job show {id} has all that is known of it"))
+            }
             Self::MachineFailed { .. } => return hint_of(status::MACHINE_FAILED),
             Self::TimedOut { job, .. } | Self::Detached { job, .. } => {
                 format!("godwit job wait {job} waits for it, godwit job cancel {job} ends it")
@@ -204,6 +211,9 @@ impl Failure {
                     "godwit show {machine} says how it does, godwit console {machine} comes back"
                 )
             }
+            Self::Definition { .. } => "godwit run --help lists the keys of a definition".into(),
+            Self::NoDevice { machine, .. } => format!("godwit device list {machine} shows them"),
+            Self::NoName { .. } => "give one with --name".into(),
             Self::NoDemoGuest => {
                 "give --kernel PATH of a guest of yours, or run cargo xtask demo in the sources"
                     .into()
@@ -299,6 +309,13 @@ fn hint_of(status: u8) -> Option<String> {
         status::NOT_FOUND => "godwit list shows the machines, godwit job list the jobs",
         status::CONFLICT => {
             "godwit show NAME says what the machine does, godwit job list what is done with it"
+        }
+        status::UNAVAILABLE => {
+            "it must be there, the broker must be able to open it, and nobody else may use it; godwit show NAME has the definition"
+        }
+        status::TIMED_OUT => "godwit show NAME and godwit job list say how far it is",
+        status::UNDECIDED => {
+            "look whether it runs at the destination (godwit show NAME there); then godwit decide NAME --there or --here"
         }
         status::DENIED => {
             "ask as the user whose broker it is, or as root; --bus names another broker"

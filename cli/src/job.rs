@@ -147,6 +147,7 @@ impl Job {
             }),
             _ => Err(Failure::Job {
                 what: self.what.clone(),
+                id: job.id,
                 name: job.result_text(RESULT_ERROR),
                 message: job.result_text(RESULT_MESSAGE),
             }),
@@ -274,7 +275,10 @@ impl Bar {
             phase => format!("{}: {phase}", self.what),
         };
         if let Some(migration) = &job.migration {
-            let (left, rate) = (migration.bytes_remaining >> 20, migration.link_rate >> 20);
+            let (left, rate) = (
+                migration.facts.bytes_remaining >> 20,
+                migration.facts.link_rate >> 20,
+            );
             phase.push_str(&format!(", {left} MiB left, {rate} MiB/s"));
         }
         self.bar.set_message(phase);

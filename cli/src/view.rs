@@ -3,6 +3,7 @@
 //! These types are also the JSON forms: fields are only ever added. Numbers are numbers, times
 //! are microseconds since 1970, sizes are bytes, and what there is not is `null` or empty.
 
+use api::job_migration::{Facts, Place};
 use api::{Dictionary, Error};
 use migration::report::Report;
 use serde::Serialize;
@@ -82,21 +83,8 @@ pub struct Job {
 /// How a machine moves.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Migration {
-    pub uri: String,
-    /// Where the machine is: `source`, `destination`, `undecided`, `nowhere`.
-    pub place: String,
-    pub bytes_sent: u64,
-    pub bytes_remaining: u64,
-    /// Bytes a second that the guest writes.
-    pub dirty_rate: u64,
-    /// Bytes a second that are sent.
-    pub link_rate: u64,
-    pub iteration: u64,
-    pub max_downtime_usec: u64,
-    pub predicted_downtime_usec: u64,
-    pub downtime_usec: u64,
-    /// Percent of its time that the guest loses.
-    pub throttle: u32,
+    #[serde(flatten)]
+    pub facts: Facts,
     /// All that was measured; `null` before the end.
     pub report: Value,
 }
@@ -153,9 +141,11 @@ impl Migration {
     /// A property is missing or of another type.
     pub fn read(properties: &Dictionary) -> Result<Self, Error> {
         let from = Properties(properties);
-        Ok(Self {
+        let report = from.text("Report")?;
+        let place = |value| Place::of_word(<&str>::try_from(value).ok()?);
+        let facts = Facts {
             uri: from.text("URI")?,
-            place: from.text("Place")?,
+            place: from.get("Place", place)?,
             bytes_sent: from.long("BytesSent")?,
             bytes_remaining: from.long("BytesRemaining")?,
             dirty_rate: from.long("DirtyRate")?,
@@ -165,7 +155,11 @@ impl Migration {
             predicted_downtime_usec: from.long("PredictedDowntimeUSec")?,
             downtime_usec: from.long("DowntimeUSec")?,
             throttle: from.number("Throttle")?,
-            report: serde_json::from_str(&from.text("Report")?).unwrap_or_default(),
+            ..Facts::default()
+        };
+        Ok(Self {
+            facts,
+            report: serde_json::from_str(&report).unwrap_or_default(),
         })
     }
 
@@ -390,6 +384,34 @@ pub mod tests {
             "migration": null,
         });
         assert_eq!(serde_json::to_value(job).unwrap(), expected);
+    }
+
+    #[test]
+    fn the_json_of_a_migration_is_stable() {
+        let long = |name| (name, owned(7u64));
+        let mut facts = properties(vec![
+            ("URI", owned("local:")),
+            ("Place", owned("destination")),
+            long("BytesSent"),
+            long("BytesRemaining"),
+            long("DirtyRate"),
+            long("LinkRate"),
+            long("Iteration"),
+            long("MaxDowntimeUSec"),
+            long("PredictedDowntimeUSec"),
+            long("DowntimeUSec"),
+            ("Throttle", owned(20u32)),
+            ("Report", owned("")),
+        ]);
+        let expected = serde_json::json!({
+            "uri": "local:", "place": "destination", "bytes_sent": 7, "bytes_remaining": 7,
+            "dirty_rate": 7, "link_rate": 7, "iteration": 7, "max_downtime_usec": 7,
+            "predicted_downtime_usec": 7, "downtime_usec": 7, "throttle": 20, "report": null,
+        });
+        let read = Migration::read(&facts).unwrap();
+        assert_eq!(serde_json::to_value(read).unwrap(), expected);
+        facts.insert("Place".into(), owned("heaven"));
+        assert!(Migration::read(&facts).is_err());
     }
 
     #[test]

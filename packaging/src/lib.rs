@@ -37,6 +37,10 @@ const BELOW_PREFIX: &[(&str, &str)] = &[
         "lib/systemd/system/godwit.slice",
     ),
     (
+        "packaging/systemd/godwit.target",
+        "lib/systemd/system/godwit.target",
+    ),
+    (
         "packaging/systemd/godwit-.slice.d/10-machine.conf",
         "lib/systemd/system/godwit-.slice.d/10-machine.conf",
     ),

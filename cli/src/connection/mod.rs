@@ -231,6 +231,15 @@ impl Machine {
         Ok(state.as_str().to_owned())
     }
 
+    /// Whether it is known to be off, or to be forgotten.
+    pub async fn has_ended(&self) -> bool {
+        match self.state().await {
+            Ok(state) => matches!(state.as_str(), "off" | "failed"),
+            Err(Failure::Refused { error, .. }) => is_gone(&error),
+            Err(_) => false,
+        }
+    }
+
     /// What it is now, with its devices and its definition.
     pub async fn look(&self) -> Result<(view::Machine, Dictionary)> {
         let what = self.name.as_str();

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use api::job::RESULT_MESSAGE;
 use migration::picture;
 use serde_json::Value;
 
@@ -199,7 +200,7 @@ pub fn jobs(jobs: &[Job], legend: bool) -> String {
         Column::Left("MACHINE"),
         Column::Left("STATE"),
         Column::Right("DONE"),
-        Column::Left("PHASE"),
+        Column::Left("DETAIL"),
     ];
     let row = |job: &Job| {
         vec![
@@ -208,7 +209,10 @@ pub fn jobs(jobs: &[Job], legend: bool) -> String {
             job.machine.clone(),
             job.state.clone(),
             percent(job.progress),
-            job.phase.clone(),
+            match job.is_running() {
+                true => job.phase.clone(),
+                false => job.result_text(RESULT_MESSAGE),
+            },
         ]
     };
     table(legend, &columns, jobs.iter().map(row), "job")
@@ -236,14 +240,17 @@ pub fn job(job: &Job) -> String {
         line(key, &value);
     }
     if let Some(migration) = &job.migration {
-        line("To", &migration.uri);
-        line("Sent", &mebibytes(migration.bytes_sent));
-        line("Left", &mebibytes(migration.bytes_remaining));
-        line("Rounds", &migration.iteration.to_string());
-        line("Rate", &format!("{}/s", mebibytes(migration.link_rate)));
+        line("To", &migration.facts.uri);
+        line("Sent", &mebibytes(migration.facts.bytes_sent));
+        line("Left", &mebibytes(migration.facts.bytes_remaining));
+        line("Rounds", &migration.facts.iteration.to_string());
+        line(
+            "Rate",
+            &format!("{}/s", mebibytes(migration.facts.link_rate)),
+        );
         line(
             "Dirty rate",
-            &format!("{}/s", mebibytes(migration.dirty_rate)),
+            &format!("{}/s", mebibytes(migration.facts.dirty_rate)),
         );
         if let Some(report) = migration.report() {
             text.push('\n');

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use api::Dictionary;
+use api::job_migration::Place;
 use api::machine::PAUSED;
 use api::manager::TRANSIENT;
 use migration::picture;
@@ -25,7 +26,10 @@ pub async fn migrate(broker: &Broker, output: Output, migrate: Migrate) -> Resul
         .what(&migrate.name)?;
     let what = format!("migration of {}", migrate.name);
     let job = Job::at(broker, &what, path).await?;
-    let waited = wait_for(&job, migrate.wait).await;
+    let waited = match wait_for(&job, migrate.wait).await {
+        Err(failure) => Err(stays(failure, &migrate.name, &job).await),
+        moved => moved,
+    };
     if let Some(file) = &migrate.trace {
         // There is one of a migration that failed, too.
         trace(&job.look().await?, file)?;
@@ -35,6 +39,23 @@ pub async fn migrate(broker: &Broker, output: Output, migrate: Migrate) -> Resul
         say(&summary(&migrate, &job));
     }
     print(output, &[Some(job)])
+}
+
+/// Says of a migration that failed where its machine is, if it is where it was.
+async fn stays(failure: Failure, machine: &str, job: &Job) -> Failure {
+    let migration = job.look().await.ok().and_then(|job| job.migration);
+    let is_here = migration.is_some_and(|migration| migration.facts.place == Place::Source);
+    match failure {
+        Failure::Job {
+            name, message, id, ..
+        } if is_here => Failure::Job {
+            what: format!("{machine} stays where it was"),
+            name,
+            message,
+            id,
+        },
+        other => other,
+    }
 }
 
 fn options(migrate: &Migrate) -> Dictionary {
@@ -64,8 +85,8 @@ fn summary(migrate: &Migrate, job: &view::Job) -> String {
         #[expect(clippy::cast_precision_loss, reason = "shown to a person")]
         Some(migration) => format!(
             "{name} has moved ({uri}): it stood still for {:.1} ms, {:.1} MiB were sent",
-            migration.downtime_usec as f64 / 1000.0,
-            migration.bytes_sent as f64 / f64::from(1 << 20)
+            migration.facts.downtime_usec as f64 / 1000.0,
+            migration.facts.bytes_sent as f64 / f64::from(1 << 20)
         ),
         None => format!("{name} has moved ({uri})"),
     }

@@ -26,28 +26,43 @@ const MAX_FILE: u64 = 1 << 20;
 const TRIES: usize = 20;
 
 pub async fn run(broker: &Broker, output: Output, mut run: Run) -> Result<()> {
-    let _scratch = if run.demo {
-        Some(bundled::complete(&mut run.define)?)
-    } else {
-        None
+    let scratch = match run.demo {
+        true => Some(bundled::complete(&mut run.define)?),
+        false => None,
     };
     let flags = if run.keep { 0 } else { TRANSIENT };
     let machine = create(broker, &run, flags).await?;
+    let done = start_and_follow(broker, output, &run, &machine).await;
+    if let Some(scratch) = scratch
+        && !machine.has_ended().await
+    {
+        // Whoever serves the disk next opens it again.
+        let _ = scratch.keep();
+    }
+    done
+}
+
+async fn start_and_follow(
+    broker: &Broker,
+    output: Output,
+    run: &Run,
+    machine: &Machine,
+) -> Result<()> {
     if run.detach || run.paused {
         let flags = if run.paused { PAUSED } else { 0 };
-        let start = start_one(broker, &machine, flags, Wait::default()).await;
-        started(&machine, start, run.keep).await?;
-        return announce(output, &machine).await;
+        let start = start_one(broker, machine, flags, Wait::default()).await;
+        started(machine, start, run.keep).await?;
+        return announce(output, machine).await;
     }
-    let watch = Watch::start(broker, &machine).await?;
-    let start = start_one(broker, &machine, PAUSED, Wait::default()).await;
+    let watch = Watch::start(broker, machine).await?;
+    let start = start_one(broker, machine, PAUSED, Wait::default()).await;
     if let Err(Failure::Detached { .. }) = start {
         let name = &machine.name;
         say(&format!(
             "{name} will be paused; godwit resume {name} lets it run"
         ));
     }
-    started(&machine, start, run.keep).await?;
+    started(machine, start, run.keep).await?;
     let console = machine
         .proxy
         .open_console("", REPLAY)
@@ -58,7 +73,7 @@ pub async fn run(broker: &Broker, output: Output, mut run: Run) -> Result<()> {
         "{} runs; {} leaves its console",
         machine.name, run.escape
     ));
-    follow(&machine, watch, console.into(), run.escape, true).await
+    follow(machine, watch, console.into(), run.escape, true).await
 }
 
 /// After a start: one that failed leaves no machine behind, unless it is kept.

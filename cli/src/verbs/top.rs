@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::io::{self, IsTerminal as _, Read as _, Write as _};
 use std::time::{Duration, Instant};
 
+use console::Term;
 use serde::Serialize;
 use tokio::sync::oneshot;
 
@@ -242,10 +243,18 @@ impl Screen {
     }
 
     fn show(&self, text: &str) -> Result<()> {
+        let (lines, columns) = Term::stdout().size();
+        let shown = fit(text, lines.into(), columns.into());
         // Line by line over what was there, so that nothing flickers.
-        let text = text.replace('\n', "\x1b[K\r\n");
-        render::write(format!("\x1b[H{text}\x1b[J").as_bytes())
+        let shown = shown.join("\x1b[K\r\n");
+        render::write(format!("\x1b[H{shown}\x1b[J").as_bytes())
     }
+}
+
+/// As much of a text as a terminal has room for: one that wraps or scrolls cannot be written over.
+fn fit(text: &str, lines: usize, columns: usize) -> Vec<String> {
+    let fits = |line: &str| line.chars().take(columns).collect();
+    text.lines().take(lines).map(fits).collect()
 }
 
 impl Drop for Screen {
@@ -357,6 +366,12 @@ mod tests {
         let rows = rows(&before, &now);
         assert_eq!(rows[0].cpu_percent, None);
         assert!(rows[1].rates.is_empty());
+    }
+
+    #[test]
+    fn what_has_no_room_is_left_out() {
+        assert_eq!(fit("abc\nde\n\nf\n", 3, 2), ["ab", "de", ""]);
+        assert_eq!(fit("äöü\n", 9, 2), ["äö"]);
     }
 
     #[test]

@@ -5,4 +5,5 @@ mod common;
 mod console;
 mod machines;
 mod moves;
+mod readme;
 mod verbs;

@@ -49,7 +49,9 @@ fn a_machine_goes_through_its_life() {
         1
     );
 
-    at(&fake, "pause vm1 web").ok();
+    let paused = at(&fake, "pause vm1 web --json").json();
+    assert_eq!(paused[1]["name"], "web");
+    assert_eq!(paused[1]["state"], "paused");
     at(&fake, "resume vm1").ok();
     at(&fake, "reset vm1").ok();
     at(&fake, "reset web").failed(5, "web is paused");
@@ -121,6 +123,11 @@ fn a_failed_start_says_why_and_leaves_nothing() {
         at(&fake, "job show 1")
             .ok()
             .contains("Message: there is no tap t0")
+    );
+    let listed = at(&fake, "job list").ok();
+    assert!(
+        listed.contains("failed  100%  there is no tap t0"),
+        "{listed}"
     );
     at(&fake, "job wait 1").failed(7, "there is no tap t0");
     at(&fake, "job show 99").failed(4, "there is no job 99");
@@ -214,6 +221,11 @@ fn logs_name_their_sources_when_there_are_several() {
     assert_eq!(
         at(&fake, "logs vm1 disk0").ok(),
         "first of disk0\nsecond of disk0\n"
+    );
+    let json = at(&fake, "logs vm1 disk0 --json=short").ok();
+    assert_eq!(
+        json.lines().next().unwrap(),
+        r#"{"source":"disk0","line":"first of disk0"}"#
     );
     at(&fake, "logs vm1 nothing").failed(6, "nothing has no log");
 }

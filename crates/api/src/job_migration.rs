@@ -35,6 +35,18 @@ impl Place {
             Self::Nowhere => "nowhere",
         }
     }
+
+    /// The place of this word.
+    pub fn of_word(word: &str) -> Option<Self> {
+        [
+            Self::Source,
+            Self::Destination,
+            Self::Undecided,
+            Self::Nowhere,
+        ]
+        .into_iter()
+        .find(|place| place.as_str() == word)
+    }
 }
 
 impl From<Place> for OwnedVariant {
@@ -43,8 +55,8 @@ impl From<Place> for OwnedVariant {
     }
 }
 
-/// How far a migration is, and what it took.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// How far a migration is, and what it took. As JSON without what is long.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Facts {
     /// Where the machine goes to.
     pub uri: String,
@@ -69,8 +81,10 @@ pub struct Facts {
     /// Percent of its time that the guest loses so that copying keeps up.
     pub throttle: u32,
     /// Spans of both sides: side and unit, what, begin and end in microseconds.
+    #[serde(skip)]
     pub timeline: Vec<(String, String, u64, u64)>,
     /// All that was measured, as JSON; empty before the end.
+    #[serde(skip)]
     pub report: String,
 }
 

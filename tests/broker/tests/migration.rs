@@ -100,9 +100,14 @@ async fn nothing_left(broker: &Broker, bus: &Connection, name: &str) -> Result<(
 async fn ten_times_within_a_host_and_the_console_stays() -> Result<()> {
     let broker = Broker::start()?;
     let bus = broker.connect().await?;
-    let images = [broker.image("a", 32)?, broker.image("b", 32)?];
-    let mut definition = with_disks(definition(&busy()), &images, 2);
-    definition.insert("vcpus".into(), value(2u32));
+    let mut images = vec![broker.image("a", 32)?];
+    let mut definition = definition(&busy());
+    if !broker.manner().has_units() {
+        // The two processors of an emulated host have systemd to run besides.
+        images.push(broker.image("b", 32)?);
+        definition.insert("vcpus".into(), value(2u32));
+    }
+    let definition = with_disks(definition, &images, 2);
     let vm = running(&bus, "vm", definition).await?;
     let mut console = console(&vm).await?;
     let mut last = beats(&mut console)?;
@@ -120,7 +125,8 @@ async fn ten_times_within_a_host_and_the_console_stays() -> Result<()> {
         assert_ne!(now, process);
         assert!(!lives(process) && lives(now));
         process = now;
-        assert_eq!(broker.programs().len(), 3, "{:?}", broker.programs());
+        let programs = broker.programs();
+        assert_eq!(programs.len(), 1 + images.len(), "{programs:?}");
     }
     // Its devices are looked after as before.
     let disk = device(&bus, "vm", "disk0").await?;

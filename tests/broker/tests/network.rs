@@ -10,21 +10,34 @@ use test_broker::*;
 use test_framework::machine::DEADLINE;
 use test_framework::network;
 use test_guest::{NetMode, Report, Workload, command};
-use zbus::Variant;
+use zbus::{Connection, Variant};
 
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 
-#[test]
-fn taps_are_handed_over_with_all_their_queues() -> Result<()> {
+/// A network of its own with a tap `net0` and an echo service, and what the test does there by a
+/// connection to a broker. Only the thread that enters it is in it.
+fn in_network(pairs: u16, test: impl AsyncFnOnce(Connection) -> Result<()>) -> Result<()> {
     network::enter()?;
-    network::add_tap("net0", HOST, 4)?;
+    network::add_tap("net0", HOST, pairs)?;
     network::echo(HOST, 7)?;
     let broker = Broker::start()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(async {
-        let bus = broker.connect().await?;
+    runtime.block_on(async { test(broker.connect().await?).await })
+}
+
+/// How the guest's work ended.
+fn is_done(report: &Report) -> Option<bool> {
+    match *report {
+        Report::Done { ok, .. } => Some(ok),
+        _ => None,
+    }
+}
+
+#[test]
+fn taps_are_handed_over_with_all_their_queues() -> Result<()> {
+    in_network(4, async |bus| {
         for pairs in [1u32, 4] {
             let workload = Workload {
                 net: NetMode::Ping,
@@ -43,10 +56,6 @@ fn taps_are_handed_over_with_all_their_queues() -> Result<()> {
             let card = device(&bus, &name, "net0").await?;
             assert_eq!(card.source().await?, "tap:net0");
             let mut console = console(&vm).await?;
-            let is_done = |report: &Report| match *report {
-                Report::Done { ok, .. } => Some(ok),
-                _ => None,
-            };
             let (_, ok) = console.report("the end of the work", DEADLINE, is_done)?;
             ensure!(ok, "packets were lost: {:#?}", console.history());
             becomes(&vm, State::Off).await?;
@@ -58,15 +67,7 @@ fn taps_are_handed_over_with_all_their_queues() -> Result<()> {
 
 #[test]
 fn a_killed_card_comes_back_under_traffic() -> Result<()> {
-    network::enter()?;
-    network::add_tap("net0", HOST, 1)?;
-    network::echo(HOST, 7)?;
-    let broker = Broker::start()?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        let bus = broker.connect().await?;
+    in_network(1, async |bus| {
         let workload = Workload {
             net: NetMode::Loop,
             poweroff: true,
@@ -94,10 +95,6 @@ fn a_killed_card_comes_back_under_traffic() -> Result<()> {
         until("traffic", async || Ok(packets().await? > 10_000)).await?;
         let mut console = console(&vm).await?;
         console.send(command::STOP)?;
-        let is_done = |report: &Report| match *report {
-            Report::Done { ok, .. } => Some(ok),
-            _ => None,
-        };
         let (_, ok) = console.report("the end of the work", DEADLINE, is_done)?;
         ensure!(ok, "an answer was wrong: {:#?}", console.history());
         becomes(&vm, State::Off).await

@@ -130,6 +130,11 @@ fn clients_networks_and_refusals_with_units() -> Result<()> {
     passes("units", &others, ELSEWHERE)
 }
 
+#[test]
+fn machines_in_units_move_within_their_host() -> Result<()> {
+    passes("units", &["migration"], "ten_times_within_a_host")
+}
+
 /// Who may call on the system bus is polkit's to say: see `the_service_of_a_system`.
 #[test]
 fn machines_live_on_the_system_bus() -> Result<()> {

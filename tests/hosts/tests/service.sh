@@ -58,10 +58,9 @@ systemctl start godwit-machine@web || fail "web does not start"
 until_true 60 is running
 [ "$(machine get-property Unit)" = 's "godwit-machine@web.service"' ] || fail "another unit"
 [ "$(systemctl show -P Slice godwit-machine@web)" = godwit-web.slice ] || fail "another slice"
-case $(systemctl show -P Before godwit-web-disk0) in
-    *godwit-machine@web.service*) ;;
-    *) fail "its disk would be stopped before it" ;;
-esac
+has() { case " $(systemctl show -P "$1" "$2") " in *" $3 "*) ;; *) return 1 ;; esac }
+has Before godwit-web-disk0 godwit.target && has After godwit-machine@web godwit.target &&
+    is_active godwit.target || fail "its disk would be stopped before it"
 # exposes_at_most TENTHS UNIT
 exposes_at_most() {
     local said

@@ -13,12 +13,18 @@ const LINK_TURNS: u32 = 2;
 const DEVICE_TURNS: u32 = 2;
 const DEVICE_TURNS_THERE: u32 = 2;
 /// What the rest costs, in times that somebody is woken and wakes in turn, as measured on this host:
-/// the cores' threads one after the other, each device and each ring on whatever processor is free.
-const CORE_WAKES: u32 = 36;
-const DEVICE_WAKES: u32 = 20;
+/// the cores' threads one after the other, those of memory if it is copied, the first of the
+/// devices, and each device and each ring on whatever processor is free.
+const CORE_WAKES: u32 = 30;
+const MEMORY_WAKES: u32 = 60;
+const FIRST_DEVICE_WAKES: u32 = 30;
+const DEVICE_WAKES: u32 = 62;
 const RING_WAKES: u32 = 2;
-/// A rate before anything was measured, in bytes a second.
+/// A rate before anything was measured, in bytes a second: of a link to another host, and within one.
 const FIRST_RATE: u64 = 100 << 20;
+const FIRST_LOCAL_RATE: u64 = 1 << 30;
+/// What one device saves and its twin loads, in bytes a second.
+const STATE_RATE: u64 = 400 << 20;
 /// A round that sends less says nothing about the rate.
 const LEAST_MEASURED: u64 = 1 << 20;
 /// Rounds in a row that bring nothing, before it is said.
@@ -45,6 +51,8 @@ pub struct Around {
     pub link: Duration,
     /// A thread that is woken and wakes the one that it was woken by.
     pub wake: Duration,
+    /// Memory is copied, and not kept.
+    pub copies_memory: bool,
     /// Devices that the guest uses, and their rings.
     pub devices_rings: (u32, u32),
     /// Processors of this host.
@@ -59,6 +67,8 @@ pub struct Around {
     pub transitions: Duration,
     /// Bytes of the devices' states.
     pub state_bytes: u64,
+    /// Bytes of the largest of them.
+    pub largest_state: u64,
 }
 
 impl Around {
@@ -76,9 +86,27 @@ impl Around {
 
     fn wakes(&self) -> Duration {
         let (devices, rings) = self.devices_rings;
-        let spread = devices.saturating_mul(DEVICE_WAKES) + rings.saturating_mul(RING_WAKES);
-        self.wake * (CORE_WAKES + spread / self.processors.max(1))
+        let memory = MEMORY_WAKES * u32::from(self.copies_memory);
+        let first = FIRST_DEVICE_WAKES * devices.min(1);
+        let spread = devices
+            .saturating_mul(DEVICE_WAKES)
+            .saturating_add(rings.saturating_mul(RING_WAKES));
+        let spread = spread / self.processors.max(1);
+        self.wake * (CORE_WAKES + memory + first).saturating_add(spread)
     }
+
+    /// How long the devices' states take, over a link of this rate: as many at once as there are
+    /// processors, and none faster than it is saved.
+    fn states(&self, link: u64) -> Duration {
+        let at_once = STATE_RATE.saturating_mul(self.processors.max(1).into());
+        transfer(self.largest_state, STATE_RATE).max(transfer(self.state_bytes, at_once.min(link)))
+    }
+}
+
+/// How long so many bytes take at a rate in bytes a second.
+fn transfer(bytes: u64, rate: u64) -> Duration {
+    let moved = u128::from(bytes) * 1_000_000 / u128::from(rate.max(1));
+    Duration::from_micros(u64::try_from(moved).unwrap_or(u64::MAX))
 }
 
 /// What to do next.
@@ -97,7 +125,8 @@ pub enum Decision {
 pub struct Convergence {
     options: MigrateOptions,
     around: Around,
-    rate: u64,
+    /// As measured.
+    rate: Option<u64>,
     dirty_rate: u64,
     last: Option<Duration>,
     rounds_without_gain: u32,
@@ -111,7 +140,7 @@ impl Convergence {
         Self {
             options,
             around: Around::default(),
-            rate: FIRST_RATE,
+            rate: None,
             dirty_rate: 0,
             last: None,
             rounds_without_gain: 0,
@@ -127,7 +156,7 @@ impl Convergence {
             u64::try_from(u128::from(bytes) * 1_000_000 / micros).unwrap_or(u64::MAX)
         };
         if round.sent >= LEAST_MEASURED {
-            self.rate = per_second(round.sent).max(1);
+            self.rate = Some(per_second(round.sent).max(1));
         }
         self.dirty_rate = per_second(round.dirtied);
     }
@@ -140,9 +169,8 @@ impl Convergence {
     /// How long the blackout would be with `remaining` bytes of memory left.
     pub fn predict(&self, remaining: u64) -> Duration {
         let around = &self.around;
-        let bytes = remaining.saturating_add(around.state_bytes);
-        let moved = u128::from(bytes) * 1_000_000 / u128::from(self.rate);
-        Duration::from_micros(u64::try_from(moved).unwrap_or(u64::MAX))
+        transfer(remaining, self.rate())
+            .saturating_add(around.states(self.rate()))
             .saturating_add(around.core + around.wakes() + around.link * LINK_TURNS)
             .saturating_add(around.devices * DEVICE_TURNS)
             .saturating_add(around.devices_there * DEVICE_TURNS_THERE)
@@ -170,7 +198,7 @@ impl Convergence {
         if now.saturating_duration_since(since) >= self.options.patience() {
             return Err(MigrationError::NotConverging {
                 dirtied: self.dirty_rate,
-                sent: self.rate,
+                sent: self.rate(),
             });
         }
         if !self.options.auto_converge {
@@ -186,7 +214,11 @@ impl Convergence {
 
     /// Bytes a second that are sent.
     pub fn rate(&self) -> u64 {
-        self.rate
+        self.rate.unwrap_or(if self.around.link.is_zero() {
+            FIRST_LOCAL_RATE
+        } else {
+            FIRST_RATE
+        })
     }
 
     /// Bytes a second that are dirtied.
@@ -224,6 +256,7 @@ mod tests {
         convergence.found(Around {
             link: Duration::from_micros(100),
             wake: Duration::from_micros(10),
+            copies_memory: true,
             devices_rings: (3, 10),
             processors: 2,
             core: Duration::from_micros(400),
@@ -231,10 +264,11 @@ mod tests {
             devices_there: Duration::from_micros(2000),
             transitions: Duration::from_millis(200),
             state_bytes: 10 * MIB,
+            largest_state: 10 * MIB,
         });
         assert_eq!(
             convergence.predict(50 * MIB),
-            Duration::from_micros(600_000 + 400 + 760 + 200 + 2000 + 4000 + 200_000)
+            Duration::from_micros(600_000 + 400 + 2230 + 200 + 2000 + 4000 + 200_000)
         );
         assert_eq!(
             (convergence.rate(), convergence.dirty_rate()),

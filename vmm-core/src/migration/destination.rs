@@ -27,12 +27,15 @@ use super::ram::RamReceiver;
 use super::saved_state::{CoreState, DeviceWiring, WiringState, from_blob};
 use super::setup::Sockets;
 use super::states::StateSockets;
+use super::switchover::STOPPED;
 use super::unit::{Crew, Unit};
 use super::without::{Mechanism, Without};
 use super::{ANSWER_DEADLINE, BLACKOUT_DEADLINE, LAST_WORD_DEADLINE, MigrationError};
 use crate::costs;
 use crate::memory::Memory;
 
+/// The first one finds nothing in the caches, and another may be interrupted: the shortest counts.
+const REHEARSALS: u32 = 3;
 /// How long devices may take to map memory.
 const PREFAULT_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a destination waits for its source to come at all.
@@ -92,6 +95,7 @@ pub fn receive(arriving: Arriving, host: &mut impl NewHost) -> Result<(), Migrat
         without,
         states,
         loading: None,
+        stopping: Instant::now(),
         memory: None,
         layout: None,
         reconnects: Vec::new(),
@@ -121,8 +125,10 @@ struct Incoming {
     without: Without,
     crew: Crew,
     states: StateSockets,
-    /// Since when devices load.
-    loading: Option<(Instant, Receiver<Arrival<()>>)>,
+    /// Devices that load.
+    loading: Option<Receiver<Arrival<()>>>,
+    /// When it was said that the machine stops.
+    stopping: Instant,
     memory: Option<RamReceiver>,
     /// What is laid out again in the stop, without [`Mechanism::Layout`].
     layout: Option<Arc<Memory>>,
@@ -177,7 +183,8 @@ impl Incoming {
                     self.reconnects = remotes.collect();
                     let states = self.states.clone();
                     let load = move |number, unit: &Unit| states.load(number, unit);
-                    self.loading = Some((Instant::now(), self.crew.each(load)));
+                    self.stopping = Instant::now();
+                    self.loading = Some(self.crew.each(load));
                 }
                 (Destination::Receiving, ToDestination::Core(blob)) => self.load(&blob, host)?,
                 (Destination::Loaded, ToDestination::Commit) => {
@@ -220,13 +227,15 @@ impl Incoming {
             let (within, recorder) = (PREFAULT_DEADLINE, &mut self.recorder);
             barrier::wait(Barrier::A, "prepare", names, &prepared, within, recorder)?;
         }
-        // The first one finds nothing in the caches.
-        host.rehearse()?;
-        let begin = Instant::now();
-        host.rehearse()?;
-        self.recorder.note("core", "rehearse", begin, 0);
+        let mut core = Duration::MAX;
+        for _ in 0..REHEARSALS {
+            let begin = Instant::now();
+            host.rehearse()?;
+            core = core.min(begin.elapsed());
+            self.recorder.note("core", "rehearse", begin, 0);
+        }
         self.say(&ToSource::Prepared {
-            core_us: micros(begin.elapsed()),
+            core_us: micros(core),
             devices_us: micros(devices),
         })
     }
@@ -234,12 +243,12 @@ impl Incoming {
     /// Loads everything that is left, up to barrier E.
     fn load(&mut self, blob: &Blob, host: &mut impl NewHost) -> Result<(), MigrationError> {
         let begin = Instant::now();
-        let (stopping, loading) = self.loading.take().ok_or(MigrationError::Unexpected {
+        let loading = self.loading.take().ok_or(MigrationError::Unexpected {
             said: "its state",
             expected: "that it stops",
         })?;
         let mut core: CoreState = from_blob(blob)?;
-        core.catch_up(stopping.elapsed());
+        core.catch_up(self.stopping.elapsed());
         self.running = core.running;
         let devices = std::mem::take(&mut core.devices);
         host.load_core(core)?;
@@ -300,6 +309,8 @@ impl Incoming {
         let begin = Instant::now();
         host.run(running && started.is_ok());
         self.recorder.note("core", "run", begin, 0);
+        self.recorder
+            .note_span("core", STOPPED, self.stopping, begin, 0);
         let problem = started.err().map(|error| crate::machine::chain(&error));
         if let Some(problem) = &problem {
             tracing::error!(

@@ -390,12 +390,13 @@ impl Source {
         self.around.wake = wake_up().map_err(system("a pair of sockets"))?;
         self.around.processors = std::thread::available_parallelism()
             .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX));
+        self.around.copies_memory = !self.options.shared_memory;
         self.around.link = self.link.round_trip();
         self.around.devices = devices;
         self.around.transitions = stop.saturating_add(start);
-        self.around.state_bytes = forecasts
-            .iter()
-            .fold(0, |sum, forecast| forecast.bytes.saturating_add(sum));
+        let bytes = || forecasts.iter().map(|forecast| forecast.bytes);
+        self.around.state_bytes = bytes().fold(0, u64::saturating_add);
+        self.around.largest_state = bytes().max().unwrap_or(0);
         self.convergence.found(self.around);
         Ok(())
     }

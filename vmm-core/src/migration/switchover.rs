@@ -28,6 +28,9 @@ use super::unit::Crew;
 use super::{BLACKOUT_DEADLINE, MigrationError};
 use crate::costs;
 
+/// Name of the destination's span from the word of the stop until the machine runs.
+pub(super) const STOPPED: &str = "stopped";
+
 /// What the switchover needs of the machine whose main thread it runs on.
 pub trait Host {
     /// Gets every vCPU out of the guest. Fine when they are out.
@@ -85,7 +88,13 @@ impl Switchover {
             .send_modify(|status| status.progress.phase = "switchover");
         let (mut state, _) = Source::Copying.on(SourceInput::Stop);
         let result = self.blackout(host, &mut state);
-        self.report.blackout_us = micros(begin.elapsed());
+        // Where it runs again is known best there, in time since it heard of the stop. What was
+        // measured here ends when this process was woken once more.
+        let there = self.report.destination.span("core", STOPPED);
+        self.report.blackout_us = there.map_or(micros(begin.elapsed()), |span| {
+            (span.end_us.saturating_sub(span.start_us))
+                .saturating_add(micros(self.link.round_trip() / 2))
+        });
         self.recorder.set_costs(costs::now().since(&before));
         let mut error = result.err();
         if let Some(why) = error.take() {

@@ -33,7 +33,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use zbus::Connection;
+use zbus::{Connection, Variant};
 
 use self::arrivals::{Arrivals, Expected};
 use self::bus::{ManagerProxy, Property};
@@ -178,9 +178,12 @@ impl Systemd {
             ("CollectMode", "inactive-or-failed".into()),
             ("ExecStart", command.into()),
         ] as [Property<'static>; 4]);
-        if !names::is_core(program) {
-            // When the host goes down, the core ends before its devices.
-            properties.push(("Before", names::cores(program).into()));
+        // When the host goes down, the core ends before its devices.
+        let anchor = || Variant::from(vec![names::ANCHOR]);
+        if names::is_core(program) {
+            properties.push(("After", anchor()));
+        } else {
+            properties.extend([("Wants", anchor()), ("Before", anchor())]);
         }
         properties
     }

@@ -7,8 +7,15 @@
 //! | `godwit-NAME-core.service` | the core of a machine that a call has made, transient |
 //! | `godwit-NAME-ID.service` | the process of a device, transient |
 //! | `godwit-…-2.service` | the same of a machine that has moved within its host |
+//! | `godwit.target` | between all devices and all cores |
+//!
+//! A name is taken again by the next move but one, so no unit names another that is transient:
+//! systemd would keep that one in mind when it has ended, and not let its name be taken.
 
 use crate::launch::Program;
+
+/// Before it are all devices, after it all cores.
+pub(super) const ANCHOR: &str = "godwit.target";
 
 /// The role of a core.
 const CORE: &str = "core";
@@ -35,12 +42,6 @@ pub(super) fn candidates(program: &Program) -> Vec<String> {
         (_, _, false) => vec![transient(&program.machine, &program.role)],
         (_, _, true) => both(&program.machine, &program.role).into(),
     }
-}
-
-/// Units that the core of a program's machine can be in, now and when it has moved.
-pub(super) fn cores(program: &Program) -> Vec<String> {
-    let [one, other] = both(&program.machine, CORE);
-    vec![machine(&program.machine), one, other]
 }
 
 /// Whether a unit comes from the template.
@@ -91,11 +92,6 @@ mod tests {
         program.beside = true;
         let beside = ["godwit-web-core.service", "godwit-web-core-2.service"];
         assert_eq!(candidates(&program), beside);
-        assert!(
-            candidates(&program)
-                .iter()
-                .all(|unit| cores(&program).contains(unit))
-        );
         program.declared = false;
         assert_eq!(candidates(&program), beside);
         program.beside = false;

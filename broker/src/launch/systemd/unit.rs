@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 use zbus::proxy::CacheProperties;
 
 use super::bus::{ManagerProxy, ServiceProxy, UnitProxy};
@@ -77,7 +79,10 @@ impl Unit {
     /// How the process `pid`, which has ended, did so. Lets go of the unit.
     pub(crate) async fn ended(&self, pid: u32) -> Ended {
         let ended = tokio::time::timeout(DEADLINE, self.look_until_ended(pid)).await;
-        self.let_go().await;
+        if let Some(gone) = self.let_go() {
+            // It does not panic.
+            let _ = gone.await;
+        }
         match ended {
             Ok(Ok(ended)) => ended,
             Ok(Err(error)) => {
@@ -106,26 +111,24 @@ impl Unit {
         })
     }
 
-    async fn let_go(&self) {
-        if self.held.swap(false, Ordering::Relaxed)
-            && let Err(error) = self.manager.unref_unit(&self.name).await
-        {
-            tracing::warn!(unit = self.name, %error, "systemd keeps a unit that has ended");
+    /// Lets go of the unit, also when nobody waits for the end of that.
+    fn let_go(&self) -> Option<JoinHandle<()>> {
+        // Without a runtime the broker ends, and with it what systemd keeps for it.
+        let runtime = Handle::try_current().ok()?;
+        if !self.held.swap(false, Ordering::Relaxed) {
+            return None;
         }
+        let (manager, name) = (self.manager.clone(), self.name.clone());
+        Some(runtime.spawn(async move {
+            if let Err(error) = manager.unref_unit(&name).await {
+                tracing::warn!(unit = name, %error, "systemd keeps a unit that has ended");
+            }
+        }))
     }
 }
 
 impl Drop for Unit {
     fn drop(&mut self) {
-        if !self.held.swap(false, Ordering::Relaxed) {
-            return;
-        }
-        let (manager, name) = (self.manager.clone(), self.name.clone());
-        // Without a runtime the broker ends, and with it what systemd keeps for it.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                let _ = manager.unref_unit(&name).await;
-            });
-        }
+        self.let_go();
     }
 }

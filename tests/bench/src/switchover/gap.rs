@@ -1,5 +1,6 @@
 //! What a guest says of a move.
 
+use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -9,6 +10,8 @@ use test_guest::Report;
 
 /// Heartbeats by which a guest has come to rest after its start.
 const WARM_BEATS: u64 = 30;
+/// How often a guest is asked what it has written.
+const ASK_EVERY: Duration = Duration::from_millis(200);
 /// A gap is in the heartbeat after it; the stop may fall into one that is just being printed.
 const BEATS_AFTER: u32 = 2;
 
@@ -24,6 +27,8 @@ pub(crate) fn warm_up(console: &mut Console, pages: u64) -> Result<()> {
             if written?.1 >= pages {
                 break;
             }
+            // A guest that reports writes nothing else.
+            sleep(ASK_EVERY);
         }
     }
     let mut first = None;

@@ -79,6 +79,8 @@ pub(super) fn plan(preset: SwitchoverPreset, folder: &Path) -> Result<Plan> {
             let mut slow = |devices: usize| {
                 let mut spec = parts.machine(&[], &[])?;
                 spec.counters = vec![slow_device(); devices];
+                // Only a device that the guest uses has something to stop.
+                spec.workload.count = 10;
                 anyhow::Ok(spec)
             };
             let mut serial = slow(4)?;

@@ -69,7 +69,7 @@ start64:                        # CPL0; edi = start info (CPU 0), esi = CPU
   push 0x2b
   sub eax, 8                    # as after a call: Rust wants RSP = 16n + 8
   push rax
-  push 2
+  push 0x3002                   # IOPL 3
   push 0x33
   push offset rust_start
   iretq
@@ -134,8 +134,9 @@ idt_pointer:
 .balign 4
 ap_ticket: .long 1
 
-# One TSS a CPU, and behind them one I/O bitmap for all, with every port allowed: IOPL does not
-# survive an IRETQ to CPL3 here, so it is the bitmap that lets CPL3 use in and out.
+# One TSS a CPU, and behind them one I/O bitmap for all, with every port allowed. It lets CPL3 use in
+# and out where a KVM that emulates CPL0 loses IOPL at an IRETQ; IOPL does where QEMU's TCG runs the
+# guest's processor: there no bitmap counts when the TSS was loaded as a busy one, as by a migration.
 .balign 128
 tss:
 .set cpu, 0
