@@ -1,16 +1,19 @@
 //! `bench free-pages`: what it saves not to send pages that the guest does not use.
 //!
-//! A guest that is idle, and one that has used and freed 80 % of its memory, move with free page
-//! hints and without, in turn, and in QEMU with its own balloon beside. The guest is the bundled
-//! one, whose balloon driver names its free memory in pieces of 4 MiB, as Linux does.
+//! A guest that is idle, and one that has used and freed 80 % of its memory, move without free page
+//! hints, which brings all of their pages along, and from there with hints; and beside in QEMU with
+//! its own balloon. The guest is the bundled one, whose balloon driver names its free memory in
+//! pieces of 4 MiB, as Linux does; it uses a sixteenth of its memory.
 
 use std::fs;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use migration::report::Report as Moved;
 use serde_json::json;
-use test_framework::machine::Device;
+use test_framework::machine::{DEADLINE, Device};
 use test_guest::{BalloonMode, Idle, Workload};
 use test_migration::{Side, Spec, beat_on};
 
@@ -43,14 +46,16 @@ pub struct FreePages {
     pub runs: usize,
 }
 
-/// What is moved.
+/// What is moved, without hints and with them.
 #[derive(Clone, Copy, Debug)]
 struct Subject {
     who: Who,
     guest: &'static str,
     freed_mib: u32,
-    hints: bool,
 }
+
+/// Whether free pages are asked for, in this order.
+const HINTS: [bool; 2] = [false, true];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Who {
@@ -59,12 +64,12 @@ enum Who {
 }
 
 impl Subject {
-    fn name(&self) -> String {
+    fn name(&self, hints: bool) -> String {
         let whose = match self.who {
             Who::Godwit => "",
             Who::Qemu => "QEMU, ",
         };
-        name(whose, self.guest, self.hints)
+        name(whose, self.guest, hints)
     }
 }
 
@@ -83,6 +88,8 @@ struct Move {
     destination: CpuTime,
     /// The largest gap that the guest saw in its own clock meanwhile.
     gap_ms: f64,
+    /// What ours says of it.
+    report: Option<Moved>,
 }
 
 impl FreePages {
@@ -104,42 +111,43 @@ impl FreePages {
             report.notes.push(note.into());
         }
         let mut subjects = Vec::new();
-        for (guest, freed_mib) in [("idle", 16), (USED, mib / 10 * 8)] {
-            for who in &whose {
-                subjects.extend([true, false].map(|hints| Subject {
-                    who: *who,
-                    guest,
-                    freed_mib,
-                    hints,
-                }));
-            }
+        for (guest, freed_mib) in [("idle", IDLE_MIB), (USED, mib / 10 * 8)] {
+            subjects.extend(whose.iter().map(|who| Subject {
+                who: *who,
+                guest,
+                freed_mib,
+            }));
         }
         // The programs' files get into memory.
-        for who in &whose {
-            let idle = subjects.iter().find(|subject| subject.who == *who);
-            idle.map(|subject| moved(mib, subject)).transpose()?;
+        for subject in subjects.iter().filter(|s| s.freed_mib == IDLE_MIB) {
+            moved(mib, subject)?;
         }
-        let mut moves: Vec<Vec<Move>> = subjects.iter().map(|_| Vec::new()).collect();
+        let mut moves: Vec<Vec<Move>> = Vec::new();
+        moves.resize_with(subjects.len() * HINTS.len(), Vec::new);
+        let each = || subjects.iter().flat_map(|s| HINTS.map(|hints| (s, hints)));
         for _ in 0..self.runs {
-            for (subject, moves) in subjects.iter().zip(&mut moves) {
-                let moved = moved(mib, subject).with_context(|| subject.name())?;
-                report.runs.push(json!({
-                    "subject": subject.name(),
-                    "total_ms": moved.total_ms,
-                    "sent_mib": moved.sent_mib,
-                    "in_use_mib": moved.in_use_mib,
-                    "source_cpu_ms": moved.source.host_ms,
-                    "destination_cpu_ms": moved.destination.host_ms,
-                    "guest_cpu_ms": moved.source.guest_ms,
-                    "gap_ms": moved.gap_ms,
-                }));
-                moves.push(moved);
+            for (subject, moves) in subjects.iter().zip(moves.chunks_mut(HINTS.len())) {
+                let moved = moved(mib, subject).with_context(|| subject.name(true))?;
+                for ((hints, moved), moves) in HINTS.into_iter().zip(moved).zip(moves) {
+                    report.runs.push(json!({
+                        "subject": subject.name(hints),
+                        "total_ms": moved.total_ms,
+                        "sent_mib": moved.sent_mib,
+                        "in_use_mib": moved.in_use_mib,
+                        "source_cpu_ms": moved.source.host_ms,
+                        "destination_cpu_ms": moved.destination.host_ms,
+                        "guest_cpu_ms": moved.source.guest_ms,
+                        "gap_ms": moved.gap_ms,
+                        "report": moved.report,
+                    }));
+                    moves.push(moved);
+                }
             }
         }
-        for (subject, moves) in subjects.iter().zip(&moves) {
+        for ((subject, hints), moves) in each().zip(&moves) {
             let mut add = |metric: &str, value: fn(&Move) -> Option<f64>, unit| {
                 let values: Vec<_> = moves.iter().filter_map(value).collect();
-                report.summarise(format!("{}: {metric}", subject.name()), &values, unit);
+                report.summarise(format!("{}: {metric}", subject.name(hints)), &values, unit);
             };
             add("total", |m| Some(m.total_ms), "ms");
             add("sent", |m| Some(m.sent_mib), "MiB");
@@ -156,6 +164,13 @@ impl FreePages {
 }
 
 const USED: &str = "used and freed";
+/// A machine whose processes take less processor time than this, in this time, is at rest.
+const REST: Duration = Duration::from_millis(200);
+const REST_MS: f64 = 20.0;
+/// The part of its memory that any guest uses.
+const KEPT_PART: u32 = 16;
+/// What an idle guest has freed.
+const IDLE_MIB: u32 = 16;
 
 fn judge(report: &mut Report) {
     for whose in ["", "QEMU, "] {
@@ -191,65 +206,95 @@ fn judge(report: &mut Report) {
     }
 }
 
-/// Boots a machine that has used and freed so much, moves it once and ends it.
-fn moved(memory_mib: u32, subject: &Subject) -> Result<Move> {
+/// Boots a machine that has used and freed so much, moves it once for each of [`HINTS`] and ends it.
+fn moved(memory_mib: u32, subject: &Subject) -> Result<Vec<Move>> {
     let workload = Workload {
         heartbeat: 5,
         idle: Idle::Halt,
         balloon: BalloonMode::Follow,
         balloon_mib: subject.freed_mib,
+        kept_mib: memory_mib / KEPT_PART,
         ..Workload::default()
     };
     match subject.who {
-        Who::Godwit => of_godwit(memory_mib, workload, subject),
-        Who::Qemu => {
-            let machine = qemu::Machine {
-                workload,
-                cpus: 1,
-                memory_mib: memory_mib.into(),
-                devices: vec![Device::Balloon],
-                disks: qemu::Disks::Own,
-            };
-            let (moved, [source, destination]) = machine.moved_with(1, subject.hints)?;
-            Ok(Move {
-                total_ms: moved.total_ms,
-                sent_mib: mib(moved.bytes),
-                in_use_mib: None,
-                source,
-                destination,
-                gap_ms: moved.gap_ms,
-            })
-        }
+        Who::Godwit => of_godwit(memory_mib, workload, subject.freed_mib),
+        Who::Qemu => of_qemu(memory_mib, workload),
     }
 }
 
-fn of_godwit(memory_mib: u32, workload: Workload, subject: &Subject) -> Result<Move> {
+fn of_qemu(memory_mib: u32, workload: Workload) -> Result<Vec<Move>> {
+    let definition = qemu::Machine {
+        workload,
+        cpus: 1,
+        memory_mib: memory_mib.into(),
+        devices: vec![Device::Balloon],
+        disks: qemu::Disks::Own,
+    };
+    let mut machine = definition.booted()?;
+    let mut moves = Vec::new();
+    for hints in HINTS {
+        let done = definition.move_on(machine, 1, hints)?;
+        let [source, destination] = done.times;
+        moves.push(Move {
+            total_ms: done.moved.total_ms,
+            sent_mib: mib(done.moved.bytes),
+            in_use_mib: None,
+            source,
+            destination,
+            gap_ms: done.moved.gap_ms,
+            report: None,
+        });
+        machine = done.machine;
+    }
+    Ok(moves)
+}
+
+fn of_godwit(memory_mib: u32, workload: Workload, freed_mib: u32) -> Result<Vec<Move>> {
     let mut spec = Spec::of(workload);
     spec.memory_mib = memory_mib.into();
-    (spec.balloon, spec.hints) = (true, subject.hints);
+    (spec.balloon, spec.hints) = (true, HINTS[0]);
     let mut side = Side::boot(&spec)?;
-    beat_on(&mut side)?;
-    let freed = u64::from(subject.freed_mib) << 20;
-    let in_use = spent(&side)?.saturating_sub(freed);
-    let before = cpu_time(&mut side)?;
-    let mut destination = side.begin_move(&spec, None)?;
-    let outcome = side.outcome()?;
-    ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
-    let (source, destination_cpu) = (
-        cpu_time(&mut side)?.since(before),
-        cpu_time(&mut destination)?,
-    );
-    let gap = gap::after(&mut destination.console)?;
-    let report: Moved =
-        serde_json::from_value(outcome["report"].clone()).context("this is no report")?;
-    Ok(Move {
-        total_ms: ms(total(&report)),
-        sent_mib: mib(report.memory_bytes),
-        in_use_mib: Some(mib(in_use)),
-        source,
-        destination: destination_cpu,
-        gap_ms: gap.as_secs_f64() * 1e3,
-    })
+    // The core asks a balloon that it has a link to.
+    spec.hints = true;
+    let mut moves = Vec::new();
+    for _ in HINTS {
+        come_to_rest(&mut side)?;
+        let in_use = spent(&side)?.saturating_sub(u64::from(freed_mib) << 20);
+        let before = cpu_time(&mut side)?;
+        let mut destination = side.begin_move(&spec, None)?;
+        let outcome = side.outcome()?;
+        ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
+        let source = cpu_time(&mut side)?.since(before);
+        let there = cpu_time(&mut destination)?;
+        let gap = gap::after(&mut destination.console)?;
+        let report: Moved =
+            serde_json::from_value(outcome["report"].clone()).context("this is no report")?;
+        moves.push(Move {
+            total_ms: ms(total(&report)),
+            sent_mib: mib(report.memory_bytes),
+            in_use_mib: Some(mib(in_use)),
+            source,
+            destination: there,
+            gap_ms: gap.as_secs_f64() * 1e3,
+            report: Some(report),
+        });
+        side = destination;
+    }
+    Ok(moves)
+}
+
+/// Waits until the guest beats and nobody maps what has come any more.
+fn come_to_rest(side: &mut Side) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    beat_on(side)?;
+    loop {
+        let before = cpu_time(side)?;
+        sleep(REST);
+        if cpu_time(side)?.since(before).host_ms < REST_MS {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "the machine does not come to rest");
+    }
 }
 
 fn mib(bytes: u64) -> f64 {

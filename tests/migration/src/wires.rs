@@ -43,9 +43,7 @@ pub enum Fault {
     CutBefore(&'static str),
     /// As `Flip`, for what the destination says.
     FlipBack(usize),
-    /// What the destination says after so many bytes comes so much later.
-    Late(usize, Duration),
-    /// The message with this name comes so much later.
+    /// The message with this name comes so much later, and all that follow it.
     Delay(&'static str, Duration),
     /// The same, and a bit of it is flipped.
     Spoil(&'static str, Duration),
@@ -211,7 +209,6 @@ fn relay(near: UnixStream, far: UnixStream, fault: Fault) -> Result<()> {
     let (back, forth) = match fault {
         Fault::CutBack(at) => (Some(Fault::Cut(at)), None),
         Fault::FlipBack(at) => (Some(Fault::Flip(at)), None),
-        back @ Fault::Late(..) => (Some(back), None),
         fault if fault.message().is_some_and(|name| ANSWERS.contains(&name)) => (Some(fault), None),
         fault => (None, Some(fault)),
     };
@@ -311,12 +308,6 @@ fn bytes(mut from: &UnixStream, mut to: &UnixStream, fault: &Fault) -> io::Resul
                 loop {
                     thread::park();
                 }
-            }
-            Fault::Late(at, time) if is_here(at) => {
-                let (early, late) = bytes.split_at(at - passed);
-                to.write_all(early)?;
-                thread::sleep(time);
-                to.write_all(late)?;
             }
             Fault::Flip(at) if is_here(at) => {
                 bytes[at - passed] ^= 0x10;

@@ -200,7 +200,7 @@ fn the_guest_has_its_pages_back_however_a_migration_ends() -> Result<()> {
         told(&mut side, ended)?;
     }
     // Cancelled while the guest is waited for.
-    let late = Fault::Late(12 + 1 + "Welcome".len(), std::time::Duration::from_secs(30));
+    let late = Fault::Delay("Ready", std::time::Duration::from_secs(30));
     let _destination = side.begin_move(&spec, Some(("control", late)))?;
     wait_for("it copies", || {
         Ok(side.progress()?["round"].as_u64() > Some(1))

@@ -72,7 +72,7 @@ fn an_image_is_locked_while_its_machine_moves_and_where_it_arrives() -> Result<(
     for _ in 0..3 {
         ensure!(!thief.tries()?, "free before the move");
         // After its welcome the destination is ready late, when all has been copied once.
-        let late = Fault::Late(12 + 1 + "Welcome".len(), Duration::from_secs(1));
+        let late = Fault::Delay("Ready", Duration::from_secs(1));
         let mut destination = side.begin_move(&spec, Some(("control", late)))?;
         while side.progress()?["phase"] != "switchover" {
             ensure!(!thief.tries()?, "free while the machine is copied");

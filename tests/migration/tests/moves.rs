@@ -227,8 +227,7 @@ fn a_machine_that_is_reset_while_it_is_copied_boots_where_it_arrives() -> Result
     }
     side.pause()?;
     // After its welcome the destination is ready late, when all has been copied once.
-    let welcome = 12 + 1 + "Welcome".len();
-    let late = Fault::Late(welcome, Duration::from_secs(2));
+    let late = Fault::Delay("Ready", Duration::from_secs(2));
     let mut destination = side.begin_move(&spec, Some(("control", late)))?;
     while side.progress()?["round"].as_u64() < Some(2) {}
     side.reset()?;
@@ -247,8 +246,7 @@ fn what_devices_write_while_they_stop_arrives() -> Result<()> {
     spec.workload.depth = 8;
     let mut side = at_work(&spec)?;
     for _ in 0..3 {
-        let welcome = 12 + 1 + "Welcome".len();
-        let late = Fault::Late(welcome, Duration::from_secs(4));
+        let late = Fault::Delay("Ready", Duration::from_secs(4));
         let destination = side.begin_move(&spec, Some(("control", late)))?;
         let round = |side: &Side| anyhow::Ok(side.progress()?["round"].as_u64().unwrap_or(0));
         while round(&side)? < 2 {}

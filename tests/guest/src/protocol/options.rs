@@ -135,6 +135,8 @@ options! {
     balloon: BalloonMode = BalloonMode::Off,
     /// MiB of memory for the balloon's work.
     balloon_mib: u32 = 16,
+    /// MiB that `balloon=follow` has written besides, keeps, and checks in the end.
+    kept_mib: u32 = 0,
 
     /// MiB a second to dirty, of all CPUs together; 0: as fast as it goes.
     dirty: u32 = 0,

@@ -21,15 +21,20 @@ impl Machine {
     /// Boots the machine, moves it once over a Unix socket and ends it. With more than one of
     /// `channels` memory goes over so many more of them (multifd).
     pub(crate) fn moved(&self, channels: usize) -> Result<Move> {
-        Ok(self.moved_with(channels, true)?.0)
+        let source = self.booted()?;
+        Ok(self.move_on(source, channels, true)?.moved)
     }
 
-    /// The same, with free page hints if it has a balloon, or without them; and the processor time
-    /// that it took at the source and at the destination.
-    pub(crate) fn moved_with(&self, channels: usize, hints: bool) -> Result<(Move, [CpuTime; 2])> {
-        let mut source = self.launch(false)?;
-        gap::warm_up(&mut source.console, u64::from(self.workload.span) << 8)
-            .with_context(|| format!("qemu said: {}", source.process.stderr()))?;
+    /// Starts it, and waits until its guest has come to rest.
+    pub(crate) fn booted(&self) -> Result<Running> {
+        let mut running = self.launch(false)?;
+        gap::warm_up(&mut running.console, u64::from(self.workload.span) << 8)
+            .with_context(|| format!("qemu said: {}", running.process.stderr()))?;
+        Ok(running)
+    }
+
+    /// Moves it as [`Self::moved`] does, with free page hints if it has a balloon, or without them.
+    pub(crate) fn move_on(&self, source: Running, channels: usize, hints: bool) -> Result<Moved> {
         let mut destination = self.launch(true)?;
         let way = format!("unix:{}", destination.folder.path().join("way").display());
         let mut there = destination.commands()?;
@@ -61,8 +66,21 @@ impl Machine {
             bytes: done["ram"]["transferred"].as_u64().unwrap_or(0),
             report: None,
         };
-        Ok((moved, times))
+        Ok(Moved {
+            moved,
+            times,
+            machine: destination,
+        })
     }
+}
+
+/// A machine that has moved.
+pub(crate) struct Moved {
+    pub moved: Move,
+    /// Processor time that it took at the source and at the destination.
+    pub times: [CpuTime; 2],
+    /// Where it is now.
+    pub machine: Running,
 }
 
 impl Running {
@@ -82,16 +100,12 @@ fn set_up(qmp: &mut Qmp, channels: usize, hints: bool) -> Result<()> {
         capabilities.push(json!({ "capability": "multifd", "state": true }));
         parameters["multifd-channels"] = channels.into();
     }
-    if !hints {
-        // It has no switch; a migration that could become postcopy does not ask for hints.
-        capabilities.push(json!({ "capability": "postcopy-ram", "state": true }));
-    }
-    if !capabilities.is_empty() {
-        qmp.execute(
-            "migrate-set-capabilities",
-            json!({ "capabilities": capabilities }),
-        )?;
-    }
+    // Hints have no switch; a migration that could become postcopy does not ask for them.
+    capabilities.push(json!({ "capability": "postcopy-ram", "state": !hints }));
+    qmp.execute(
+        "migrate-set-capabilities",
+        json!({ "capabilities": capabilities }),
+    )?;
     qmp.execute("migrate-set-parameters", parameters)?;
     Ok(())
 }

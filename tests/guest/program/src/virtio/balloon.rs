@@ -12,6 +12,7 @@ use crate::{clock, mmio};
 use alloc::vec::Vec;
 
 const F_MUST_TELL_HOST: u64 = 1 << 0;
+const F_STATS_VQ: u64 = 1 << 1;
 const F_FREE_PAGE_HINT: u64 = 1 << 3;
 const F_PAGE_REPORTING: u64 = 1 << 5;
 const CONFIG_TARGET: u64 = 0;
@@ -52,15 +53,17 @@ impl Balloon {
         setup: Setup,
         spread: &mut Spread,
     ) -> Self {
-        let wanted = F_MUST_TELL_HOST | F_FREE_PAGE_HINT | F_PAGE_REPORTING;
+        let needed = F_STATS_VQ | F_FREE_PAGE_HINT | F_PAGE_REPORTING;
+        let wanted = F_MUST_TELL_HOST | needed;
         let device = Transport::start(function, window, wanted, setup);
-        if !device.has(F_FREE_PAGE_HINT) || !device.has(F_PAGE_REPORTING) {
-            fail("balloon-features", wanted, 0, Text::new(""));
+        if !device.has(needed) {
+            fail("balloon-features", needed, 0, Text::new(""));
         }
         let place = spread.next();
-        // Without statistics the queues behind theirs move up.
+        // The queue of statistics has its place, whether it is used or not: without the feature
+        // some devices let those behind it move up, and some do not.
         let [inflate, deflate, hints, reports] =
-            [0, 1, 2, 3].map(|index| device.queue(index, place.vector, place.apic_id()));
+            [0, 1, 3, 4].map(|index| device.queue(index, place.vector, place.apic_id()));
         device.driver_ok();
         let free = (0..hints.size()).rev().collect();
         Self {

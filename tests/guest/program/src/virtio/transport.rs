@@ -191,8 +191,9 @@ impl Transport {
         mmio::write(self.common + common::CONFIG_VECTOR, NO_VECTOR);
     }
 
-    pub fn has(&self, feature: u64) -> bool {
-        self.features & feature != 0
+    /// Whether all of these features were accepted.
+    pub fn has(&self, features: u64) -> bool {
+        self.features & features == features
     }
 
     /// Virtqueues that the device has.

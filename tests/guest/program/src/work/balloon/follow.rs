@@ -28,17 +28,23 @@ pub struct Follow {
     round: u32,
     next_page: Option<u64>,
     next: u64,
+    /// Pages that are none of the balloon's business, each with its address.
+    kept: Vec<Range>,
+}
+
+/// The addresses of all pages of some ranges.
+fn pages_of(ranges: &[Range]) -> impl Iterator<Item = u64> + '_ {
+    let pages = |range: &Range| (range.start..range.end).step_by(PAGE as usize);
+    ranges.iter().flat_map(pages)
 }
 
 impl Follow {
-    pub fn new(balloon: Balloon, bytes: u64, reports: bool, total: Arc<Total>) -> Self {
-        let ranges = memory::take_pages(bytes);
-        // Used once, and not needed any more.
-        for range in &ranges {
-            for page in (range.start..range.end).step_by(PAGE as usize) {
-                mmio::write(page, page | 1);
-            }
-        }
+    /// With `bytes` that were used once and are not needed any more, and `kept` that are.
+    pub fn new(balloon: Balloon, bytes: u64, kept: u64, reports: bool, total: Arc<Total>) -> Self {
+        let (ranges, kept) = (memory::take_pages(bytes), memory::take_pages(kept));
+        pages_of(&ranges)
+            .chain(pages_of(&kept))
+            .for_each(|page| mmio::write(page, page | 1));
         Self {
             balloon,
             total,
@@ -49,6 +55,7 @@ impl Follow {
             round: 0,
             next_page: None,
             next: 0,
+            kept,
         }
     }
 
@@ -145,6 +152,7 @@ impl Task for Follow {
         if stopping() {
             self.balloon.reap();
             if self.balloon.is_quiet() {
+                pages_of(&self.kept).for_each(|page| self.total.check_word(page, page | 1));
                 self.total.finish();
                 return Step::Finished;
             }

@@ -65,6 +65,13 @@ impl Total {
         }
     }
 
+    /// A word must be this.
+    fn check_word(&self, addr: u64, want: u64) {
+        if mmio::read::<u64>(addr) != want {
+            self.is_bad(addr, want);
+        }
+    }
+
     fn is_bad(&self, addr: u64, want: u64) {
         wrong(1);
         if self.bad.fetch_add(1, Relaxed) < MAX_DESCRIBED {
@@ -87,7 +94,9 @@ pub fn assign(balloon: Balloon, workload: &Workload) -> Arc<dyn Account> {
         BalloonMode::Random => Box::new(random::Random::new(balloon, bytes, total.clone())),
         _ => {
             let reports = workload.balloon == BalloonMode::Report;
-            Box::new(follow::Follow::new(balloon, bytes, reports, total.clone()))
+            let kept = u64::from(workload.kept_mib) << 20;
+            let follow = follow::Follow::new(balloon, bytes, kept, reports, total.clone());
+            Box::new(follow)
         }
     };
     super::assign(cpu, task);
