@@ -6,8 +6,9 @@
 //! table, holds its lock while it drains, and cannot be ended while a front-end is silent.
 //!
 //! Order rules:
-//! - A ring is started, stopped and moved by its queue thread; the control thread waits for it,
-//!   and for nothing else of the data path.
+//! - A ring is started, stopped and moved by the control thread, between two turns of its queue
+//!   thread; the control thread waits for that, and for nothing else of the data path.
+//! - The device's state is saved and loaded on the control thread, see [`transfer`].
 //! - Rings use only memory of the table in force. A new table reaches every queue thread before
 //!   its message is answered, so that the front-end may then take the old memory away.
 //! - When a session ends, however it ends, its rings are stopped and drained first. Then nothing
