@@ -36,8 +36,11 @@ pub(super) struct Credentials {
 pub(super) struct Client {
     pub(super) credentials: Credentials,
     rules: Mutex<Vec<OwnedMatchRule>>,
-    /// It knows that it is on a bus. Before, it gets every signal.
+    /// It knows that it is on a bus.
     greeted: AtomicBool,
+    /// It has said something else than Hello: if that was first it knows of no bus, and gets every
+    /// signal. What has not spoken gets none: to a client of a bus the first is the reply to Hello.
+    spoke: AtomicBool,
     monitor: AtomicBool,
     queue: Sender<Message>,
     /// Bytes of all that is queued.
@@ -63,7 +66,7 @@ impl Client {
     /// Whether a signal without destination is for it.
     pub(super) fn wants(&self, signal: &Message) -> bool {
         if !self.greeted.load(Ordering::Relaxed) {
-            return true;
+            return self.spoke.load(Ordering::Relaxed);
         }
         let rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
         rules
@@ -157,6 +160,7 @@ pub(super) async fn serve(
         credentials,
         rules: Mutex::default(),
         greeted: AtomicBool::new(false),
+        spoke: AtomicBool::new(false),
         monitor: AtomicBool::new(false),
         queue,
         queued: AtomicUsize::new(0),
@@ -214,6 +218,9 @@ async fn take(
     if client.is_monitor() {
         return Ok(());
     }
+    if !is_hello(&header) {
+        client.spoke.store(true, Ordering::Relaxed);
+    }
     let wants_reply = !header
         .primary()
         .flags()
@@ -258,6 +265,10 @@ async fn take(
         client.send(reply);
     }
     Ok(())
+}
+
+fn is_hello(header: &Header<'_>) -> bool {
+    is_for_driver(header) && header.member().is_some_and(|member| member == "Hello")
 }
 
 fn is_for_driver(header: &Header<'_>) -> bool {

@@ -23,7 +23,7 @@ fn raw(bus: &PrivateBus) -> UnixStream {
 }
 
 /// One that shook hands and may now say anything.
-async fn shaken(bus: &PrivateBus) -> UnixStream {
+pub(super) async fn shaken(bus: &PrivateBus) -> UnixStream {
     let mut stream = raw(bus);
     let shake = move || {
         let hex: String = user()

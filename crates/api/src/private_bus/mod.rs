@@ -8,7 +8,7 @@
 //! The service has one connection and one object server, as on a real bus, however many
 //! clients there are. Clients find what they find on a bus: a unique name, the driver
 //! `org.freedesktop.DBus`, match rules, a service with a well-known name. Clients that
-//! speak peer to peer, without Hello, are served as well and get every signal.
+//! speak peer to peer, without Hello, are served as well and get every signal once they have spoken.
 //!
 //! Clients call the service and nobody else; what they send otherwise is refused. Only the
 //! user that the bus belongs to, and root, may call; others are told so. None of them is trusted
@@ -80,7 +80,7 @@ const SERVICE_LIMITS: Limits = Limits {
     ..CLIENT_LIMITS
 };
 
-/// A connection to the service of such a bus, without Hello: it hears every signal. The service
+/// A connection to the service of such a bus, without Hello: it hears every signal from its first call on. The service
 /// is not trusted more than its clients are. To be built in the Tokio runtime that is current
 /// now.
 ///

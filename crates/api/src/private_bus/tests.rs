@@ -1,5 +1,6 @@
 //! A bus with a small service, and clients of both kinds.
 
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
 use zbus::Connection;
@@ -94,6 +95,34 @@ async fn a_client_of_a_bus_finds_a_bus() {
         .call_method(Some("org.example.Other"), "/", None::<&str>, "Do", &())
         .await;
     assert!(lost.unwrap_err().to_string().contains("org.example.Other"));
+}
+
+#[tokio::test]
+async fn the_first_that_a_client_hears_is_the_reply_to_hello() {
+    let (bus, _service) = bus(user()).await;
+    let mut late = super::hostile::shaken(&bus).await;
+    while bus.0.clients().is_empty() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let other = Builder::unix_stream(dial(&bus)).p2p().unwrap_built().await;
+    let other = CounterProxy::new(&other).await.unwrap();
+    // It is signalled, while the first has not said anything.
+    other.add(1).await.unwrap();
+    let hello = zbus::Message::method_call("/org/freedesktop/DBus", "Hello")
+        .destination("org.freedesktop.DBus")
+        .interface("org.freedesktop.DBus")
+        .build(&())
+        .unwrap();
+    let heard = tokio::task::spawn_blocking(move || {
+        late.write_all(hello.data()).unwrap();
+        let mut start = [0; 2];
+        late.read_exact(&mut start).unwrap();
+        start[1]
+    });
+    assert_eq!(
+        heard.await.unwrap(),
+        zbus::message::Type::MethodReturn as u8
+    );
 }
 
 #[tokio::test]
