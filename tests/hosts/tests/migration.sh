@@ -63,7 +63,7 @@ at() { godwit --bus "/run/$1/bus" "${@:2}"; }
 # boot BROKER
 boot() {
     truncate -s 64M "$DISK" && mke2fs -q -t ext4 "$DISK"
-    at "$1" run --detach --keep --name guest --cpus 2 --cpu x86-64-v2 --memory 256M \
+    at "$1" run --detach --keep --name guest --cpus 2 --memory 256M \
         --kernel /opt/guest/vmlinuz --initrd /opt/guest/initrd \
         --cmdline "console=ttyS0 quiet panic=-1 mitigations=off godwit.test=move godwit.ip=$GUEST/24 godwit.peer=$PEER" \
         --disk "$DISK,queues=2" --net tap:tap0,mac=52:54:00:08:00:09
