@@ -211,7 +211,7 @@ impl Leaving {
             Err(error) => return Err(self.failed(mover, &error).await),
         };
         match outcome.result {
-            Verdict::Moved | Verdict::Arrived => {
+            Verdict::Moved => {
                 machine.set_away(true);
                 self.note(Place::Destination, &outcome);
                 let departure = Departure::moved(host, machine);
@@ -228,6 +228,15 @@ impl Leaving {
                 Departure::forget(host, name);
                 self.note(Place::Source, &outcome);
                 Err(self.stays(&outcome))
+            }
+            // How it came here is the last that its core knows: it has not begun to go.
+            Verdict::Arrived => {
+                Departure::forget(host, name);
+                self.job
+                    .migration(|migration| migration.place = Place::Source);
+                Err(Error::MigrationFailed(format!(
+                    "{name} stays where it was: the broker before this one ended before it went"
+                )))
             }
             Verdict::Undecided => {
                 machine.set_away(true);
