@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -227,6 +227,26 @@ async fn brokers_that_are_killed_at_any_moment_find_the_machine_again() -> Resul
             .with_context(|| format!("after {delay} ms"))?;
     }
     let vm = pair.at(place).await?.context("it is gone")?;
+    finish(&mut take_console(&vm).await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_came_and_had_not_begun_to_go_on_stays() -> Result<()> {
+    let mut pair = Pair::start().await?;
+    let vm = pair.machine().await?;
+    let there = pair.brokers[1].unix();
+    let at = vm.migrate(&there, Dictionary::new(), 0).await?;
+    let (state, result) = ended(&pair.buses[0], at).await?;
+    assert_eq!(state, JobState::Done, "{result:?}");
+    // The next destination is called, and says nothing.
+    let silent = pair.folder.path().join("silent");
+    let _silent = UnixListener::bind(&silent)?;
+    let vm = pair.at(1).await?.context("it did not come")?;
+    let uri = format!("unix:{}", silent.display());
+    vm.migrate(&uri, Dictionary::new(), 0).await?;
+    pair.kill(&[1]).await?;
+    assert_eq!(pair.settles().await?, 1);
+    let vm = pair.at(1).await?.context("it is gone")?;
     finish(&mut take_console(&vm).await?)
 }
 
