@@ -187,10 +187,10 @@ pub const MAX_KEPT: usize = 512;
 /// What serves one or more queues, on a thread of its own.
 pub trait Worker: Send + 'static {
     /// Any thread may work with it, one at a time: then a ring that starts is looked at by who starts
-    /// it, and its own thread sleeps on.
+    /// it, maybe before [`Self::start`], and its own thread sleeps on.
     const ANY_THREAD: bool = false;
 
-    /// Called once on its thread, before anything else.
+    /// Called once on its thread, before anything else, unless it is of [`Self::ANY_THREAD`].
     fn start(&mut self) -> Result<(), HostError>;
 
     /// Names the descriptors besides the queues' kicks that it waits for now. Called before every

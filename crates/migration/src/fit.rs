@@ -1,7 +1,7 @@
 //! Whether a machine can be where another is: everything that two cores compare before anything is
 //! copied.
 
-use crate::wire::{Definition, same_frequency};
+use crate::wire::{Definition, Unit, same_frequency};
 
 fn differs(what: &str, there: &str, here: &str) -> String {
     format!("{what} is {there} at the source and {here} at the destination")
@@ -101,33 +101,21 @@ impl Definition {
         }
         for (there, here) in source.units.iter().zip(&self.units) {
             let id = &there.id;
-            let mut differs = |what: &str, there: u64, here: u64| {
+            let facts = |unit: &Unit| {
+                [
+                    ("its type", u64::from(unit.device_type)),
+                    ("its number of queues", unit.queues.into()),
+                    ("its queue size", unit.queue_size.into()),
+                    ("whether it has state of its own", unit.has_state.into()),
+                ]
+            };
+            for ((what, there), (_, here)) in facts(there).into_iter().zip(facts(here)) {
                 if there != here {
                     reasons.push(format!(
                         "device {id}: {what} is {there} at the source and {here} at the destination"
                     ));
                 }
-            };
-            differs(
-                "its type",
-                there.device_type.into(),
-                here.device_type.into(),
-            );
-            differs(
-                "its number of queues",
-                there.queues.into(),
-                here.queues.into(),
-            );
-            differs(
-                "its queue size",
-                there.queue_size.into(),
-                here.queue_size.into(),
-            );
-            differs(
-                "whether it has state of its own",
-                there.has_state.into(),
-                here.has_state.into(),
-            );
+            }
             let missing = there.features & !here.features;
             if missing != 0 {
                 reasons.push(format!(

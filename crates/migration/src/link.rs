@@ -5,7 +5,8 @@
 //!           u32 CRC-32C of the twelve bytes before it, payload (MessagePack)
 //! ```
 //! Numbers are little-endian. A header is checked before its length is believed, and the length
-//! before anything is allocated for it. Every send and receive has a deadline. After an error the link is of no more use.
+//! before anything is allocated for it. Every send and receive has a deadline. After an error the
+//! link is of no more use.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -133,46 +134,23 @@ impl Link {
         self.channel.set_deadline(within);
         let mut header = [0; HEADER];
         self.fill(&mut header, within)?;
-        let [
-            m0,
-            m1,
-            m2,
-            m3,
-            l0,
-            l1,
-            l2,
-            l3,
-            c0,
-            c1,
-            c2,
-            c3,
-            h0,
-            h1,
-            h2,
-            h3,
-        ] = header;
-        if [m0, m1, m2, m3] != MAGIC {
+        if !header.starts_with(&MAGIC) {
             return Err(nonsense(format!("it begins with {header:02x?}")));
         }
-        let (said, is) = (
-            u32::from_le_bytes([h0, h1, h2, h3]),
-            crc32c::crc32c(&header[..CHECKED]),
-        );
+        let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| header[at + i]));
+        let (said, is) = (word(CHECKED), crc32c::crc32c(&header[..CHECKED]));
         if said != is {
             return Err(nonsense(format!(
                 "checksum {is:08x} of its header instead of {said:08x}"
             )));
         }
-        let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+        let length = word(4) as usize;
         if length > MAX_MESSAGE {
             return Err(nonsense(format!("{length} bytes are too many")));
         }
         let mut payload = vec![0; length];
         self.fill(&mut payload, within)?;
-        let (said, is) = (
-            u32::from_le_bytes([c0, c1, c2, c3]),
-            crc32c::crc32c(&payload),
-        );
+        let (said, is) = (word(8), crc32c::crc32c(&payload));
         if said != is {
             return Err(nonsense(format!("checksum {is:08x} instead of {said:08x}")));
         }

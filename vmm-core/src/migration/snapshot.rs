@@ -12,7 +12,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::io::{BufWriter, Write as _};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -187,9 +186,8 @@ impl Writing {
                 channels,
                 core,
             };
-            let file = BufWriter::new(File::from(core_file));
-            let (mut file, _) = FrameWriter::begin(file, &core_unit()?, &state)?.finish()?;
-            file.flush().map_err(system("the core's file"))
+            FrameWriter::begin(File::from(core_file), &core_unit()?, &state)?.finish()?;
+            Ok(())
         });
         Written { crew, result }
     }

@@ -80,9 +80,9 @@ const SERVICE_LIMITS: Limits = Limits {
     ..CLIENT_LIMITS
 };
 
-/// A connection to the service of such a bus, without Hello: it hears every signal from its first call on. The service
-/// is not trusted more than its clients are. To be built in the Tokio runtime that is current
-/// now.
+/// A connection to the service of such a bus, without Hello: it hears every signal from its first
+/// call on. The service is not trusted more than its clients are. To be built in the Tokio runtime
+/// that is current now.
 ///
 /// # Errors
 /// The socket cannot be watched.

@@ -264,15 +264,15 @@ impl<D: Device> Session<D> {
                 state.transfer = Some(self.go_on(transfer));
             }
             let awaited = state.transfer.as_ref().and_then(Transfer::awaited);
-            let mut fds = vec![PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
-            fds.extend(awaited.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+            // Where nothing is awaited, a message is awaited twice.
+            let mut fds = [stream.as_fd(), awaited.unwrap_or(stream.as_fd())]
+                .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             // No deadline: a front-end may be silent for days, and `Connection` ends the wait.
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(SessionError::Connection(error.into())),
             }
-            let ready = |at: usize| fds.get(at).is_some_and(|fd| fd.any().unwrap_or(true));
-            let (message, twin) = (ready(0), ready(1));
+            let [message, twin] = fds.map(|fd| fd.any().unwrap_or(true));
             if message {
                 return Ok(());
             }
