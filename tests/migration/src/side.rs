@@ -346,10 +346,11 @@ impl Side {
 
     /// Waits for the end of the migration.
     pub fn outcome(&self) -> Result<Outcome> {
-        self.call(async |connection| {
+        let outcome = self.call(async |connection| {
             let mover = MigrationProxy::new(connection).await?;
             Ok(serde_json::from_str(&mover.wait().await?)?)
-        })
+        });
+        outcome.with_context(|| format!("no outcome; it is at {:?}", self.progress()))
     }
 
     /// Cancels the migration.

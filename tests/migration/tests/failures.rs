@@ -95,13 +95,20 @@ fn corruption_is_detected_and_never_loaded() -> Result<()> {
             Fault::FlipBack(said(&["Welcome", "Ready"]) + 14),
             "sent no message",
         ),
-        // The beginning of a channel, a record's header, a page.
+        // The beginning of a channel; of a record its kind, its first page, how much comes, the
+        // header's checksum, that of a page, a page.
         ("ram1", Fault::Flip(4), "this is no memory channel 1"),
-        ("ram0", Fault::Flip(16 + 9), "memory channel 0: record 0"),
-        ("ram1", Fault::Flip(1_000_000), "memory channel 1"),
-        // A frame's magic, its unit, its state, its checksum.
+        ("ram0", Fault::Flip(16), "channel 0: the header of record 0"),
+        ("ram0", Fault::Flip(16 + 9), "the header of record 0"),
+        ("ram0", Fault::Flip(16 + 17), "the header of record 0"),
+        ("ram0", Fault::Flip(16 + 33), "the header of record 0"),
+        ("ram0", Fault::Flip(16 + 5), "the header of record 0"),
+        ("ram1", Fault::Flip(16 + 36), "the content of record 0"),
+        ("ram1", Fault::Flip(1_000_000), "memory channel 1: the"),
+        // A frame's magic, its unit, a chunk's length, its state.
         ("disk0", Fault::Flip(0), "disk0"),
         ("disk1", Fault::Flip(40), "disk1"),
+        ("disk0", Fault::Flip(96 + 5), "disk0"),
         ("disk1", Fault::Flip(110), "disk1"),
     ])
 }
@@ -143,8 +150,8 @@ fn versions_that_are_not_known_are_named() -> Result<()> {
         ),
         (
             "ram0",
-            Fault::Put(8, 2),
-            "this is no memory channel 0 of version 1",
+            Fault::Put(8, 1),
+            "this is no memory channel 0 of version 2",
         ),
         // The frame, an old schema, a new one, another kind of device.
         ("disk0", Fault::Put(8, 2), "disk0"),
