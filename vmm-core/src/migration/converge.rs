@@ -25,7 +25,7 @@ const FIRST_RATE: u64 = 100 << 20;
 const FIRST_LOCAL_RATE: u64 = 1 << 30;
 /// What one device saves and its twin loads, in bytes a second.
 const STATE_RATE: u64 = 400 << 20;
-/// A round that sends less says nothing about the rate.
+/// A round that sends less does not show that the rate is lower.
 const LEAST_MEASURED: u64 = 1 << 20;
 /// Rounds in a row that bring nothing, before it is said.
 const PATIENT_ROUNDS: u32 = 3;
@@ -155,8 +155,9 @@ impl Convergence {
             let micros = round.time.as_micros().max(1);
             u64::try_from(u128::from(bytes) * 1_000_000 / micros).unwrap_or(u64::MAX)
         };
-        if round.sent >= LEAST_MEASURED {
-            self.rate = Some(per_second(round.sent).max(1));
+        let rate = per_second(round.sent);
+        if round.sent >= LEAST_MEASURED || self.rate.is_some_and(|known| rate > known) {
+            self.rate = Some(rate.max(1));
         }
         self.dirty_rate = per_second(round.dirtied);
     }
