@@ -257,7 +257,7 @@ fn a_guest_that_is_too_fast_is_given_up_or_slowed_down() -> Result<()> {
 fn connections_that_stand_still_in_the_blackout() -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = Spec::with_disks(&folder, &[2, 2])?;
-    spec.options = vec![("blackout-limit-ms", 2000)];
+    spec.options.push(("blackout-limit-ms", 2000));
     let mut side = at_work(&spec)?;
     // What comes before the stop passes: hello and wiring are shorter than the core's state.
     for (name, passes) in [("control", 12_000), ("disk1", 0)] {

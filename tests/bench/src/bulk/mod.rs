@@ -157,6 +157,7 @@ fn machine(dirty: u32) -> Spec {
         dirty,
         ..Workload::default()
     });
+    spec.options.clear();
     spec.memory_mib = MEMORY_MIB;
     spec
 }
