@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use api::core::State;
+use nix::mount::{MsFlags, mount, umount};
+use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 use test_framework::machine::DEADLINE;
+use test_framework::network;
 use test_guest::Workload;
 use test_machine::work;
 use test_migration::{Fault, Gate, Kind, Side, Spec, Wires, at_work, beat_on, finish};
@@ -225,6 +228,43 @@ fn a_machine_that_does_not_fit_is_refused_with_every_reason() -> Result<()> {
         assert!(reason.contains(part), "{part} in {reason}");
     }
     finish(goes_on(side, destination, &spec)?)?;
+    Ok(())
+}
+
+/// From now on this thread, and what it starts, reads `text` in the place of `/proc/meminfo`.
+fn says_of_memory(folder: &TempDir, text: &str) -> Result<()> {
+    let told = folder.path().join("meminfo");
+    std::fs::write(&told, text)?;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let nothing = None::<&str>;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(nothing, "/", nothing, private, nothing)?;
+    let bind = MsFlags::MS_BIND;
+    mount(Some(&told), "/proc/meminfo", nothing, bind, nothing)?;
+    Ok(())
+}
+
+#[test]
+fn a_host_with_too_little_memory_is_named_before_anything_is_copied() -> Result<()> {
+    // Who is not root may mount in it.
+    network::enter()?;
+    let folder = TempDir::new()?;
+    let spec = Spec::with_disks(&folder, &[2])?;
+    let side = at_work(&spec)?;
+    says_of_memory(&folder, "MemAvailable:       2048 kB\n")?;
+    let (source, destination, outcome) = side.try_move(&spec, None)?;
+    let reason = outcome["reason"].as_str().unwrap_or_default();
+    ensure!(
+        reason.contains("MiB of memory and the destination has 2 MiB free"),
+        "{outcome:#}"
+    );
+    ensure!(outcome["result"] == "kept", "{outcome:#}");
+    ensure!(
+        source.progress()?["sent_bytes"] == 0,
+        "something was copied"
+    );
+    umount("/proc/meminfo")?;
+    finish(goes_on(source, destination, &spec)?)?;
     Ok(())
 }
 
