@@ -147,7 +147,7 @@ pub enum Verb {
     /// Attaches to a machine's console; ^] leaves it
     #[command(after_long_help = examples::CONSOLE)]
     Console(Console),
-    /// Lists, shows, awaits and cancels jobs
+    /// Lists, shows, awaits, changes and cancels jobs
     #[command(subcommand)]
     #[command(after_long_help = examples::JOB)]
     Job(Job),

@@ -31,6 +31,11 @@ pub async fn run(broker: &Broker, output: Output, verb: Verb) -> Result<()> {
             output.print_json(&jobs.done)?;
             jobs.result()
         }
+        Verb::Set { id, max_downtime } => {
+            let job = Job::numbered(broker, id).await?;
+            job.set_max_downtime(max_downtime).await?;
+            output.print_json(&job.look().await?)
+        }
         Verb::Cancel { ids } => {
             let jobs = each(&ids, async |id| {
                 let job = Job::numbered(broker, *id).await?;

@@ -121,6 +121,9 @@ fn every_verb_prints_json_or_says_that_it_has_none() {
     );
     let number = walk("migrate", Object, short(&line))["id"].clone();
     walk("job-list", Array, short("job list"));
+    let line = format!("job set {number} --max-downtime 2ms");
+    let set = walk("job-set", Object, short(&line));
+    assert_eq!(set["migration"]["max_downtime_usec"], 2000);
     for verb in ["show", "cancel"] {
         let line = format!("job {verb} {number}");
         walk(&format!("job-{verb}"), Array, short(&line));

@@ -5,6 +5,7 @@ use test_guest::{BlkMode, Workload};
 
 use crate::common::real::{Other, Real, eventually};
 use crate::common::terminal::OnTerminal;
+use crate::common::{godwit, run};
 
 /// Writes to its memory as fast as it goes: something is left after every round.
 fn hurried() -> Workload {
@@ -105,6 +106,27 @@ fn a_move_shows_how_far_it_is_and_ctrl_c_asks() {
     real.run(&format!("job cancel {number}")).ok();
     assert_eq!(real.run(&format!("job wait {number}")).status, 11);
     real.run("stop --force vm").ok();
+}
+
+#[test]
+fn a_move_that_does_not_converge_ends_when_it_may_stop_longer() {
+    let real = with_machine();
+    let there = Other::start(&real);
+    let line = format!("migrate vm {} {ENDLESS} --no-wait --json", there.door);
+    let number = real.run(&line).json()["id"].to_string();
+    let show = || real.run(&format!("job show {number} --json")).json()[0].take();
+    eventually("a round is over", || {
+        show()["migration"]["iteration"].as_u64() > Some(1)
+    });
+    assert_eq!(show()["state"], "running");
+    let set = format!("job set {number} --max-downtime 60s");
+    assert_eq!(real.run(&set).ok(), "");
+    assert_eq!(show()["migration"]["max_downtime_usec"], 60_000_000);
+    real.run(&format!("job wait {number}")).ok();
+    assert_eq!(show()["result"]["Place"], "destination");
+    real.run(&set).failed(5, "moves no machine away");
+    real.run("job set 99 --max-downtime 1s").failed(4, "job 99");
+    run(godwit(&there.bus(), "stop --force vm")).ok();
 }
 
 #[test]

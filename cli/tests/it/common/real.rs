@@ -88,6 +88,7 @@ impl Real {
 /// Another broker, at whose door machines may come.
 pub struct Other {
     pub door: String,
+    folder: PathBuf,
     process: Child,
 }
 
@@ -104,7 +105,17 @@ impl Other {
             .spawn()
             .unwrap();
         eventually("the other broker listens", || path.exists());
-        Self { door, process }
+        let folder = real.path("other");
+        Self {
+            door,
+            folder,
+            process,
+        }
+    }
+
+    /// Where it is called.
+    pub fn bus(&self) -> PathBuf {
+        self.folder.join("bus")
     }
 }
 
