@@ -65,8 +65,8 @@ impl Mover {
         outcome.unwrap_or_else(|_| Err(Error::InvalidState("it is under way".into())))
     }
 
-    /// Waits for the end of the migration that `job` is, shows how far it is, and cancels it
-    /// with the job.
+    /// Waits for the end of the migration that `job` is, shows how far it is, tells the core what
+    /// stop is wanted now, and cancels it with the job.
     ///
     /// # Errors
     /// As [`Self::outcome`].
@@ -81,6 +81,8 @@ trait UnderWay {
     fn outcome(&self) -> impl Future<Output = Result<Outcome, Error>> + Send;
     /// How far it is, if that is known.
     fn progress(&self) -> impl Future<Output = Option<Progress>> + Send;
+    /// Wants another limit of its downtime, in microseconds; whether that is so now.
+    fn limit(&self, usec: u64) -> impl Future<Output = bool> + Send;
     /// Ends it.
     fn cancel(&self) -> impl Future<Output = ()> + Send;
 }
@@ -92,6 +94,10 @@ impl UnderWay for Mover {
 
     async fn progress(&self) -> Option<Progress> {
         serde_json::from_str(&self.0.progress().await.ok()?).ok()
+    }
+
+    async fn limit(&self, usec: u64) -> bool {
+        self.0.set_max_downtime(usec).await.is_ok()
     }
 
     async fn cancel(&self) {
@@ -106,6 +112,7 @@ async fn watch(core: &impl UnderWay, job: &Job, publisher: &Publisher) -> Result
     let outcome = core.outcome();
     tokio::pin!(outcome);
     let mut cancelled = false;
+    let mut wanted = None;
     loop {
         tokio::select! {
             biased;
@@ -115,6 +122,10 @@ async fn watch(core: &impl UnderWay, job: &Job, publisher: &Publisher) -> Result
                 core.cancel().await;
             }
             _ = look.tick() => {
+                let now = job.max_downtime();
+                if let Some(usec) = now.filter(|_| now != wanted) && core.limit(usec).await {
+                    wanted = now;
+                }
                 let Some(progress) = core.progress().await else { continue };
                 // While the machine stands still nobody is told.
                 let tell = progress.phase != "switchover";
@@ -169,6 +180,10 @@ mod tests {
                 sent_bytes: self.looks.fetch_add(1, Ordering::Relaxed),
                 ..Progress::default()
             })
+        }
+
+        async fn limit(&self, _: u64) -> bool {
+            true
         }
 
         async fn cancel(&self) {
