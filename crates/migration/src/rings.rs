@@ -1,7 +1,7 @@
 //! Messages that Godwit adds to vhost-user, so that a device's rings, which were wired ahead, start
 //! and stop by one message each however many they are.
 //!
-//! Who offers [`FEATURE`] as a protocol feature and has it accepted knows three requests more. Like
+//! Who offers [`FEATURE`] as a protocol feature and has it accepted knows these requests more. Like
 //! all of vhost-user they have a header of three 32-bit words (request, flags, size) and are in the
 //! host's byte order. Each has an answer.
 //!

@@ -56,6 +56,8 @@ macro_rules! conformance {
                 wired: wired_rings_rest_until_they_are_started;
                 wired: one_message_stops_and_starts_all_rings;
                 wired: state_moves_between_stop_and_start;
+                wired: one_message_stops_and_saves;
+                wired: memory_is_mapped_while_it_runs;
                 wired: what_one_may_have_is_given_up_and_taken_again;
                 wired: a_forecast_is_given_while_it_runs;
                 wired: impossible_wishes_end_the_session_only;

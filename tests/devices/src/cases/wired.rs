@@ -54,6 +54,25 @@ pub(crate) fn state_moves_between_stop_and_start<S: Subject>() -> Result<()> {
     subject.exchange(&mut machine)
 }
 
+pub(crate) fn one_message_stops_and_saves<S: Subject>() -> Result<()> {
+    let (mut subject, mut machine) = running::<S>()?;
+    subject.change_state(&mut machine)?;
+    let (stopped, state) = machine.stop_and_save()?;
+    ensure!(stopped == S::QUEUES, "not all rings ran");
+    machine.connection.load(&state)?;
+    machine.start_wired()?;
+    subject.verify_state(&mut machine)?;
+    subject.exchange(&mut machine)
+}
+
+pub(crate) fn memory_is_mapped_while_it_runs<S: Subject>() -> Result<()> {
+    let (mut subject, mut machine) = running::<S>()?;
+    subject.load(&mut machine)?;
+    let answer = machine.connection.wired(rings::PREFAULT, &[])?;
+    ensure!(answer.is_empty(), "{answer:?}");
+    subject.settle(&mut machine)
+}
+
 pub(crate) fn what_one_may_have_is_given_up_and_taken_again<S: Subject>() -> Result<()> {
     let (mut subject, mut machine) = running::<S>()?;
     subject.exchange(&mut machine)?;

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
@@ -19,6 +19,8 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{
     Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
+
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::PATIENCE;
 use super::ram::{DirtyBitmap, GuestRam};
@@ -209,14 +211,38 @@ impl Connection {
 
     /// Sends a message of [`migration::rings`]; the body of its answer.
     pub fn wired(&self, request: u32, body: &[u8]) -> Result<Vec<u8>> {
+        self.send_wired(request, body, &[])?;
+        self.hear_wired(request)
+    }
+
+    /// Has the device stop and save by one message: the answer to STOP, and the state.
+    pub fn stop_and_save(&self) -> Result<(Vec<u8>, Vec<u8>)> {
+        let (mut reader, writer) = UnixStream::pair()?;
+        reader.set_read_timeout(Some(PATIENCE))?;
+        self.send_wired(rings::STOP, &[], &[writer.as_raw_fd()])?;
+        drop(writer);
+        let stopped = self.hear_wired(rings::STOP)?;
+        let mut state = Vec::new();
+        reader.read_to_end(&mut state)?;
+        let problem = self.hear_wired(rings::STOP)?;
+        ensure!(problem.is_empty(), "{}", String::from_utf8_lossy(&problem));
+        Ok((stopped, state))
+    }
+
+    fn send_wired(&self, request: u32, body: &[u8], fds: &[RawFd]) -> Result<()> {
         let mut message = Vec::new();
         for word in [request, 1, u32::try_from(body.len())?] {
             message.extend(word.to_ne_bytes());
         }
         message.extend(body);
+        // Descriptors travel with the first byte.
+        let sent = self.stream.send_with_fds(&[message.as_slice()], fds)?;
+        Ok((&self.stream).write_all(&message[sent..])?)
+    }
+
+    fn hear_wired(&self, request: u32) -> Result<Vec<u8>> {
         let mut stream = &self.stream;
         stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(&message)?;
         let mut header = [[0; 4]; 3];
         stream.read_exact(header.as_flattened_mut())?;
         let [answered, flags, size] = header.map(u32::from_ne_bytes);

@@ -135,7 +135,17 @@ impl Machine {
     /// Stops all rings by one message, which leaves them wired; how many ran.
     pub fn stop_wired(&mut self) -> Result<usize> {
         let answer = self.connection.wired(rings::STOP, &[])?;
-        let stopped = rings::decode(&answer).context("an answer to STOP that is none")?;
+        self.note_bases(&answer)
+    }
+
+    /// As [`Self::stop_wired`], and the device saves its state at once, by the same message.
+    pub fn stop_and_save(&mut self) -> Result<(usize, Vec<u8>)> {
+        let (answer, state) = self.connection.stop_and_save()?;
+        Ok((self.note_bases(&answer)?, state))
+    }
+
+    fn note_bases(&mut self, answer: &[u8]) -> Result<usize> {
+        let stopped = rings::decode(answer).context("an answer to STOP that is none")?;
         for ring in &stopped {
             let base = self.bases.get_mut(usize::from(ring.index));
             *base.context("a ring that there is not")? = ring.base;
