@@ -211,6 +211,33 @@ impl Job {
         news
     }
 
+    /// Changes the longest stop that is wanted of the machine that it moves, which tells the core by
+    /// and by.
+    ///
+    /// # Errors
+    /// It moves none away, or does not any more; or that is too long.
+    pub(crate) fn set_max_downtime(&self, usec: u64) -> Result<(), Error> {
+        let record = &mut *self.lock();
+        let id = record.id;
+        if record.state != State::Running {
+            return Err(Error::InvalidState(format!("job {id} has ended")));
+        }
+        match &mut record.migration {
+            Some(migration) if record.kind == Kind::Migrate => {
+                migration.options.set_max_downtime(usec)
+            }
+            _ => Err(Error::InvalidState(format!(
+                "job {id} moves no machine away: its stop is up to who does"
+            ))),
+        }
+    }
+
+    /// The longest stop that is wanted of the machine that it moves, in microseconds.
+    pub(crate) fn max_downtime(&self) -> Option<u64> {
+        let record = self.lock();
+        Some(record.migration.as_ref()?.options.max_downtime_usec)
+    }
+
     /// Asks it to end early.
     ///
     /// # Errors

@@ -120,6 +120,9 @@ pub enum Failure {
     /// A name that no machine can be given.
     #[error("{path} gives no name for a machine", path = path.display())]
     NoName { path: PathBuf },
+    /// What the verb prints is for a person, a shell or the machine's console.
+    #[error("what this prints is no JSON")]
+    NoJson,
     /// There is no guest for a demonstration.
     #[error("the bundled guest is not installed")]
     NoDemoGuest,
@@ -152,9 +155,10 @@ impl Failure {
             | Self::NotEmbeddable { .. }
             | Self::NoBrokerProgram
             | Self::BrokerStart { .. } => status::NO_BROKER,
-            Self::BadAddress { .. } | Self::PathNotUtf8 { .. } | Self::NoName { .. } => {
-                status::USAGE
-            }
+            Self::BadAddress { .. }
+            | Self::PathNotUtf8 { .. }
+            | Self::NoName { .. }
+            | Self::NoJson => status::USAGE,
             Self::NoFolder { .. } | Self::Io { .. } | Self::Demo(_) | Self::ConsoleLost { .. } => {
                 status::FAILED
             }
@@ -214,6 +218,7 @@ impl Failure {
             Self::Definition { .. } => "godwit run --help lists the keys of a definition".into(),
             Self::NoDevice { machine, .. } => format!("godwit device list {machine} shows them"),
             Self::NoName { .. } => "give one with --name".into(),
+            Self::NoJson => "leave out --json; godwit run has it with --detach".into(),
             Self::NoDemoGuest => {
                 "give --kernel PATH of a guest of yours, or run cargo xtask demo in the sources"
                     .into()

@@ -13,6 +13,7 @@ use std::io::{self, IsTerminal as _};
 use std::time::Duration;
 
 use api::job::{JobProxy, RESULT_ERROR, RESULT_MESSAGE};
+use api::job_migration::JobMigrationProxy;
 use futures_util::StreamExt as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
@@ -26,6 +27,7 @@ use crate::connection::Broker;
 use crate::error::{Failure, Result, What as _};
 use crate::options::Wait;
 use crate::render::say;
+use crate::value::Milliseconds;
 use crate::view;
 
 /// Steps of the progress bar.
@@ -82,6 +84,26 @@ impl Job {
             job.migration = Some(view::Migration::read(&properties).what(&self.what)?);
         }
         Ok(job)
+    }
+
+    /// Changes the longest stop that is wanted of the machine that it moves.
+    pub async fn set_max_downtime(&self, time: Milliseconds) -> Result<()> {
+        let job = self.look().await?;
+        let (id, kind) = (job.id, job.kind);
+        if kind != "migrate" || job.state != "running" {
+            let error = format!("job {id} ({kind}, {}) moves no machine away", job.state);
+            return Err(api::Error::InvalidState(error)).what(&self.what);
+        }
+        let connection = self.properties.inner().connection();
+        let migration = JobMigrationProxy::builder(connection)
+            .path(self.proxy.inner().path().to_owned())
+            .cache_properties(CacheProperties::No)
+            .build()
+            .await
+            .what(&self.what)?;
+        let usec = time.0.saturating_mul(1000);
+        let set = migration.set_max_downtime_usec(usec).await;
+        set.what(&self.what)
     }
 
     /// Asks it to end.

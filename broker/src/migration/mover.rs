@@ -65,8 +65,8 @@ impl Mover {
         outcome.unwrap_or_else(|_| Err(Error::InvalidState("it is under way".into())))
     }
 
-    /// Waits for the end of the migration that `job` is, shows how far it is, and cancels it
-    /// with the job.
+    /// Waits for the end of the migration that `job` is, shows how far it is, tells the core what
+    /// stop is wanted now, and cancels it with the job.
     ///
     /// # Errors
     /// As [`Self::outcome`].
@@ -76,6 +76,7 @@ impl Mover {
         let outcome = self.outcome();
         tokio::pin!(outcome);
         let mut cancelled = false;
+        let mut wanted = None;
         loop {
             tokio::select! {
                 biased;
@@ -86,6 +87,12 @@ impl Mover {
                     let _ = self.0.cancel().await;
                 }
                 _ = look.tick() => {
+                    let now = job.max_downtime();
+                    if let Some(usec) = now.filter(|_| now != wanted)
+                        && self.0.set_max_downtime(usec).await.is_ok()
+                    {
+                        wanted = now;
+                    }
                     let Ok(text) = self.0.progress().await else { continue };
                     let Ok(progress) = serde_json::from_str::<Progress>(&text) else { continue };
                     // While the machine stands still nobody is told.

@@ -20,8 +20,8 @@ const MIN_BANDWIDTH: u64 = 1 << 20;
 pub(crate) struct Options {
     /// Connections for memory.
     pub(crate) channels: usize,
-    /// The stop begins when it is predicted to be shorter.
-    pub(crate) max_downtime_ms: u64,
+    /// The stop begins when it is predicted to be shorter, in microseconds.
+    pub(crate) max_downtime_usec: u64,
     /// A stop that lasts longer is given up.
     pub(crate) blackout_limit_ms: u64,
     /// How long a migration that does not converge goes on.
@@ -36,7 +36,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             channels: 2,
-            max_downtime_ms: 300,
+            max_downtime_usec: 300_000,
             blackout_limit_ms: 10_000,
             patience_s: 60,
             auto_converge: false,
@@ -58,7 +58,9 @@ impl Options {
                     let channels = number(&key, &value, 1..=MAX_CHANNELS)?;
                     options.channels = usize::try_from(channels).unwrap_or(1);
                 }
-                "max-downtime-ms" => options.max_downtime_ms = number(&key, &value, 0..=MAX_MS)?,
+                "max-downtime-ms" => {
+                    options.max_downtime_usec = 1000 * number(&key, &value, 0..=MAX_MS)?;
+                }
                 "blackout-limit-ms" => {
                     options.blackout_limit_ms = number(&key, &value, 1..=MAX_MS)?;
                 }
@@ -83,10 +85,28 @@ impl Options {
         Ok(options)
     }
 
+    /// Changes the longest stop that is wanted.
+    ///
+    /// # Errors
+    /// It is longer than a day.
+    pub(crate) fn set_max_downtime(&mut self, usec: u64) -> Result<(), Error> {
+        if usec > 1000 * MAX_MS {
+            return Err(Error::InvalidArgs(format!(
+                "MaxDowntimeUSec {usec} is more than a day: give at most {}",
+                1000 * MAX_MS
+            )));
+        }
+        self.max_downtime_usec = usec;
+        Ok(())
+    }
+
     /// As a core takes them.
     pub(crate) fn for_core(&self, shared_memory: bool) -> HashMap<String, OwnedVariant> {
         HashMap::from([
-            ("max-downtime-ms".into(), self.max_downtime_ms.into()),
+            (
+                "max-downtime-ms".into(),
+                (self.max_downtime_usec / 1000).into(),
+            ),
             ("blackout-limit-ms".into(), self.blackout_limit_ms.into()),
             ("patience-s".into(), self.patience_s.into()),
             (
@@ -138,7 +158,7 @@ mod tests {
         );
         assert_eq!(Options::parse(one("channels", 4u32)).unwrap().channels, 4);
         let options = Options::parse(one("max-downtime-ms", 20u64)).unwrap();
-        assert_eq!(options.max_downtime_ms, 20);
+        assert_eq!(options.max_downtime_usec, 20_000);
         assert!(
             Options::parse(one("auto-converge", true))
                 .unwrap()

@@ -96,7 +96,7 @@ impl Record {
             dirty_rate: self.progress.dirty_rate,
             link_rate: self.progress.rate,
             iteration: self.progress.round,
-            max_downtime_usec: self.options.max_downtime_ms.saturating_mul(1000),
+            max_downtime_usec: self.options.max_downtime_usec,
             predicted_downtime_usec: report
                 .map_or(self.progress.predicted_us, |report| report.predicted_us),
             downtime_usec: report.map_or(0, |report| report.blackout_us),

@@ -46,21 +46,29 @@ impl OneJob for JobObject {
 
 /// A migration, beside its job.
 #[derive(Debug)]
-pub struct MigrationObject {
-    job: Arc<Job>,
-}
+pub struct MigrationObject(JobObject);
 
 impl MigrationObject {
-    pub(super) fn new(job: &Arc<Job>) -> Self {
-        Self {
-            job: Arc::clone(job),
-        }
+    pub(super) fn new(broker: &Arc<Broker>, job: &Arc<Job>) -> Self {
+        Self(JobObject::new(broker, job))
     }
 }
 
 impl OneMigration for MigrationObject {
     fn facts(&self) -> job_migration::Facts {
-        let record = self.job.record();
+        let record = self.0.job.record();
         record.migration.unwrap_or_default().facts()
+    }
+
+    async fn set_max_downtime(&self, caller: Caller, usec: u64) -> Result<(), Error> {
+        let JobObject { broker, job } = &self.0;
+        let record = job.record();
+        let machine = record.machine.as_str();
+        broker
+            .permit(&caller, Action::Migrate, machine, "set-max-downtime")
+            .await?;
+        job.set_max_downtime(usec)?;
+        broker.host.publisher.send(Change::Job(record.id));
+        Ok(())
     }
 }

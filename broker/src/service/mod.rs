@@ -275,7 +275,7 @@ impl Published {
         let object = JobObject::new(&self.broker, &job);
         server.at(path::job(id), api::job::Job(object)).await?;
         if let Some(migration) = job.record().migration {
-            let object = api::job_migration::JobMigration(MigrationObject::new(&job));
+            let object = api::job_migration::JobMigration(MigrationObject::new(&self.broker, &job));
             server.at(path::job(id), object).await?;
             self.migrations.insert(id, migration.facts());
         }
@@ -334,6 +334,7 @@ impl Published {
             dirty_rate => dirty_rate_changed,
             link_rate => link_rate_changed,
             iteration => iteration_changed,
+            max_downtime_usec => max_downtime_u_sec_changed,
             predicted_downtime_usec => predicted_downtime_u_sec_changed,
             downtime_usec => downtime_u_sec_changed,
             throttle => throttle_changed,

@@ -96,6 +96,10 @@ pub const JOB_WAIT: &str = "\
 Examples:
   godwit job wait 7 8 --timeout 60";
 
+pub const JOB_SET: &str = "\
+Examples:
+  godwit job set 7 --max-downtime 1s   # of a migration that does not converge";
+
 pub const JOB_CANCEL: &str = "\
 Examples:
   godwit job cancel 7";

@@ -59,6 +59,9 @@ pub struct Common {
     #[arg(long, global = true, value_name = "ADDRESS")]
     pub bus: Option<String>,
     /// Prints JSON: on one line, on many, or not
+    ///
+    /// A verb for one thing prints an object, a verb for several an array: what it shows, what it
+    /// has changed as it is then, or the job in which it does that.
     #[arg(
         long,
         global = true,
@@ -144,7 +147,7 @@ pub enum Verb {
     /// Attaches to a machine's console; ^] leaves it
     #[command(after_long_help = examples::CONSOLE)]
     Console(Console),
-    /// Lists, shows, awaits and cancels jobs
+    /// Lists, shows, awaits, changes and cancels jobs
     #[command(subcommand)]
     #[command(after_long_help = examples::JOB)]
     Job(Job),
@@ -187,6 +190,17 @@ pub enum Verb {
         /// The folder; it is made when it is not there
         folder: PathBuf,
     },
+}
+
+impl Verb {
+    /// Whether it prints JSON where that is wanted: its stdout is no console, script or show.
+    pub fn has_json(&self) -> bool {
+        match self {
+            Self::Run(run) => run.detach || run.paused,
+            Self::Console(_) | Self::Demo(_) | Self::Completions { .. } | Self::Man { .. } => false,
+            _ => true,
+        }
+    }
 }
 
 /// Names of machines.

@@ -3,8 +3,9 @@
 use clap::Subcommand;
 
 use super::{Wait, examples};
+use crate::value::Milliseconds;
 
-/// Lists, shows, awaits and cancels jobs.
+/// Lists, shows, awaits, changes and cancels jobs.
 #[derive(Debug, Subcommand)]
 pub enum Job {
     /// Lists jobs, those that ended lately included
@@ -26,6 +27,15 @@ pub enum Job {
         /// Waits for so many seconds at most
         #[arg(long, value_name = "SECONDS")]
         timeout: Option<u64>,
+    },
+    /// Changes what a migration that is under way may do to its machine
+    #[command(after_long_help = examples::JOB_SET)]
+    Set {
+        /// Number of the job
+        id: u32,
+        /// The machine is stopped when the stop is predicted to be shorter, as 20ms or 1s
+        #[arg(long, value_name = "TIME")]
+        max_downtime: Milliseconds,
     },
     /// Cancels jobs
     #[command(after_long_help = examples::JOB_CANCEL)]

@@ -50,6 +50,14 @@ impl Output {
         };
         write(text.as_bytes())
     }
+
+    /// Prints `value` for a program; a person sees success by silence.
+    ///
+    /// # Errors
+    /// stdout takes nothing.
+    pub fn print_json<T: Serialize + ?Sized>(self, value: &T) -> Result<()> {
+        self.print(value, |_| String::new())
+    }
 }
 
 fn unwritten(error: serde_json::Error) -> Failure {

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::start::{print, wait_for};
+use super::start::wait_for;
 use crate::connection::{Broker, Counters};
 use crate::error::{Failure, Result, What as _};
 use crate::job::Job;
@@ -44,7 +44,7 @@ pub async fn run(broker: &Broker, output: Output, verb: Verb) -> Result<()> {
         Verb::Show { name, device } => show(broker, output, name, &device).await,
         Verb::Restart { name, device, wait } => {
             let job = restart(broker, &name, &device, wait).await?;
-            print(output, &[Some(job)])
+            output.print_json(&job)
         }
     }
 }

@@ -28,23 +28,28 @@ pub async fn run(broker: &Broker, output: Output, verb: Verb) -> Result<()> {
                 Job::numbered(broker, *id).await?.wait(wait).await
             })
             .await;
-            if output.is_json() {
-                show(output, &jobs.done)?;
-            }
+            output.print_json(&jobs.done)?;
             jobs.result()
         }
-        Verb::Cancel { ids } => each(&ids, async |id| {
-            Job::numbered(broker, *id).await?.cancel().await
-        })
-        .await
-        .result(),
+        Verb::Set { id, max_downtime } => {
+            let job = Job::numbered(broker, id).await?;
+            job.set_max_downtime(max_downtime).await?;
+            output.print_json(&job.look().await?)
+        }
+        Verb::Cancel { ids } => {
+            let jobs = each(&ids, async |id| {
+                let job = Job::numbered(broker, *id).await?;
+                job.cancel().await?;
+                job.look().await
+            })
+            .await;
+            output.print_json(&jobs.done)?;
+            jobs.result()
+        }
     }
 }
 
 fn show(output: Output, jobs: &[view::Job]) -> Result<()> {
-    if jobs.is_empty() && !output.is_json() {
-        return Ok(());
-    }
     output.print(jobs, |jobs| {
         let texts: Vec<_> = jobs.iter().map(text::job).collect();
         texts.join("\n")

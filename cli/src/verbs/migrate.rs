@@ -1,4 +1,4 @@
-//! `godwit migrate`, `decide`, `snapshot`, `restore`: machines that go elsewhere.
+//! `godwit migrate`, `snapshot`, `restore`: machines that go elsewhere.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,11 +9,11 @@ use api::machine::PAUSED;
 use api::manager::TRANSIENT;
 use migration::picture;
 
-use super::start::{print, wait_for};
+use super::start::wait_for;
 use crate::connection::Broker;
 use crate::error::{Failure, Result, What as _};
 use crate::job::Job;
-use crate::options::{Decide, Migrate, Restore, Snapshot};
+use crate::options::{Migrate, Restore, Snapshot};
 use crate::render::{Output, say};
 use crate::view;
 
@@ -38,7 +38,7 @@ pub async fn migrate(broker: &Broker, output: Output, migrate: Migrate) -> Resul
     if !output.is_json() && !job.is_running() {
         say(&summary(&migrate, &job));
     }
-    print(output, &[Some(job)])
+    output.print_json(&job)
 }
 
 /// Says of a migration that failed where its machine is, if it is where it was.
@@ -105,12 +105,6 @@ fn trace(job: &view::Job, file: &Path) -> Result<()> {
     fs::write(file, text).map_err(failed())
 }
 
-pub async fn decide(broker: &Broker, decide: Decide) -> Result<()> {
-    let machine = broker.machine(&decide.name).await?;
-    let decided = machine.proxy.decide(decide.there, 0).await;
-    decided.what(&decide.name)
-}
-
 fn absolute(folder: &Path) -> Result<String> {
     let path: PathBuf = std::path::absolute(folder)
         .map_err(Failure::io(format!("{} is no folder", folder.display())))?;
@@ -125,7 +119,7 @@ pub async fn snapshot(broker: &Broker, output: Output, snapshot: Snapshot) -> Re
     let what = format!("snapshot of {}", snapshot.name);
     let job = Job::at(broker, &what, path).await?;
     let job = wait_for(&job, snapshot.wait).await?;
-    print(output, &[Some(job)])
+    output.print_json(&job)
 }
 
 pub async fn restore(broker: &Broker, output: Output, restore: Restore) -> Result<()> {
@@ -140,5 +134,5 @@ pub async fn restore(broker: &Broker, output: Output, restore: Restore) -> Resul
     let what = format!("restore of {folder}");
     let job = Job::at(broker, &what, path.what(&what)?).await?;
     let job = wait_for(&job, restore.wait).await?;
-    print(output, &[Some(job)])
+    output.print_json(&job)
 }

@@ -31,6 +31,9 @@ use crate::render::{Output, say};
 /// It could not be done.
 pub async fn run(options: Options) -> Result<()> {
     let output = Output::new(&options.common);
+    if output.is_json() && !options.verb.has_json() {
+        return Err(Failure::NoJson);
+    }
     let bus = options.common.bus.as_deref();
     let find = |purpose| Broker::find(bus, purpose);
     match options.verb {
@@ -45,9 +48,9 @@ pub async fn run(options: Options) -> Result<()> {
         Verb::Reset(names) => control::reset(&find(Purpose::Change).await?, output, names).await,
         Verb::Pause(names) => control::pause(&find(Purpose::Change).await?, output, names).await,
         Verb::Resume(names) => control::resume(&find(Purpose::Change).await?, output, names).await,
-        Verb::Remove(names) => control::remove(&find(Purpose::Change).await?, names).await,
+        Verb::Remove(names) => control::remove(&find(Purpose::Change).await?, output, names).await,
         Verb::Migrate(it) => migrate::migrate(&find(Purpose::Change).await?, output, it).await,
-        Verb::Decide(it) => migrate::decide(&find(Purpose::Change).await?, it).await,
+        Verb::Decide(it) => control::decide(&find(Purpose::Change).await?, output, it).await,
         Verb::Snapshot(it) => migrate::snapshot(&find(Purpose::Change).await?, output, it).await,
         Verb::Restore(it) => migrate::restore(&find(Purpose::Make).await?, output, it).await,
         Verb::Console(console) => console::run(&find(Purpose::Change).await?, console).await,
@@ -56,7 +59,7 @@ pub async fn run(options: Options) -> Result<()> {
         Verb::Balloon(verb) => balloon::run(&find(Purpose::Change).await?, output, verb).await,
         Verb::Logs(logs) => logs::run(&find(Purpose::Change).await?, output, logs).await,
         Verb::Top(top) => top::run(&find(Purpose::Look).await?, output, top).await,
-        Verb::Reload => reload::run(&find(Purpose::Change).await?).await,
+        Verb::Reload => reload::run(&find(Purpose::Change).await?, output).await,
     }
 }
 

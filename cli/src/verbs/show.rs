@@ -28,14 +28,12 @@ pub async fn run(broker: &Broker, output: Output, show: Show) -> Result<()> {
         })
     })
     .await;
-    if !shown.done.is_empty() || output.is_json() {
-        output.print(shown.done.as_slice(), |all| {
-            let texts: Vec<_> = all
-                .iter()
-                .map(|shown| text::machine(&shown.machine, &shown.definition))
-                .collect();
-            texts.join("\n")
-        })?;
-    }
+    output.print(shown.done.as_slice(), |all| {
+        let texts: Vec<_> = all
+            .iter()
+            .map(|shown| text::machine(&shown.machine, &shown.definition))
+            .collect();
+        texts.join("\n")
+    })?;
     shown.result()
 }

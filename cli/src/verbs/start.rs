@@ -50,11 +50,7 @@ pub async fn wait_for(job: &Job, wait: Wait) -> Result<view::Job> {
     }
 }
 
-/// Prints the jobs for a program; a person sees their success by silence.
+/// Prints the jobs of those with which something had to be done.
 pub fn print(output: Output, jobs: &[Option<view::Job>]) -> Result<()> {
-    let jobs: Vec<_> = jobs.iter().flatten().collect();
-    if output.is_json() {
-        output.print(&jobs, |_| String::new())?;
-    }
-    Ok(())
+    output.print_json(&jobs.iter().flatten().collect::<Vec<_>>())
 }

@@ -3,6 +3,7 @@
 
 mod common;
 mod console;
+mod json;
 mod machines;
 mod moves;
 mod readme;

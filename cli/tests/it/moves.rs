@@ -3,8 +3,9 @@
 use nix::sys::signal::Signal;
 use test_guest::{BlkMode, Workload};
 
-use crate::common::real::{Real, eventually};
+use crate::common::real::{Other, Real, eventually};
 use crate::common::terminal::OnTerminal;
+use crate::common::{godwit, run};
 
 /// Writes to its memory as fast as it goes: something is left after every round.
 fn hurried() -> Workload {
@@ -37,9 +38,9 @@ fn a_move_says_what_it_took() {
     let job = real
         .run(&format!("migrate vm local: {options} --json"))
         .json();
-    assert_eq!(job[0]["state"], "done", "{job}");
-    assert_eq!(job[0]["result"]["Place"], "destination");
-    let migration = &job[0]["migration"];
+    assert_eq!(job["state"], "done", "{job}");
+    assert_eq!(job["result"]["Place"], "destination");
+    let migration = &job["migration"];
     assert_eq!(migration["uri"], "local:");
     assert_eq!(migration["max_downtime_usec"], 500_000);
     assert!(migration["downtime_usec"].as_u64() > Some(0), "{job}");
@@ -51,7 +52,7 @@ fn a_move_says_what_it_took() {
     said.ok();
     let trace: serde_json::Value = serde_json::from_slice(&std::fs::read(trace).unwrap()).unwrap();
     assert!(!trace["traceEvents"].as_array().unwrap().is_empty());
-    let number = job[0]["id"].to_string();
+    let number = job["id"].to_string();
     let drawn = real.run(&format!("job show {number}")).ok();
     assert!(drawn.contains("barrier B"), "{drawn}");
     real.run("stop --force vm").ok();
@@ -98,7 +99,7 @@ fn a_move_shows_how_far_it_is_and_ctrl_c_asks() {
         let job: serde_json::Value = serde_json::from_str(&job.stdout).unwrap_or_default();
         if job[0]["state"] != "running" {
             let line = format!("migrate vm {} {ENDLESS} --no-wait --json", there.door);
-            number = real.run(&line).json()[0]["id"].to_string();
+            number = real.run(&line).json()["id"].to_string();
         }
         job[0]["migration"]["bytes_sent"].as_u64() > Some(0) && job[0]["state"] == "running"
     });
@@ -108,20 +109,41 @@ fn a_move_shows_how_far_it_is_and_ctrl_c_asks() {
 }
 
 #[test]
+fn a_move_that_does_not_converge_ends_when_it_may_stop_longer() {
+    let real = with_machine();
+    let there = Other::start(&real);
+    let line = format!("migrate vm {} {ENDLESS} --no-wait --json", there.door);
+    let number = real.run(&line).json()["id"].to_string();
+    let show = || real.run(&format!("job show {number} --json")).json()[0].take();
+    eventually("a round is over", || {
+        show()["migration"]["iteration"].as_u64() > Some(1)
+    });
+    assert_eq!(show()["state"], "running");
+    let set = format!("job set {number} --max-downtime 60s");
+    assert_eq!(real.run(&set).ok(), "");
+    assert_eq!(show()["migration"]["max_downtime_usec"], 60_000_000);
+    real.run(&format!("job wait {number}")).ok();
+    assert_eq!(show()["result"]["Place"], "destination");
+    real.run(&set).failed(5, "moves no machine away");
+    real.run("job set 99 --max-downtime 1s").failed(4, "job 99");
+    run(godwit(&there.bus(), "stop --force vm")).ok();
+}
+
+#[test]
 fn a_machine_goes_into_a_folder_and_out_of_it() {
     let real = with_machine();
     let folder = real.path("snapshot");
     let at = folder.display();
     let job = real.run(&format!("snapshot vm {at} --json")).json();
-    assert_eq!(job[0]["kind"], "snapshot");
-    assert_eq!(job[0]["state"], "done");
+    assert_eq!(job["kind"], "snapshot");
+    assert_eq!(job["state"], "done");
     assert_eq!(real.show("vm")["state"], "running");
     real.run(&format!("snapshot vm {at}"))
         .failed(7, "not there yet");
     real.run(&format!("restore {at} --name vm")).failed(5, "vm");
     real.run("stop --force vm").ok();
     let job = real.run(&format!("restore {at} --keep --json")).json();
-    assert_eq!(job[0]["kind"], "restore");
+    assert_eq!(job["kind"], "restore");
     assert_eq!(real.show("vm")["state"], "running");
     real.run("stop --force vm").ok();
     real.run(&format!("restore {at} --keep --paused")).ok();
@@ -130,35 +152,4 @@ fn a_machine_goes_into_a_folder_and_out_of_it() {
     let nothing = real.path("nothing");
     real.run(&format!("restore {}", nothing.display()))
         .failed(7, "is the folder a snapshot?");
-}
-
-/// Another broker, at whose door machines may come.
-struct Other {
-    door: String,
-    process: std::process::Child,
-}
-
-impl Other {
-    fn start(real: &Real) -> Self {
-        let program =
-            std::path::Path::new(env!("CARGO_BIN_EXE_godwit")).with_file_name("godwit-broker");
-        let path = real.path("door");
-        let door = format!("unix:{}", path.display());
-        let process = std::process::Command::new(program)
-            .arg("--runtime-dir")
-            .arg(real.path("other"))
-            .args(["--migration-listen", &door])
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        eventually("the other broker listens", || path.exists());
-        Self { door, process }
-    }
-}
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }

@@ -174,7 +174,7 @@ fn devices_are_listed_shown_and_restarted() {
     at(&fake, "device show vm1 disk9").failed(4, "vm1 has no device disk9: there are disk0");
     at(&fake, "device restart vm1 disk9").failed(4, "disk9");
     let job = at(&fake, "device restart vm1 disk0 --json").json();
-    assert_eq!(job[0]["kind"], "restart-device");
+    assert_eq!(job["kind"], "restart-device");
 }
 
 #[test]

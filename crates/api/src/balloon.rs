@@ -42,7 +42,7 @@ impl<B: OneBalloon> Balloon<B> {
     /// Bytes that the guest shall give, a multiple of 4096. It counts until the machine ends.
     #[zbus(property)]
     async fn target(&self) -> fdo::Result<u64> {
-        Ok(self.0.look().await.map_err(failed)?.0)
+        Ok(self.0.look().await?.0)
     }
 
     /// Asks the guest for so many.
@@ -52,15 +52,14 @@ impl<B: OneBalloon> Balloon<B> {
         #[zbus(header)] header: Option<Header<'_>>,
         bytes: u64,
     ) -> fdo::Result<()> {
-        let nobody = || fdo::Error::Failed("nobody is known to have asked for it".into());
-        let caller = Caller::from(header.as_ref().ok_or_else(nobody)?);
-        self.0.set_target(caller, bytes).await.map_err(failed)
+        let caller = Caller::of_property(header.as_ref())?;
+        Ok(self.0.set_target(caller, bytes).await?)
     }
 
     /// Bytes that the guest has given, as it says.
     #[zbus(property)]
     async fn actual(&self) -> fdo::Result<u64> {
-        Ok(self.0.look().await.map_err(failed)?.1)
+        Ok(self.0.look().await?.1)
     }
 
     /// What the guest said of its memory last, by name: bytes (`free_bytes`, `total_bytes`,
@@ -68,7 +67,7 @@ impl<B: OneBalloon> Balloon<B> {
     /// when it never did. Its changes are not signalled.
     #[zbus(property(emits_changed_signal = "false"))]
     async fn statistics(&self) -> fdo::Result<BTreeMap<String, u64>> {
-        Ok(self.0.look().await.map_err(failed)?.2)
+        Ok(self.0.look().await?.2)
     }
 }
 
@@ -82,18 +81,4 @@ pub async fn tell_changes(
     now: Status,
 ) -> zbus::Result<()> {
     crate::balloon1::tell_sizes(emitter, INTERFACE, told, now).await
-}
-
-/// Properties fail by D-Bus's own names.
-fn failed(error: Error) -> fdo::Error {
-    let text = error.to_string();
-    match error {
-        Error::InvalidArgs(_) => fdo::Error::InvalidArgs(text),
-        Error::AccessDenied(_) => fdo::Error::AccessDenied(text),
-        Error::InteractiveAuthorizationRequired(_) => {
-            fdo::Error::InteractiveAuthorizationRequired(text)
-        }
-        Error::TimedOut(_) => fdo::Error::TimedOut(text),
-        _ => fdo::Error::Failed(text),
-    }
 }

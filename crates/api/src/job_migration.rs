@@ -3,7 +3,12 @@
 //!
 //! Changes are signalled at most four times a second, and none while the machine stands still.
 
-use zbus::OwnedVariant;
+use std::future::Future;
+
+use zbus::message::Header;
+use zbus::{OwnedVariant, fdo};
+
+use crate::{Caller, Error};
 
 /// Key of a result: where the machine is, [`Place`], `s`.
 pub const RESULT_PLACE: &str = "Place";
@@ -92,6 +97,12 @@ pub struct Facts {
 pub trait OneMigration: Send + Sync + 'static {
     /// What the properties are now. Must not block.
     fn facts(&self) -> Facts;
+    /// See [`JobMigrationProxy::set_max_downtime_usec`].
+    fn set_max_downtime(
+        &self,
+        caller: Caller,
+        usec: u64,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
 /// The interface on [`OneMigration`].
@@ -147,10 +158,22 @@ impl<M: OneMigration> JobMigration<M> {
         self.0.facts().iteration
     }
 
-    /// The stop begins when it is predicted to be shorter, in microseconds.
+    /// The stop begins when it is predicted to be shorter, in microseconds; a day at most. Written
+    /// while the machine is copied, it counts from the next round on.
     #[zbus(property, name = "MaxDowntimeUSec")]
     async fn max_downtime_usec(&self) -> u64 {
         self.0.facts().max_downtime_usec
+    }
+
+    /// Wants another one.
+    #[zbus(property, name = "MaxDowntimeUSec")]
+    async fn set_max_downtime_usec(
+        &self,
+        #[zbus(header)] header: Option<Header<'_>>,
+        usec: u64,
+    ) -> fdo::Result<()> {
+        let caller = Caller::of_property(header.as_ref())?;
+        Ok(self.0.set_max_downtime(caller, usec).await?)
     }
 
     /// How long the stop would be if it began now, in microseconds.

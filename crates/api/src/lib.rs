@@ -62,6 +62,17 @@ pub struct Caller {
     pub interactive: bool,
 }
 
+impl Caller {
+    /// Who sets a property.
+    ///
+    /// # Errors
+    /// Nobody is known to.
+    pub(crate) fn of_property(header: Option<&Header<'_>>) -> zbus::fdo::Result<Self> {
+        let nobody = || zbus::fdo::Error::Failed("nobody is known to have asked for it".into());
+        header.map(Self::from).ok_or_else(nobody)
+    }
+}
+
 impl From<&Header<'_>> for Caller {
     fn from(header: &Header<'_>) -> Self {
         Self {

@@ -32,6 +32,8 @@ pub trait Mover: Send + Sync + 'static {
     fn wait(&self) -> impl Future<Output = Result<String, Error>> + Send;
     /// See [`MigrationProxy::cancel`].
     fn cancel(&self) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`MigrationProxy::set_max_downtime`]. Must not block.
+    fn set_max_downtime(&self, micros: u64) -> Result<(), Error>;
     /// See [`MigrationProxy::decide`].
     fn decide(&self, runs_there: bool) -> impl Future<Output = Result<(), Error>> + Send;
     /// See [`MigrationProxy::progress`]. Must not block.
@@ -93,6 +95,12 @@ impl<M: Mover> Migration<M> {
     /// Ends the migration that is under way; the machine stays. Too late after the commit.
     async fn cancel(&self) -> Result<(), Error> {
         self.0.cancel().await
+    }
+
+    /// Changes `max-downtime-ms` of the migration that is under way, to so many microseconds. It
+    /// counts when the round of copying that runs is over.
+    async fn set_max_downtime(&self, micros: u64) -> Result<(), Error> {
+        self.0.set_max_downtime(micros)
     }
 
     /// Decides, after `undecided`, where the machine is: the caller has made sure that it runs at

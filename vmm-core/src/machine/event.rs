@@ -4,6 +4,7 @@ use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use migration::channel::Cancel;
 use tokio::sync::oneshot;
@@ -12,6 +13,7 @@ use super::chain;
 use super::migrate::{Copied, Request as MigrateRequest};
 use super::request::{Request, RequestSink};
 use crate::hypervisor::{Ended, VcpuEvents};
+use crate::migration::setup::MaxDowntime;
 use crate::migration::snapshot::{Files, Written};
 use crate::transport::TroubleSink;
 
@@ -86,23 +88,48 @@ pub struct Events {
     migration: CurrentMigration,
 }
 
-/// What ends the migration that is under way, whatever the main thread is doing.
+/// What reaches the migration that is under way, whatever the main thread is doing.
 #[derive(Clone, Debug, Default)]
-pub struct CurrentMigration(Arc<Mutex<Option<Cancel>>>);
+pub struct CurrentMigration(Arc<Mutex<Option<Reins>>>);
+
+/// What can be done with a migration that is under way.
+#[derive(Clone, Debug)]
+pub struct Reins {
+    /// Ends it.
+    pub cancel: Cancel,
+    /// Of a machine that is copied from here: the longest stop that is wanted.
+    pub max_downtime: Option<MaxDowntime>,
+}
 
 impl CurrentMigration {
-    fn lock(&self) -> MutexGuard<'_, Option<Cancel>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Reins>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// One has begun, or none is under way any more.
-    pub fn set(&self, cancel: Option<Cancel>) {
-        *self.lock() = cancel;
+    pub fn set(&self, reins: Option<Reins>) {
+        *self.lock() = reins;
     }
 
     /// Ends it. Whether there was one.
     pub fn cancel(&self) -> bool {
-        self.lock().as_ref().map(Cancel::cancel).is_some()
+        self.lock().as_ref().map(|it| it.cancel.cancel()).is_some()
+    }
+
+    /// Changes the longest stop that is wanted. Whether there was something to stop.
+    pub fn set_max_downtime(&self, time: Duration) -> bool {
+        let reins = self.lock();
+        let limit = reins.as_ref().and_then(|it| it.max_downtime.as_ref());
+        limit.map(|limit| limit.set(time)).is_some()
+    }
+}
+
+impl From<Cancel> for Reins {
+    fn from(cancel: Cancel) -> Self {
+        Self {
+            cancel,
+            max_downtime: None,
+        }
     }
 }
 

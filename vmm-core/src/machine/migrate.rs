@@ -19,7 +19,7 @@ use migration::report::Report;
 use migration::wire::{CpuFeatures, Processor, Tsc};
 use tokio::sync::{oneshot, watch};
 
-use super::event::{Command, CurrentMigration, Event, Events};
+use super::event::{Command, CurrentMigration, Event, Events, Reins};
 use super::{Machine, MachineError, Reason, VCPU_DEADLINE, chain};
 use crate::hypervisor::MemorySlots;
 use crate::migration::MigrationError;
@@ -27,7 +27,7 @@ use crate::migration::definition::define;
 use crate::migration::destination::{self, Arriving, NewHost};
 use crate::migration::ram::CoreWrites;
 use crate::migration::saved_state::{CoreState, DeviceWiring, from_blob, to_blob};
-use crate::migration::setup::{MigrateOptions, Sockets};
+use crate::migration::setup::{MaxDowntime, MigrateOptions, Sockets};
 use crate::migration::snapshot::{self, Files, Subject, Writing, Written};
 use crate::migration::source::{self, Job, View};
 use crate::migration::status::{Outcome, Progress, Status, Verdict};
@@ -188,7 +188,7 @@ impl Moving {
         }
     }
 
-    fn begin(&mut self, phase: &'static str, cancel: Cancel) {
+    fn begin(&mut self, phase: &'static str, reins: Reins) {
         self.status.send_modify(|status| {
             *status = Status {
                 active: true,
@@ -200,7 +200,7 @@ impl Moving {
                 outcome: None,
             };
         });
-        self.parts.events.migration().set(Some(cancel));
+        self.parts.events.migration().set(Some(reins));
         self.active = true;
     }
 
@@ -244,7 +244,7 @@ impl Machine {
             .parts
             .events
             .migration()
-            .set(Some(cancel.clone()));
+            .set(Some(cancel.clone().into()));
         let arriving = Arriving {
             sockets,
             shared_memory: shared,
@@ -287,7 +287,7 @@ impl Machine {
         let thread = thread::Builder::new().name("snapshot".into());
         thread.spawn(write).map_err(no_thread)?;
         let writing = snapshot::begin(files, self.subject(), self)?;
-        self.moving.begin("writing", cancel);
+        self.moving.begin("writing", cancel.into());
         self.moving.stands_still = true;
         // It waits for it.
         let _ = begun.send(writing);
@@ -321,6 +321,11 @@ impl Machine {
             return Err(MachineError::Migrating);
         }
         let cancel = Cancel::new().map_err(no_thread)?;
+        let max_downtime = MaxDowntime::new(&request.options);
+        let reins = Reins {
+            cancel: cancel.clone(),
+            max_downtime: Some(max_downtime.clone()),
+        };
         let job = Job {
             view: View {
                 memory: Arc::clone(&self.memory),
@@ -333,11 +338,12 @@ impl Machine {
             },
             sockets: request.sockets,
             options: request.options,
+            max_downtime,
             without: self.moving.parts.without.clone(),
-            cancel: cancel.clone(),
+            cancel,
             status: self.moving.status.clone(),
         };
-        self.moving.begin("negotiating", cancel);
+        self.moving.begin("negotiating", reins);
         let events = self.moving.parts.events.clone();
         let started = thread::Builder::new()
             .name("migration".into())

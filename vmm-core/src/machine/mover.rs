@@ -99,6 +99,16 @@ impl Mover for Service {
         }
     }
 
+    fn set_max_downtime(&self, micros: u64) -> Result<(), Error> {
+        let time = Duration::from_micros(micros);
+        if self.watcher.current.set_max_downtime(time) {
+            Ok(())
+        } else {
+            let nothing = "no migration away from here is under way";
+            Err(Error::InvalidState(nothing.into()))
+        }
+    }
+
     async fn decide(&self, runs_there: bool) -> Result<(), Error> {
         self.ask(|answer| Event::Decide(runs_there, answer)).await
     }

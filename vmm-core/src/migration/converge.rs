@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::MigrationError;
 use super::saved_state::DeviceWiring;
-use super::setup::MigrateOptions;
+use super::setup::{MaxDowntime, MigrateOptions};
 
 /// Times that the link is crossed and back: the core's state, and the commit.
 const LINK_TURNS: u32 = 2;
@@ -124,6 +124,7 @@ pub enum Decision {
 #[derive(Debug)]
 pub struct Convergence {
     options: MigrateOptions,
+    max_downtime: MaxDowntime,
     around: Around,
     /// As measured.
     rate: Option<u64>,
@@ -135,10 +136,11 @@ pub struct Convergence {
 }
 
 impl Convergence {
-    /// Nothing is known yet.
-    pub fn new(options: MigrateOptions) -> Self {
+    /// Nothing is known yet. `max_downtime` is looked at whenever something is decided.
+    pub fn new(options: MigrateOptions, max_downtime: MaxDowntime) -> Self {
         Self {
             options,
+            max_downtime,
             around: Around::default(),
             rate: None,
             dirty_rate: 0,
@@ -180,7 +182,7 @@ impl Convergence {
     /// What to do when `remaining` bytes are dirty.
     pub fn decide(&mut self, remaining: u64, now: Instant) -> Result<Decision, MigrationError> {
         let predicted = self.predict(remaining);
-        if predicted <= self.options.max_downtime() || remaining == 0 {
+        if predicted <= self.max_downtime.get() || remaining == 0 {
             return Ok(Decision::Stop);
         }
         let gains = self.last.is_none_or(|last| predicted * 10 < last * 9);
@@ -239,7 +241,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn convergence(options: MigrateOptions) -> Convergence {
-        let mut convergence = Convergence::new(options);
+        let mut convergence = Convergence::new(options, MaxDowntime::new(&options));
         convergence.measured(Measured {
             sent: 100 * MIB,
             time: Duration::from_secs(1),
@@ -282,13 +284,27 @@ mod tests {
         let now = Instant::now();
         assert_eq!(convergence.decide(50 * MIB, now).unwrap(), Decision::Copy);
         assert_eq!(convergence.decide(29 * MIB, now).unwrap(), Decision::Stop);
-        let mut hopeless = convergence;
-        hopeless.options.max_downtime_ms = 0;
+        convergence.max_downtime.set(Duration::ZERO);
+        assert_eq!(convergence.decide(29 * MIB, now).unwrap(), Decision::Copy);
         assert_eq!(
-            hopeless.decide(0, now).unwrap(),
+            convergence.decide(0, now).unwrap(),
             Decision::Stop,
             "nothing is left"
         );
+    }
+
+    #[test]
+    fn what_is_wanted_may_change_on_the_way() {
+        let mut convergence = convergence(MigrateOptions::default());
+        let limit = convergence.max_downtime.clone();
+        let now = Instant::now();
+        for _ in 0..10 {
+            assert_eq!(convergence.decide(90 * MIB, now).unwrap(), Decision::Copy);
+        }
+        limit.set(Duration::from_millis(899));
+        assert_eq!(convergence.decide(90 * MIB, now).unwrap(), Decision::Copy);
+        limit.set(Duration::from_millis(900));
+        assert_eq!(convergence.decide(90 * MIB, now).unwrap(), Decision::Stop);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use migration::ram::MAX_CHANNELS;
@@ -66,6 +68,31 @@ impl MigrateOptions {
     /// How long a migration may not converge.
     pub fn patience(&self) -> Duration {
         Duration::from_secs(self.patience_s)
+    }
+}
+
+/// The longest stop that is wanted, which the owner may change while the machine is copied. Clones
+/// are the same.
+#[derive(Clone, Debug)]
+pub struct MaxDowntime(Arc<AtomicU64>);
+
+impl MaxDowntime {
+    /// As the options have it.
+    pub fn new(options: &MigrateOptions) -> Self {
+        let this = Self(Arc::default());
+        this.set(options.max_downtime());
+        this
+    }
+
+    /// Counts from the next round on; to the microsecond.
+    pub fn set(&self, time: Duration) {
+        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.0.store(micros, Ordering::Relaxed);
+    }
+
+    /// What it is now.
+    pub fn get(&self) -> Duration {
+        Duration::from_micros(self.0.load(Ordering::Relaxed))
     }
 }
 

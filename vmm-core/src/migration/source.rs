@@ -23,7 +23,7 @@ use super::error::system;
 use super::free_pages::FreePages;
 use super::ram::{DirtyTracker, Pace, RamSender, WORD_PAGES};
 use super::saved_state::{DeviceWiring, WiringState, to_blob};
-use super::setup::{MigrateOptions, Sockets};
+use super::setup::{MaxDowntime, MigrateOptions, Sockets};
 use super::states::StateSockets;
 use super::status::{Progress, Status};
 use super::switchover::Switchover;
@@ -51,6 +51,8 @@ pub struct Job {
     pub sockets: Sockets,
     /// How.
     pub options: MigrateOptions,
+    /// What may change of that.
+    pub max_downtime: MaxDowntime,
     /// And how not.
     pub without: Without,
     /// Ends it.
@@ -66,6 +68,7 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
         view,
         mut sockets,
         options,
+        max_downtime,
         without,
         cancel,
         status,
@@ -89,7 +92,7 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
         link: Link::new(sockets.control, cancel.clone()),
         recorder: Recorder::start(),
         report: Report::default(),
-        convergence: Convergence::new(options),
+        convergence: Convergence::new(options, max_downtime),
         around: Around::default(),
         view,
         options,

@@ -376,8 +376,15 @@ impl OneMachine for OfMachine {
         Err(unmoved(&self.1))
     }
 
-    async fn decide(&self, _: Caller, _: bool, _: u64) -> Result<(), Error> {
-        Err(unmoved(&self.1))
+    async fn decide(&self, _: Caller, there: bool, _: u64) -> Result<(), Error> {
+        self.must_be(machine::State::Paused)?;
+        if there {
+            let (world, name) = (Arc::clone(&self.0), self.1.clone());
+            tokio::spawn(async move { world.forget(&name).await });
+        } else {
+            self.0.change(&self.1, machine::State::Running, "").await;
+        }
+        Ok(())
     }
 
     async fn start(&self, _: Caller, flags: u64) -> Result<OwnedObjectPath, Error> {

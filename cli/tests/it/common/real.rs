@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -82,6 +82,47 @@ impl Real {
     /// One machine as `show` has it.
     pub fn show(&self, name: &str) -> serde_json::Value {
         self.run(&format!("show {name} --json")).json()[0].take()
+    }
+}
+
+/// Another broker, at whose door machines may come.
+pub struct Other {
+    pub door: String,
+    folder: PathBuf,
+    process: Child,
+}
+
+impl Other {
+    pub fn start(real: &Real) -> Self {
+        let program = Path::new(env!("CARGO_BIN_EXE_godwit")).with_file_name("godwit-broker");
+        let path = real.path("door");
+        let door = format!("unix:{}", path.display());
+        let process = Command::new(program)
+            .arg("--runtime-dir")
+            .arg(real.path("other"))
+            .args(["--migration-listen", &door])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        eventually("the other broker listens", || path.exists());
+        let folder = real.path("other");
+        Self {
+            door,
+            folder,
+            process,
+        }
+    }
+
+    /// Where it is called.
+    pub fn bus(&self) -> PathBuf {
+        self.folder.join("bus")
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 
