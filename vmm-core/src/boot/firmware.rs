@@ -150,8 +150,10 @@ mod tests {
 
     #[test]
     fn the_end_is_below_1_mib_at_each_start() {
-        for (size, shadow) in [(0x1000, 0x1000), (0x5_0000, 0x4_0000)] {
-            let image: Vec<u8> = (0..size).map(|i| (i / 251) as u8 ^ i as u8).collect();
+        for (size, shadow) in [(0x1000_usize, 0x1000_usize), (0x5_0000, 0x4_0000)] {
+            let image: Vec<u8> = (0..size)
+                .map(|i| (i ^ (i / 251)).to_le_bytes()[0])
+                .collect();
             let memory = machine(size);
             let firmware = Firmware::from_file("f", file(&image)).unwrap();
             firmware.fill_rom(&memory).unwrap();

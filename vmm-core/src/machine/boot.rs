@@ -15,7 +15,7 @@ use crate::platform::FwCfg;
 
 /// What a machine starts in.
 pub(super) enum Boot {
-    Kernel(BootSource),
+    Kernel(Box<BootSource>),
     Firmware(Firmware),
 }
 
@@ -39,7 +39,8 @@ impl Boot {
                     }
                 };
                 let initrd = initrd.map(open).transpose()?;
-                Ok(Self::Kernel(BootSource::new(kernel?, initrd, &cmdline)?))
+                let source = BootSource::new(kernel?, initrd, &cmdline)?;
+                Ok(Self::Kernel(Box::new(source)))
             }
             BootConfig::Firmware(image) => {
                 let firmware: Result<_, FirmwareError> = match image.file {

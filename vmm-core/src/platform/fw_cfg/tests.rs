@@ -45,9 +45,10 @@ impl Rig {
 
     /// Begins the access that is described at `at`.
     fn begin(&self, at: u64) {
-        let [high, low] = [at >> 32, at].map(|half| (half as u32).to_be_bytes());
-        self.device.write(4, &high);
-        self.device.write(8, &low);
+        let (high, low) = (at >> 32, at & 0xffff_ffff);
+        for (offset, half) in [(4, high), (8, low)] {
+            self.device.write(offset, &half.to_be_bytes()[4..]);
+        }
     }
 
     /// An access described at 0x100; what became of its control word.
