@@ -17,12 +17,10 @@ struct Tool {
 }
 
 /// What the tests run besides our own programs.
-const TOOLS: [Tool; 7] = [
+const TOOLS: [Tool; 6] = [
     tool("qemu-system-x86_64", "qemu-system-x86"),
     tool("ip", "iproute2"),
     tool("cc", "gcc"),
-    // With the BIOS that QEMU's package needs as well, SeaBIOS.
-    tool("grub-mkimage", "grub-pc-bin"),
     tool("busctl", "systemd"),
     tool("gdbus", "libglib2.0-bin"),
     Tool {

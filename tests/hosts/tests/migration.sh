@@ -1,7 +1,7 @@
 # A Linux guest that moves between brokers while it works. `prepare/guest/init` says what it does
 # and tells its peer, who is the host with number 1.
 set -u
-readonly NETWORK=10.8.0 DISK=/share/disk.ext4
+readonly NETWORK=10.8.0 GUEST=10.8.0.9 PEER=10.8.0.1 DISK=/share/disk.ext4
 
 # network NUMBER [INTERFACE]: the guest's tap and the interface to other hosts on one bridge.
 network() {
@@ -60,22 +60,12 @@ broker() {
 # at BROKER COMMAND...
 at() { godwit --bus "/run/$1/bus" "${@:2}"; }
 
-# boot BROKER CMDLINE: a kernel that is given.
+# boot BROKER
 boot() {
     truncate -s 64M "$DISK" && mke2fs -q -t ext4 "$DISK"
-    run "$1" --kernel /opt/guest/vmlinuz --initrd /opt/guest/initrd --cmdline "$2"
-}
-
-# boot_from_disk BROKER: the same kernel by a BIOS and the boot loader in /share, as PCs do.
-boot_from_disk() {
-    mke2fs -q -t ext4 "$DISK" 64M
-    bootable "$DISK" /share /opt/guest/vmlinuz /opt/guest/initrd
-    run "$1" --firmware /usr/share/seabios/bios-256k.bin
-}
-
-# run BROKER WHAT...
-run() {
-    at "$1" run --detach --keep --name guest --cpus 2 --memory 256M "${@:2}" \
+    at "$1" run --detach --keep --name guest --cpus 2 --memory 256M \
+        --kernel /opt/guest/vmlinuz --initrd /opt/guest/initrd \
+        --cmdline "console=ttyS0 quiet panic=-1 mitigations=off godwit.test=move godwit.ip=$GUEST/24 godwit.peer=$PEER" \
         --disk "$DISK,queues=2" --net tap:tap0,mac=52:54:00:08:00:09
 }
 
