@@ -121,9 +121,8 @@ pub(crate) fn missing(definition: &Definition) -> Vec<String> {
         missing.extend(result.err().map(|error| error.to_string()));
     };
     note(kvm().map(drop));
-    note(readable("kernel", &definition.kernel).map(drop));
-    if let Some(initrd) = &definition.initrd {
-        note(readable("initrd", initrd).map(drop));
+    for (key, path) in definition.boot.files() {
+        note(readable(key, path).map(drop));
     }
     for device in &definition.devices {
         if let DeviceKind::Disk(disk) = &device.kind {

@@ -14,7 +14,7 @@ use clap::Parser;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{getsockopt, sockopt};
 use vmm_core::hypervisor::CpuLevel;
-use vmm_core::machine::config::{ImageSource, KvmSource, MachineConfig, SerialConfig};
+use vmm_core::machine::config::{BootConfig, ImageSource, KvmSource, MachineConfig, SerialConfig};
 use vmm_core::machine::control::Owner;
 use vmm_core::machine::migrate::Incoming;
 use vmm_core::memory::HugePages;
@@ -32,10 +32,10 @@ pub struct Options {
     #[arg(long, default_value = "machine")]
     name: String,
     /// Kernel: a bzImage (vmlinuz), or an ELF file with a PVH note (vmlinux)
-    #[arg(long, value_name = "PATH")]
-    kernel: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "firmware")]
+    kernel: Option<PathBuf>,
     /// The kernel, inherited and open; --kernel is then only its name
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "kernel")]
     kernel_fd: Option<RawFd>,
     /// Initial RAM disk
     #[arg(long, value_name = "PATH")]
@@ -51,6 +51,12 @@ pub struct Options {
         allow_hyphen_values = true
     )]
     cmdline: String,
+    /// Firmware to start in, in the place of a kernel: a ROM image, as of SeaBIOS
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
+    firmware: Option<PathBuf>,
+    /// The firmware, inherited and open; --firmware is then only its name
+    #[arg(long, value_name = "N", requires = "firmware")]
+    firmware_fd: Option<RawFd>,
     /// Number of vCPUs
     #[arg(long, default_value_t = 1)]
     cpus: u32,
@@ -136,14 +142,23 @@ impl Options {
             links.extend(device.link.map(|link| (device.config.id.clone(), link)));
             vhost_user.push((device.config, device.endpoint));
         }
+        let initrd = self
+            .initrd
+            .map(|path| image(path, "--initrd-fd", self.initrd_fd));
+        let boot = match (self.firmware, self.kernel) {
+            (Some(path), _) => {
+                BootConfig::Firmware(image(path, "--firmware-fd", self.firmware_fd)?)
+            }
+            (None, Some(path)) => BootConfig::Kernel {
+                kernel: image(path, "--kernel-fd", self.kernel_fd)?,
+                initrd: initrd.transpose()?,
+                cmdline: self.cmdline,
+            },
+            (None, None) => bail!("give --kernel or --firmware"),
+        };
         let config = MachineConfig {
             name: self.name,
-            kernel: image(self.kernel, "--kernel-fd", self.kernel_fd)?,
-            initrd: match self.initrd {
-                Some(path) => Some(image(path, "--initrd-fd", self.initrd_fd)?),
-                None => None,
-            },
-            cmdline: self.cmdline,
+            boot,
             cpus: self.cpus,
             cpu: self.cpu,
             memory: self.memory,

@@ -102,11 +102,9 @@ pub(super) fn show(definition: &Definition) -> Dictionary {
     let mut put = |key: &str, value: Variant<'static>| {
         shown.insert(key.into(), value);
     };
-    put(keys::KERNEL, definition.kernel.clone().into());
-    if let Some(initrd) = &definition.initrd {
-        put(keys::INITRD, initrd.clone().into());
+    for (key, value) in definition.boot.entries() {
+        put(key, value.into());
     }
-    put(keys::CMDLINE, definition.cmdline.clone().into());
     put(keys::VCPUS, definition.vcpus.into());
     put(keys::CPU, definition.cpu.clone().into());
     put(keys::MEMORY, definition.memory.into());

@@ -32,11 +32,9 @@ pub(super) fn write(definition: &Definition) -> String {
     let mut put = |key: &str, value: toml::Value| {
         table.insert(key.into(), value);
     };
-    put(keys::KERNEL, definition.kernel.clone().into());
-    if let Some(initrd) = &definition.initrd {
-        put(keys::INITRD, initrd.clone().into());
+    for (key, value) in definition.boot.entries() {
+        put(key, value.into());
     }
-    put(keys::CMDLINE, definition.cmdline.clone().into());
     put(keys::VCPUS, i64::from(definition.vcpus).into());
     put(keys::CPU, definition.cpu.clone().into());
     // At most a terabyte.

@@ -8,6 +8,7 @@
 //! The keys are in [`api::definition`]. Everything that can be known without opening a file
 //! is checked here, and an error names key, value and line.
 
+mod boot;
 mod dictionary;
 mod file;
 mod node;
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::Uuid;
 
+pub use self::boot::Boot;
 use self::node::{Fields, Node};
 use crate::name::{DeviceId, MachineName};
 
@@ -60,12 +62,9 @@ fn key_text(key: &str) -> String {
 /// A machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Definition {
-    /// Path of the kernel.
-    pub kernel: String,
-    /// Path of the initial RAM disk.
-    pub initrd: Option<String>,
-    /// Kernel command line.
-    pub cmdline: String,
+    /// What it starts in.
+    #[serde(flatten)]
+    pub boot: Boot,
     /// Number of vCPUs.
     pub vcpus: u32,
     /// What vCPUs show of the host's processor: `host`, or a level as `x86-64-v2`.
@@ -263,8 +262,7 @@ fn read(
     new_uuid: impl FnOnce() -> String,
 ) -> Result<(Definition, Option<bool>), DefinitionError> {
     let mut fields = Fields::of(node, "")?;
-    let kernel = fields.text(keys::KERNEL, values::path)?;
-    let kernel = fields.required(keys::KERNEL, kernel)?;
+    let boot = Boot::take(&mut fields)?;
     let memory = fields
         .size(keys::MEMORY, values::size)?
         .unwrap_or(DEFAULT_MEMORY);
@@ -275,11 +273,7 @@ fn read(
     let autostart = fields.boolean(keys::AUTOSTART)?;
     let uuid = fields.text(keys::UUID, values::uuid)?;
     let mut definition = Definition {
-        kernel,
-        initrd: fields.text(keys::INITRD, values::path)?,
-        cmdline: fields
-            .text(keys::CMDLINE, values::cmdline)?
-            .unwrap_or_default(),
+        boot,
         vcpus: fields.integer(keys::VCPUS, 1, 32)?.unwrap_or(1),
         cpu: fields
             .text(keys::CPU, values::cpu)?
@@ -348,6 +342,7 @@ fn known_keys(list: &str) -> &'static [&'static str] {
             keys::KERNEL,
             keys::INITRD,
             keys::CMDLINE,
+            keys::FIRMWARE,
             keys::VCPUS,
             keys::CPU,
             keys::MEMORY,

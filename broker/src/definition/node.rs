@@ -191,6 +191,14 @@ impl Fields {
             .collect()
     }
 
+    /// An error with `problem` if `key` is there.
+    pub(super) fn excluded(&self, key: &str, problem: &str) -> Result<(), DefinitionError> {
+        match self.rest.get(key) {
+            None => Ok(()),
+            Some(node) => Err(self.wrong(key, node.line, problem)),
+        }
+    }
+
     /// An error if `value` is none.
     pub(super) fn required<T>(&self, key: &str, value: Option<T>) -> Result<T, DefinitionError> {
         value.ok_or_else(|| self.wrong(key, None, "it must be given"))

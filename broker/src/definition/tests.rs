@@ -56,7 +56,19 @@ fn a_whole_file_is_understood() {
 #[test]
 fn a_mistake_is_named_with_key_value_and_line() {
     for (text, expected) in [
-        ("vcpus = 1", "kernel: it must be given"),
+        ("vcpus = 1", "kernel: it must be given, or firmware"),
+        (
+            "firmware = \"/f\"\ncmdline = \"quiet\"",
+            "line 2: cmdline: not possible with firmware, which boots from a disk",
+        ),
+        (
+            "kernel = \"/k\"\n\nfirmware = \"/f\"",
+            "line 1: kernel: not possible with firmware, which boots from a disk",
+        ),
+        (
+            "firmware = \"bios.bin\"",
+            "line 1: firmware: \"bios.bin\": give an absolute path",
+        ),
         (
             "kernel = \"/k\"\n\nvcpus = 33",
             "line 3: vcpus: 33: give 1 to 32",
@@ -141,6 +153,22 @@ fn a_dictionary_says_the_same_as_a_file() {
     assert_eq!(definition, file);
     let again = Definition::from_dictionary(definition.to_dictionary()).unwrap();
     assert_eq!(again, definition);
+}
+
+#[test]
+fn a_firmware_is_in_every_form_of_a_definition() {
+    let definition = from_toml("firmware = \"/f\"").unwrap();
+    let files = definition.boot.files();
+    assert_eq!(files, [("firmware", "/f")]);
+    assert_eq!(from_toml(&definition.to_toml()).unwrap(), definition);
+    let shown = definition.to_dictionary();
+    assert!(!shown.contains_key("cmdline"));
+    assert_eq!(Definition::from_dictionary(shown).unwrap(), definition);
+    for definition in [definition, from_toml("kernel = \"/k\"").unwrap()] {
+        let kept = serde_json::to_string(&definition).unwrap();
+        let again: Definition = serde_json::from_str(&kept).unwrap();
+        assert_eq!(again, definition);
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use api::core::CoreProxy;
 use api::private_bus;
 
 use super::Machine;
-use crate::definition::{Definition, Device, DeviceKind};
+use crate::definition::{self, Definition, Device, DeviceKind};
 use crate::host::Host;
 use crate::launch::Program;
 use crate::migration::ends::Incoming;
@@ -22,20 +22,18 @@ const CALL_DEADLINE: Duration = Duration::from_secs(75);
 #[derive(Debug)]
 pub(super) struct Boot {
     kvm: OwnedFd,
-    kernel: OwnedFd,
-    initrd: Option<OwnedFd>,
+    /// By their key in the definition.
+    files: Vec<(&'static str, OwnedFd)>,
 }
 
 impl Boot {
     /// Opens it.
     pub(super) fn open(definition: &Definition) -> Result<Self, ResourceError> {
-        let initrd = definition.initrd.as_deref();
+        let files = definition.boot.files().into_iter();
+        let files = files.map(|(key, path)| Ok((key, resources::readable(key, path)?)));
         Ok(Self {
             kvm: resources::kvm()?,
-            kernel: resources::readable("kernel", &definition.kernel)?,
-            initrd: initrd
-                .map(|path| resources::readable("initrd", path))
-                .transpose()?,
+            files: files.collect::<Result<_, _>>()?,
         })
     }
 }
@@ -58,8 +56,13 @@ pub(super) fn program(
         descriptors: Vec::new(),
         log: host.folder.log(name, "core")?,
     };
-    program.args(["--name", name.as_str(), "--kernel", &definition.kernel]);
-    program.args(["--cmdline", &definition.cmdline]);
+    program.args(["--name", name.as_str()]);
+    for (key, path) in definition.boot.files() {
+        program.args([&format!("--{key}"), path]);
+    }
+    if let definition::Boot::Kernel { cmdline, .. } = &definition.boot {
+        program.args(["--cmdline", cmdline]);
+    }
     program.args(["--cpus", &definition.vcpus.to_string()]);
     program.args(["--cpu", &definition.cpu]);
     program.args(["--memory", &definition.memory.to_string()]);
@@ -70,10 +73,8 @@ pub(super) fn program(
         program.args(["--prefault"]);
     }
     program.hand("--kvm-fd", boot.kvm);
-    program.hand("--kernel-fd", boot.kernel);
-    if let (Some(path), Some(file)) = (&definition.initrd, boot.initrd) {
-        program.args(["--initrd", path]);
-        program.hand("--initrd-fd", file);
+    for (key, file) in boot.files {
+        program.hand(&format!("--{key}-fd"), file);
     }
     Ok(program)
 }

@@ -233,8 +233,7 @@ fn rename(definition: &mut Definition, paths: &HashMap<String, String>) {
             path.clone_from(here);
         }
     };
-    change(&mut definition.kernel);
-    definition.initrd.iter_mut().for_each(change);
+    definition.boot.paths_mut().for_each(change);
     for device in &mut definition.devices {
         match &mut device.kind {
             DeviceKind::Disk(disk) => change(&mut disk.path),

@@ -27,6 +27,7 @@ pub fn of_options(define: &Define) -> Result<Dictionary> {
     definition.path(key::KERNEL, define.kernel.as_deref())?;
     definition.path(key::INITRD, define.initrd.as_deref())?;
     definition.put(key::CMDLINE, define.cmdline.clone());
+    definition.path(key::FIRMWARE, define.firmware.as_deref())?;
     definition.put(key::VCPUS, define.cpus);
     definition.put(key::CPU, define.cpu.clone());
     definition.put(key::MEMORY, define.memory.map(|size| size.0));

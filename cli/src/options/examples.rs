@@ -4,11 +4,12 @@ pub const RUN: &str = "\
 Examples:
   godwit run --kernel vmlinuz --initrd initrd.img --disk disk.img --net tap:tap0 \\
       --memory 1G --cpus 2 --cmdline 'console=ttyS0 root=/dev/vda'
+  godwit run --firmware /usr/share/seabios/bios-256k.bin --disk disk.img
   godwit run web.toml --detach
   godwit run --demo --name first        # needs no kernel of yours
 
 A definition file has these keys; paths are absolute:
-  kernel, initrd, cmdline, vcpus, cpu, memory = \"1G\", hugepages, prefault, uuid
+  kernel, initrd, cmdline or firmware, vcpus, cpu, memory = \"1G\", hugepages, prefault, uuid
   [[disk]]        path, read-only, queues, serial, id
   [[net]]         tap, mac, queue-pairs, mtu, id
   [[balloon]]     target = \"256M\", id

@@ -23,7 +23,7 @@ pub struct Run {
     #[arg(long)]
     pub keep: bool,
     /// Runs the bundled guest, which needs no kernel of yours, on a scratch disk in $TMPDIR
-    #[arg(long, conflicts_with_all = ["file", "kernel", "initrd", "disk", "keep"])]
+    #[arg(long, conflicts_with_all = ["file", "kernel", "initrd", "firmware", "disk", "keep"])]
     pub demo: bool,
     /// Leaves the machine paused
     #[arg(long)]
@@ -40,7 +40,7 @@ pub struct Run {
 #[group(id = "definition", multiple = true)]
 pub struct Define {
     /// Kernel: a bzImage (vmlinuz), or an ELF file with a PVH note (vmlinux)
-    #[arg(long, value_name = "PATH", required_unless_present_any = ["file", "demo"])]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["file", "demo", "firmware"])]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "PATH")]
@@ -48,6 +48,10 @@ pub struct Define {
     /// Kernel command line
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
+    /// Firmware to start in, which boots from the first disk, in the place of a kernel: a ROM image, as
+    /// of SeaBIOS
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
+    pub firmware: Option<PathBuf>,
     /// Number of vCPUs [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,

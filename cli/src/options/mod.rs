@@ -253,6 +253,9 @@ mod tests {
         assert!(parse("run vm.toml").is_ok());
         assert!(parse("run vm.toml --name other --detach").is_ok());
         assert!(parse("run vm.toml --kernel K").is_err());
+        assert!(parse("run --firmware F --disk D").is_ok());
+        assert!(parse("run --firmware F --cmdline quiet").is_err());
+        assert!(parse("run --firmware F --kernel K").is_err());
         assert!(parse("run vm.toml --memory 1G").is_err());
     }
 

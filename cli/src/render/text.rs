@@ -53,7 +53,7 @@ pub fn machine(machine: &Machine, definition: &Value) -> String {
     line("vCPUs", machine.vcpus.to_string());
     line("CPU", definition["cpu"].as_str().unwrap_or_default().into());
     line("Memory", Size(machine.memory).to_string());
-    for key in ["kernel", "initrd", "cmdline"] {
+    for key in ["kernel", "initrd", "cmdline", "firmware"] {
         let value = definition[key].as_str().unwrap_or_default();
         let label = key[..1].to_uppercase() + &key[1..];
         line(&label, value.to_owned());

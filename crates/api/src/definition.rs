@@ -3,9 +3,10 @@
 //!
 //! | key | type | meaning | default |
 //! |---|---|---|---|
-//! | `kernel` | string | path of a bzImage, or an ELF file with a PVH note | must be given |
+//! | `kernel` | string | path of a bzImage, or an ELF file with a PVH note | it or `firmware` must be given |
 //! | `initrd` | string | path of the initial RAM disk | none |
 //! | `cmdline` | string | kernel command line | empty |
+//! | `firmware` | string | path of a ROM image that the machine starts in and that boots from its disk, as SeaBIOS; in the place of `kernel`, `initrd` and `cmdline` | none |
 //! | `vcpus` | integer | number of vCPUs, 1 to 32 | 1 |
 //! | `cpu` | string | what vCPUs show of the host's processor: `host`, or no more than a level of the x86-64 psABI, `x86-64-v1`, `x86-64-v2`, `x86-64-v3` or `x86-64-v4`, with which the machine can move to other processors | `host` |
 //! | `memory` | integer or string | bytes of RAM, or with a unit as `"512M"` | 512M |
@@ -45,6 +46,8 @@ pub const KERNEL: &str = "kernel";
 pub const INITRD: &str = "initrd";
 /// Kernel command line.
 pub const CMDLINE: &str = "cmdline";
+/// Path of the firmware.
+pub const FIRMWARE: &str = "firmware";
 /// Number of vCPUs.
 pub const VCPUS: &str = "vcpus";
 /// What vCPUs show of the host's processor.

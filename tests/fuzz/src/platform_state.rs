@@ -5,7 +5,9 @@ use std::sync::Arc;
 use vmm_core::bus::BusDevice;
 use vmm_core::interrupt::{InterruptError, IrqLine};
 use vmm_core::machine::request::{Request, RequestSink};
-use vmm_core::platform::{Cmos, OutputBuffer, PowerManagement, RamSize, SerialPort};
+use vmm_core::memory::Memory;
+use vmm_core::migration::ram::CoreWrites;
+use vmm_core::platform::{Cmos, FwCfg, OutputBuffer, PowerManagement, RamSize, SerialPort};
 
 struct Nobody;
 impl IrqLine for Nobody {
@@ -41,6 +43,17 @@ pub fn platform_state(data: &[u8]) {
     if rmp_serde::from_slice(data).is_ok_and(|state| power.restore(&state).is_ok()) {
         use_it(&power);
     }
+    let fw_cfg = fw_cfg();
+    if let Ok(state) = rmp_serde::from_slice(data) {
+        fw_cfg.restore(state);
+        use_it(&fw_cfg);
+    }
+}
+
+/// Of a machine without memory.
+fn fw_cfg() -> FwCfg {
+    let files = vec![("etc/file", vec![1; 100])];
+    FwCfg::new(1, files, Arc::new(Memory::default()), CoreWrites::default())
 }
 
 /// What these devices save.
@@ -55,6 +68,7 @@ pub fn platform_seeds() -> Vec<Vec<u8>> {
             &Cmos::new(RamSize::of(1 << 30)).save(),
         )),
         Some(rmp_serde::to_vec_named(&power.save())),
+        Some(rmp_serde::to_vec_named(&fw_cfg().save())),
     ];
     states.into_iter().flatten().flatten().collect()
 }

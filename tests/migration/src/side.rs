@@ -31,6 +31,8 @@ use super::{Fault, Kind, Wires};
 pub struct Spec {
     /// What its guest does.
     pub workload: Workload,
+    /// What it starts in, in the place of that guest.
+    pub firmware: Option<PathBuf>,
     /// vCPUs.
     pub cpus: u32,
     /// What they show of the host's processor.
@@ -67,6 +69,7 @@ impl Spec {
     pub fn of(workload: Workload) -> Self {
         Self {
             workload,
+            firmware: None,
             cpus: 1,
             cpu: "host",
             memory_mib: 64,
@@ -188,9 +191,14 @@ impl Side {
 
     fn start(spec: &Spec, from: Origin) -> Result<Self> {
         let folder = TempDir::new().context("no folder for sockets")?;
-        let mut core = Launch::new(&program("godwit-vmm")?)
-            .option("--kernel", test_guest::program())
-            .option("--cmdline", spec.workload.to_string())
+        let core = Launch::new(&program("godwit-vmm")?);
+        let core = match &spec.firmware {
+            Some(image) => core.option("--firmware", image),
+            None => core
+                .option("--kernel", test_guest::program())
+                .option("--cmdline", spec.workload.to_string()),
+        };
+        let mut core = core
             .option("--cpus", spec.cpus.to_string())
             .option("--cpu", spec.cpu)
             .option("--memory", format!("{}M", spec.memory_mib));

@@ -243,21 +243,6 @@ fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
 }
 
 #[test]
-#[ignore = "writes into tests/compat, see its README"]
-fn write_golden_snapshot() -> Result<()> {
-    let compat = concat!(env!("CARGO_MANIFEST_DIR"), "/../compat");
-    let path = std::path::Path::new(compat).join("snapshot-1.state");
-    ensure!(!path.exists(), "{} must not change", path.display());
-    let folder = TempDir::new()?;
-    let mut spec = Spec::with_disks(&folder, &[2])?;
-    spec.cpus = 2;
-    let side = at_work(&spec)?;
-    side.snapshot(&spec, folder.path())?;
-    std::fs::copy(folder.path().join("core"), path)?;
-    Ok(())
-}
-
-#[test]
 fn a_machine_goes_on_after_its_snapshot() -> Result<()> {
     let folder = TempDir::new()?;
     let spec = Spec::with_disks(&folder, &[2])?;

@@ -1,4 +1,4 @@
-//! From a kernel image to the first instruction of a vCPU.
+//! From a kernel image, or a firmware's, to the first instruction of a vCPU.
 //!
 //! [`BootSource::load`] fills guest memory with all that a kernel expects to find, and
 //! says with what registers its first vCPU starts. It may be called again and again:
@@ -12,6 +12,8 @@
 //! 0x09000  page tables (64-bit entry) …        initrd, as high as the kernel allows
 //! ```
 //!
+//! A machine may start in a [`Firmware`] instead, which loads what it boots by itself.
+//!
 //! Images are checked once, when they are opened; loading uses what was checked then and
 //! never parses again, so an image that changes on disk meanwhile can give a broken
 //! guest, but no write outside of what was checked. `linux-loader` has the structures
@@ -21,6 +23,7 @@
 pub mod acpi;
 mod bzimage;
 mod elf;
+mod firmware;
 mod image;
 mod initrd;
 mod kernel;
@@ -32,8 +35,10 @@ mod source;
 mod testing;
 mod zero_page;
 
+pub use firmware::{Firmware, FirmwareError, FirmwareProblem};
 pub use image::{FileError, ImageError};
 pub use initrd::{Initrd, InitrdError, InitrdProblem};
 pub use kernel::{Kernel, KernelError, KernelProblem};
+pub use memory_map::firmware_map;
 pub use registers::{BootMode, EntryPoint};
 pub use source::{BootError, BootSource};

@@ -5,6 +5,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use super::acpi::{AcpiConfig, AcpiError};
+use super::firmware::FirmwareError;
 use super::initrd::{Initrd, InitrdError};
 use super::kernel::{Format, Kernel, KernelError};
 use super::memory_map::{low_ram_end, memory_map};
@@ -27,6 +28,9 @@ pub enum BootError {
     /// The initial RAM disk.
     #[error(transparent)]
     Initrd(#[from] InitrdError),
+    /// The firmware.
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
     /// More than the kernel keeps.
     #[error("the kernel command line has {len} bytes, of which this kernel takes {max}")]
     CommandLineTooLong {

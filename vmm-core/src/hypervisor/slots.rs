@@ -19,7 +19,9 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clear_dirty_log, kvm_userspace_memory_region,
+};
 use kvm_ioctls::VmFd;
 
 use super::{HypervisorError, Vm, refused};
@@ -71,9 +73,11 @@ impl MemorySlots {
         size: u64,
         logging: bool,
     ) -> Result<(), HypervisorError> {
+        let log = if logging { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        let rom = if region.is_rom() { KVM_MEM_READONLY } else { 0 };
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: if logging { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            flags: log | rom,
             guest_phys_addr: region.gpa(),
             memory_size: size,
             userspace_addr: region.host(),

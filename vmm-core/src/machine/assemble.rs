@@ -16,7 +16,8 @@ use kvm_ioctls::Cap;
 use migration::wire::Tsc;
 use tokio::sync::watch;
 
-use super::config::{ImageSource, KvmSource, MachineConfig};
+use super::boot::Boot;
+use super::config::{KvmSource, MachineConfig};
 use super::console::Console;
 use super::control::{self, News, Owner};
 use super::devices::Devices;
@@ -27,13 +28,13 @@ use super::platform::Platform;
 use super::request::RequestSink;
 use super::{Machine, VCPU_DEADLINE};
 use crate::boot::acpi::AcpiConfig;
-use crate::boot::{BootSource, Initrd, Kernel};
 use crate::bus::Bus;
 use crate::hypervisor::{
     Interrupts, MemorySlots, Vcpu, VcpuBuses, VcpuEvents, VcpuSet, Vm, guest_cpuid, open_kvm,
 };
-use crate::memory::{Memory, Ram, prefault};
+use crate::memory::{HugePages, Memory, Ram, prefault};
 use crate::migration::definition::{cpu_features, processor};
+use crate::migration::ram::CoreWrites;
 use crate::migration::unit::Unit;
 use crate::pci::{BarAllocator, HostBridge, PciAddress, Root};
 use crate::remote::device1::DeviceLinks;
@@ -50,16 +51,9 @@ impl Machine {
     /// nothing is left behind.
     pub fn new(config: MachineConfig, owner: Option<Owner>) -> Result<Self, MachineError> {
         config.check()?;
-        let kernel = match config.kernel.file {
-            Some(file) => Kernel::from_file(&config.kernel.path.display().to_string(), file)?,
-            None => Kernel::open(&config.kernel.path)?,
-        };
-        let initrd = |image: ImageSource| match image.file {
-            Some(file) => Initrd::from_file(&image.path.display().to_string(), file),
-            None => Initrd::open(&image.path),
-        };
-        let initrd = config.initrd.map(initrd).transpose()?;
-        let boot = BootSource::new(kernel, initrd, &config.cmdline)?;
+        let boot = Boot::open(config.boot)?;
+        let page = config.hugepages.map_or(1, HugePages::bytes);
+        let ram_and_rom = config.memory + boot.rom().next_multiple_of(page);
         let kvm = match config.kvm {
             KvmSource::Path(path) => open_kvm(&path, None)?,
             KvmSource::Fd(fd) => open_kvm(Path::new("the inherited descriptor"), Some(fd))?,
@@ -79,9 +73,10 @@ impl Machine {
             let devices = scope.spawn(|| connect(config.vhost_user, &memory));
             let vm = Vm::new(&kvm).map_err(MachineError::from);
             let ram = match shared_ram {
-                Some(file) => Ram::adopt(file.into(), config.memory),
-                None => Ram::allocate(config.memory, config.hugepages),
+                Some(file) => Ram::adopt(file.into(), ram_and_rom),
+                None => Ram::allocate(ram_and_rom, config.hugepages),
             };
+            let ram = ram.map(|ram| ram.with_rom(config.memory, boot.rom()));
             let ram = ram.map_err(MachineError::from);
             let devices = devices.join().unwrap_or_else(|panic| resume_unwind(panic));
             Ok::<_, MachineError>(((vm?, ram?), devices?))
@@ -99,7 +94,13 @@ impl Machine {
             ports: Arc::new(Bus::default()),
             mmio: Arc::new(Bus::default()),
         };
-        let platform = Platform::new(&buses.ports, &interrupts, &requests, config.memory)?;
+        let acpi = AcpiConfig {
+            apic_ids: (0..config.cpus).collect(),
+            mmio64: None,
+        };
+        let core_writes = CoreWrites::default();
+        let fw_cfg = boot.fw_cfg(&acpi, &memory, &core_writes)?;
+        let platform = Platform::new(&buses.ports, &interrupts, &requests, config.memory, fw_cfg)?;
         let root = Arc::new(Root::new(Arc::clone(&requests)));
         root.install(&buses.ports, &buses.mmio)?;
         let bridge = Arc::new(HostBridge::default());
@@ -160,6 +161,7 @@ impl Machine {
             cpu_features: cpu_features(&shown),
             processor: processor(config.cpu, &shown),
             tsc,
+            core_writes,
             links: Arc::clone(&links),
             incoming: config.incoming,
             end: config.end,
@@ -185,14 +187,12 @@ impl Machine {
             console,
             control,
             boot,
-            acpi: AcpiConfig {
-                apic_ids: (0..config.cpus).collect(),
-                mmio64: None,
-            },
+            acpi,
             pristine,
         };
         // What arrives has booted elsewhere, and its memory may be in use there.
         if machine.moving.parts.incoming.is_none() {
+            machine.boot.fill_rom(&machine.memory)?;
             machine.load()?;
         }
         Ok(machine)

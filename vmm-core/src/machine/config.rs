@@ -20,12 +20,8 @@ pub const MOST_VCPUS: u32 = 32;
 pub struct MachineConfig {
     /// Its name, in messages.
     pub name: String,
-    /// Kernel image: bzImage or ELF with a PVH note.
-    pub kernel: ImageSource,
-    /// Initial RAM disk.
-    pub initrd: Option<ImageSource>,
-    /// Kernel command line.
-    pub cmdline: String,
+    /// What it starts in.
+    pub boot: BootConfig,
     /// Number of vCPUs, 1 to [`MOST_VCPUS`].
     pub cpus: u32,
     /// What they show of the host's processor.
@@ -51,6 +47,22 @@ pub struct MachineConfig {
     pub end: Option<File>,
     /// What its migrations leave out.
     pub without: Without,
+}
+
+/// What a machine starts in.
+#[derive(Debug)]
+pub enum BootConfig {
+    /// A kernel.
+    Kernel {
+        /// Its image: bzImage or ELF with a PVH note.
+        kernel: ImageSource,
+        /// Initial RAM disk.
+        initrd: Option<ImageSource>,
+        /// Kernel command line.
+        cmdline: String,
+    },
+    /// A firmware: its image, as it is in ROM.
+    Firmware(ImageSource),
 }
 
 /// A file that is put into memory.

@@ -104,6 +104,7 @@ pub(super) struct Parts {
     pub(super) cpu_features: Vec<CpuFeatures>,
     pub(super) processor: Processor,
     pub(super) tsc: Option<Tsc>,
+    pub(super) core_writes: CoreWrites,
     pub(super) links: Arc<DeviceLinks>,
     pub(super) incoming: Option<Incoming>,
     pub(super) without: Without,
@@ -115,7 +116,6 @@ pub(super) struct Parts {
 pub(super) struct Moving {
     place: Place,
     pub(super) parts: Parts,
-    pub(super) core_writes: CoreWrites,
     pub(super) status: watch::Sender<Status>,
     active: bool,
     /// The machine is put into files.
@@ -137,7 +137,6 @@ impl Moving {
     pub(super) fn new(parts: Parts) -> Self {
         Self {
             place: Place::Here,
-            core_writes: CoreWrites::default(),
             status: watch::Sender::new(Status {
                 active: parts.incoming.is_some(),
                 ..Status::default()
@@ -333,7 +332,7 @@ impl Machine {
                 slots: Arc::clone(&self.moving.parts.slots),
                 units: self.moving.parts.units.clone(),
                 definition: self.definition(),
-                core_writes: self.moving.core_writes.clone(),
+                core_writes: self.moving.parts.core_writes.clone(),
                 links: Arc::clone(&self.moving.parts.links),
                 throttle: self.vcpus.throttle(),
             },
@@ -443,6 +442,7 @@ impl Host for Machine {
             serial: self.platform.serial.save(),
             cmos: self.platform.cmos.save(),
             power: self.platform.power.save(),
+            fw_cfg: self.platform.fw_cfg.as_ref().map(|device| device.save()),
             root: self.root.save(),
             bridge: self.bridge.save(),
             devices,
@@ -488,6 +488,14 @@ impl NewHost for Machine {
         self.platform.serial.restore(&core.serial)?;
         self.platform.cmos.restore(&core.cmos)?;
         self.platform.power.restore(&core.power)?;
+        match (&self.platform.fw_cfg, core.fw_cfg) {
+            (Some(device), Some(state)) => device.restore(state),
+            (None, None) => {}
+            (here, _) => {
+                let here = here.is_some();
+                return Err(MigrationError::Firmware { here });
+            }
+        }
         self.root.restore(&core.root);
         Ok(self.bridge.restore(&core.bridge)?)
     }

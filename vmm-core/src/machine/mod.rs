@@ -12,9 +12,10 @@
 //!   once: a device that stops has seen everything the guest asked of it.
 //! - Resume: devices, then vCPUs.
 //! - Reset: pause, devices and platform as after power-on, interrupt controllers and
-//!   vCPUs as KVM made them, the kernel loaded once more, resume.
+//!   vCPUs as KVM made them, the kernel or firmware loaded once more, resume.
 
 mod assemble;
+mod boot;
 pub mod config;
 mod console;
 pub mod control;
@@ -41,12 +42,12 @@ use tokio::sync::watch;
 pub use error::MachineError;
 pub use exit::Reason;
 
+use self::boot::Boot;
 use self::console::Console;
 use self::event::{Attachment, Command, Event};
 use self::migrate::Moving;
 use self::platform::Platform;
 use self::request::Request;
-use crate::boot::BootSource;
 use crate::boot::acpi::AcpiConfig;
 use crate::hypervisor::{Ended, VcpuSavedState, VcpuSet, Vm, VmSavedState};
 use crate::memory::Memory;
@@ -80,7 +81,7 @@ pub struct Machine {
     platform: Platform,
     console: Console,
     control: JoinHandle<()>,
-    boot: BootSource,
+    boot: Boot,
     acpi: AcpiConfig,
     /// What KVM made, for the next reset.
     pristine: (VmSavedState, Vec<VcpuSavedState>),
@@ -290,10 +291,14 @@ impl Machine {
         if was_running { self.resume() } else { Ok(()) }
     }
 
-    /// Puts the kernel into memory and the first vCPU at its entry.
+    /// Puts the kernel into memory and the first vCPU at its entry; one that starts in firmware
+    /// has its entry, and all registers, as they are.
     fn load(&self) -> Result<(), MachineError> {
-        let entry = self.boot.load(&self.memory.guest(), &self.acpi)?;
-        self.moving.core_writes.note();
+        let entry = self.boot.load(&self.memory, &self.acpi)?;
+        self.moving.parts.core_writes.note();
+        let Some(entry) = entry else {
+            return Ok(());
+        };
         self.vcpus.each(VCPU_DEADLINE, move |vcpu| {
             vcpu.set_msrs(&[MISC_ENABLE, MTRR_DEFAULT])?;
             if vcpu.id() == 0 {

@@ -7,8 +7,10 @@ use super::error::MachineError;
 use super::request::RequestSink;
 use crate::bus::Bus;
 use crate::hypervisor::Interrupts;
-use crate::layout::{ACPI_PM_PORT, I8042_PORT, RTC_PORT, SCI_IRQ, SERIAL_IRQ, SERIAL_PORT};
-use crate::platform::{Cmos, I8042, OutputBuffer, PowerManagement, RamSize, SerialPort};
+use crate::layout::{
+    ACPI_PM_PORT, FW_CFG_PORT, I8042_PORT, RTC_PORT, SCI_IRQ, SERIAL_IRQ, SERIAL_PORT,
+};
+use crate::platform::{Cmos, FwCfg, I8042, OutputBuffer, PowerManagement, RamSize, SerialPort};
 
 /// Bytes of serial output that wait for a slow reader before the oldest are dropped.
 const SERIAL_BUFFER: usize = 1 << 20;
@@ -23,6 +25,8 @@ pub(super) struct Platform {
     pub(super) power: Arc<PowerManagement>,
     /// Real-time clock.
     pub(super) cmos: Arc<Cmos>,
+    /// What a firmware asks, if there is one.
+    pub(super) fw_cfg: Option<Arc<FwCfg>>,
 }
 
 impl Platform {
@@ -32,6 +36,7 @@ impl Platform {
         interrupts: &Interrupts,
         requests: &Arc<dyn RequestSink>,
         ram: u64,
+        fw_cfg: Option<FwCfg>,
     ) -> Result<Self, MachineError> {
         let no_serial = |source: io::Error| MachineError::Serial {
             to: "the guest".into(),
@@ -58,11 +63,17 @@ impl Platform {
         ] {
             ports.insert(range.start, range.end - range.start, device)?;
         }
+        let fw_cfg = fw_cfg.map(Arc::new);
+        if let Some(device) = &fw_cfg {
+            let size = FW_CFG_PORT.end - FW_CFG_PORT.start;
+            ports.insert(FW_CFG_PORT.start, size, Arc::clone(device) as _)?;
+        }
         Ok(Self {
             serial,
             output,
             power,
             cmos,
+            fw_cfg,
         })
     }
 
@@ -71,5 +82,8 @@ impl Platform {
         self.serial.reset();
         self.power.reset();
         self.cmos.reset();
+        if let Some(device) = &self.fw_cfg {
+            device.reset();
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Guest memory: the RAM of the machine and the layout that says what lies where.
 //!
-//! RAM is one memfd ([`Ram`]), shared with the devices that need it. What the guest
+//! RAM is one memfd ([`Ram`]), shared with the devices that need it; a ROM is behind it in the
+//! same file, and none of their business. What the guest
 //! sees at which address is the *layout*: a list of [`Region`]s that changes only
 //! through a [`Transaction`]:
 //!

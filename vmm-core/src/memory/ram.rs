@@ -18,7 +18,7 @@ use nix::sys::mman::{MmapAdvise, madvise};
 use thiserror::Error;
 
 use super::Region;
-use crate::layout::{HIGH_RAM, LOW_RAM_END};
+use crate::layout::{HIGH_RAM, LOW_RAM_END, ROM};
 
 /// The size of the pages behind RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +83,8 @@ const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK
 pub struct Ram {
     file: Arc<File>,
     size: u64,
+    /// Bytes of ROM, on pages of their own behind the RAM.
+    rom: u64,
 }
 
 impl Ram {
@@ -118,6 +120,7 @@ impl Ram {
         Ok(Self {
             file: Arc::new(file),
             size,
+            rom: 0,
         })
     }
 
@@ -134,7 +137,14 @@ impl Ram {
         Ok(Self {
             file: Arc::new(file),
             size,
+            rom: 0,
         })
+    }
+
+    /// Makes a ROM of `rom` bytes of what is behind the first `size` bytes, which stay RAM.
+    #[must_use]
+    pub fn with_rom(self, size: u64, rom: u64) -> Self {
+        Self { size, rom, ..self }
     }
 
     /// The file.
@@ -142,13 +152,19 @@ impl Ram {
         &self.file
     }
 
-    /// Maps the RAM: below the hole, and above it what does not fit there.
+    /// Maps the RAM: below the hole, and above it what does not fit there. A ROM ends where
+    /// [`ROM`] does.
     pub fn regions(&self) -> io::Result<Vec<Region>> {
         let low = self.size.min(LOW_RAM_END);
         let mut regions = vec![Region::map(0, low, Arc::clone(&self.file), 0)?];
         if self.size > low {
             let high = Region::map(HIGH_RAM, self.size - low, Arc::clone(&self.file), low)?;
             regions.push(high);
+        }
+        if self.rom > 0 {
+            let file = Arc::clone(&self.file);
+            let rom = Region::map(ROM.end - self.rom, self.rom, file, self.size)?;
+            regions.push(rom.into_rom());
         }
         Ok(regions)
     }
@@ -210,6 +226,23 @@ mod tests {
         assert_eq!(
             shape,
             [(0, LOW_RAM_END, 0), (HIGH_RAM, 64 << 20, LOW_RAM_END)]
+        );
+    }
+
+    #[test]
+    fn a_rom_is_behind_the_ram_and_ends_at_4_gib() {
+        let ram = Ram::allocate(3 << 20, None).unwrap();
+        let regions = ram.with_rom(2 << 20, 0x4_0000).regions().unwrap();
+        let shape: Vec<_> = regions
+            .iter()
+            .map(|r| (r.gpa(), r.size(), r.offset(), r.is_rom()))
+            .collect();
+        assert_eq!(
+            shape,
+            [
+                (0, 2 << 20, 0, false),
+                (0xfffc_0000, 0x4_0000, 2 << 20, true)
+            ]
         );
     }
 

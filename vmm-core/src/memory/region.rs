@@ -15,6 +15,7 @@ use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegio
 pub struct Region {
     mapping: Arc<GuestRegionMmap<()>>,
     file: FileOffset,
+    is_rom: bool,
 }
 
 impl Region {
@@ -28,7 +29,22 @@ impl Region {
         Ok(Self {
             mapping: Arc::new(mapping),
             file,
+            is_rom: false,
         })
+    }
+
+    /// The same, which the guest can only read, and which is none of the devices' business.
+    #[must_use]
+    pub fn into_rom(self) -> Self {
+        Self {
+            is_rom: true,
+            ..self
+        }
+    }
+
+    /// Whether the guest can only read it.
+    pub fn is_rom(&self) -> bool {
+        self.is_rom
     }
 
     /// First guest-physical address.

@@ -135,6 +135,16 @@ pub enum MigrationError {
         /// Here.
         expected: usize,
     },
+    /// Saved state is of a machine with firmware, or of one without.
+    #[error(
+        "saved state is of a machine {} firmware, this one has {}",
+        if *here { "without" } else { "with" },
+        if *here { "one" } else { "none" }
+    )]
+    Firmware {
+        /// Whether this machine has one.
+        here: bool,
+    },
     /// A part of the platform cannot have been in the saved state.
     #[error(transparent)]
     Platform(#[from] InvalidState),

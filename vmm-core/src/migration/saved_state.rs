@@ -8,10 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::hypervisor::{VcpuSavedState, VmSavedState};
 use crate::pci::saved_state::{HostBridgeState, RootState};
-use crate::platform::saved_state::{CmosSavedState, PowerSavedState, SerialSavedState};
+use crate::platform::saved_state::{
+    CmosSavedState, FwCfgSavedState, PowerSavedState, SerialSavedState,
+};
 use crate::transport::saved_state::VirtioPciState;
 
-/// The core, schema 1.
+/// The core, schema 2.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CoreState {
@@ -30,6 +32,9 @@ pub struct CoreState {
     pub cmos: CmosSavedState,
     /// ACPI's fixed hardware.
     pub power: PowerSavedState,
+    /// What a firmware asks; since schema 2, nothing where there is none.
+    #[serde(default)]
+    pub fw_cfg: Option<FwCfgSavedState>,
     /// PCI's root.
     pub root: RootState,
     /// PCI's host bridge.
@@ -72,10 +77,13 @@ pub struct DeviceWiring {
 
 impl Schema for CoreState {
     const KIND: &'static str = "core";
-    const NUMBER: u32 = 1;
+    const NUMBER: u32 = 2;
 
-    fn from_old(number: u32, _payload: &[u8]) -> Result<Self, SchemaError> {
-        Err(SchemaError::unknown::<Self>(number))
+    fn from_old(number: u32, payload: &[u8]) -> Result<Self, SchemaError> {
+        match number {
+            1 => Self::decode(Self::NUMBER, payload),
+            _ => Err(SchemaError::unknown::<Self>(number)),
+        }
     }
 }
 
@@ -114,7 +122,7 @@ mod tests {
         let error = from_blob::<CoreState>(&blob).unwrap_err().to_string();
         assert_eq!(
             error,
-            "schema 7 of core is unknown here, the newest known is 1"
+            "schema 7 of core is unknown here, the newest known is 2"
         );
     }
 

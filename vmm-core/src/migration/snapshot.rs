@@ -54,7 +54,7 @@ pub struct Files {
     pub states: BTreeMap<String, OwnedFd>,
 }
 
-/// The core's file, schema 1.
+/// The core's file, schema 2: the core in it is of schema 2 as well.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SnapshotState {
@@ -65,10 +65,13 @@ struct SnapshotState {
 
 impl Schema for SnapshotState {
     const KIND: &'static str = "snapshot";
-    const NUMBER: u32 = 1;
+    const NUMBER: u32 = 2;
 
-    fn from_old(number: u32, _payload: &[u8]) -> Result<Self, SchemaError> {
-        Err(SchemaError::unknown::<Self>(number))
+    fn from_old(number: u32, payload: &[u8]) -> Result<Self, SchemaError> {
+        match number {
+            1 => Self::decode(Self::NUMBER, payload),
+            _ => Err(SchemaError::unknown::<Self>(number)),
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 
 use super::config::{ConfigError, ConfigSpace};
 use super::{BarAllocator, BarError, BarIndex};
-use crate::layout::MMIO32;
+use crate::layout::{MMIO32, MMIO32_HIGH};
 
 const COMMAND: u8 = 0x04;
 const COMMAND_MEMORY: u16 = 1 << 1;
@@ -131,7 +131,10 @@ impl Header {
         let mut moves = Vec::new();
         for bar in &self.bars {
             let base = u64::from(self.config.u32(bar.index.register()) & !(bar.size - 1));
-            let inside = base >= MMIO32.start && base + u64::from(bar.size) <= MMIO32.end;
+            let end = base + u64::from(bar.size);
+            let inside = [MMIO32, MMIO32_HIGH]
+                .iter()
+                .any(|window| base >= window.start && end <= window.end);
             let to = (enabled && inside).then_some(base);
             if to != bar.decoded {
                 moves.push(BarMove {
@@ -239,8 +242,18 @@ mod tests {
                 to: Some(0xd000_0000)
             }]
         );
-        write32(&mut header, 0x10, u32::MAX);
-        assert_eq!(carry_out(&mut header)[0].to, None, "outside of the window");
+        for (at, to) in [
+            (0xdfff_c000, Some(0xdfff_c000)),
+            (0xe000_0000, None),
+            (0xe00f_c000, None),
+            (0xe010_0000, Some(0xe010_0000)),
+            (0xfebf_c000, Some(0xfebf_c000)),
+            (u32::MAX, None),
+        ] {
+            write32(&mut header, 0x10, at);
+            carry_out(&mut header);
+            assert_eq!(header.decoded(BarIndex::Bar0), to, "{at:#x}");
+        }
         header.reset();
         assert_eq!(carry_out(&mut header).len(), 1);
         assert_eq!(header.config().u32(0x10), 0xc000_0000);

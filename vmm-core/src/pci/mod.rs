@@ -10,7 +10,7 @@
 //!
 //! A BAR has an address from the start, but memory decoding is off until the guest
 //! turns it on: nobody pays for mappings that a guest's sizing of BARs would undo.
-//! Nothing decodes outside of [`crate::layout::MMIO32`], as behind a real host bridge.
+//! Nothing decodes outside of [`crate::layout::MMIO32`] and [`crate::layout::MMIO32_HIGH`], as behind a real host bridge.
 
 mod bar;
 mod config;

@@ -1,4 +1,5 @@
-//! What a PC has besides PCI: serial port, clock, power management, reset line.
+//! What a PC has besides PCI: serial port, clock, power management, reset line; and what a firmware
+//! asks about the machine.
 //!
 //! Each is a [`crate::bus::BusDevice`] of a range of ports in [`crate::layout`]. State
 //! is behind a lock of the device's own; the interrupt line is moved with that lock held,
@@ -10,6 +11,7 @@
 
 mod calendar;
 mod cmos;
+mod fw_cfg;
 mod i8042;
 mod power;
 pub mod saved_state;
@@ -18,9 +20,11 @@ mod serial;
 mod testing;
 
 pub use cmos::{CENTURY_REGISTER, Cmos, RamSize, WallClock};
+pub use fw_cfg::{Files, FwCfg};
 pub use i8042::I8042;
 pub use power::{PM1_CONTROL, PM1_CONTROL_LEN, PM1_EVENT_LEN, PowerManagement};
 pub use saved_state::{
-    ClockSetting, CmosSavedState, InvalidState, PLATFORM_SCHEMA, PowerSavedState, SerialSavedState,
+    ClockSetting, CmosSavedState, FwCfgSavedState, InvalidState, PLATFORM_SCHEMA, PowerSavedState,
+    SerialSavedState,
 };
 pub use serial::{OutputBuffer, SerialInput, SerialPort, Taken};

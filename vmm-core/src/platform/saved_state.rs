@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Number of the schema of the types here.
-pub const PLATFORM_SCHEMA: u32 = 1;
+pub const PLATFORM_SCHEMA: u32 = 2;
 
 /// Saved state that no device can have been in.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -97,6 +97,19 @@ pub struct PowerSavedState {
     pub enable: u16,
     /// PM1 control.
     pub control: u16,
+}
+
+/// Registers of the firmware configuration device; there since schema 2. Any value is one that a
+/// guest can have written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FwCfgSavedState {
+    /// Selected item.
+    pub key: u16,
+    /// Next byte of it.
+    pub offset: u32,
+    /// Upper half of the address of the next DMA access.
+    pub address_high: u32,
 }
 
 #[cfg(test)]

@@ -10,7 +10,9 @@ use acpi_tables::aml::{
 use acpi_tables::{Aml, sdt::Sdt};
 
 use super::{AcpiConfig, SLEEP_TYPE_S5, field8, field16, field32};
-use crate::layout::{ECAM, MMIO32, PCI_CONFIG_PORT, RTC_IRQ, RTC_PORT, SERIAL_IRQ, SERIAL_PORT};
+use crate::layout::{
+    ECAM, MMIO32, MMIO32_HIGH, PCI_CONFIG_PORT, RTC_IRQ, RTC_PORT, SERIAL_IRQ, SERIAL_PORT,
+};
 
 /// With 64-bit integers.
 const REVISION: u8 = 2;
@@ -78,21 +80,21 @@ impl Ports {
 const CONFIG_PORTS: Ports = Ports::of(PCI_CONFIG_PORT);
 const SERIAL_PORTS: Ports = Ports::of(SERIAL_PORT);
 const CLOCK_PORTS: Ports = Ports::of(RTC_PORT);
-const WINDOW_START: u32 = field32(MMIO32.start);
-const WINDOW_LAST: u32 = field32(MMIO32.end - 1);
+/// First and last addresses.
+const WINDOWS: [(u32, u32); 2] = [
+    (field32(MMIO32.start), field32(MMIO32.end - 1)),
+    (field32(MMIO32_HIGH.start), field32(MMIO32_HIGH.end - 1)),
+];
 const ECAM_START: u32 = field32(ECAM.start);
 const ECAM_LEN: u32 = field32(ECAM.end - ECAM.start);
 
 fn root_bridge(config: &AcpiConfig) -> Encoded {
     let bus = AddressSpace::<u16>::new_bus_number(0, 0);
     let config_ports = CONFIG_PORTS.resource();
-    let window = AddressSpace::<u32>::new_memory(
-        AddressSpaceCacheable::NotCacheable,
-        true,
-        WINDOW_START,
-        WINDOW_LAST,
-        None,
-    );
+    let [low_window, window] = WINDOWS.map(|(start, last)| {
+        let not_cacheable = AddressSpaceCacheable::NotCacheable;
+        AddressSpace::<u32>::new_memory(not_cacheable, true, start, last, None)
+    });
     let high_window = config.mmio64.as_ref().map(|range| {
         AddressSpace::<u64>::new_memory(
             AddressSpaceCacheable::NotCacheable,
@@ -102,7 +104,7 @@ fn root_bridge(config: &AcpiConfig) -> Encoded {
             None,
         )
     });
-    let mut resources: Vec<&dyn Aml> = vec![&bus, &config_ports, &window];
+    let mut resources: Vec<&dyn Aml> = vec![&bus, &config_ports, &low_window, &window];
     resources.extend(high_window.as_ref().map(|w| w as &dyn Aml));
     let control = pci_control();
     Encoded::of(&[&Device::new(

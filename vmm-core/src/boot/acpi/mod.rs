@@ -17,6 +17,7 @@
 
 mod dsdt;
 mod fixed;
+mod loader;
 mod madt;
 
 use std::ops::Range;
@@ -30,6 +31,8 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::layout::{ECAM, HIGH_MEMORY, RSDP};
+
+pub use self::loader::FirmwareTables;
 
 const OEM_ID: [u8; 6] = *b"GODWIT";
 const OEM_TABLE_ID: [u8; 8] = *b"GODWITPC";
@@ -99,12 +102,20 @@ impl AcpiConfig {
     /// The 64-bit window is empty, or the tables reach to 1 MiB.
     pub fn write(&self, memory: &GuestMemoryMmap<()>) -> Result<(), AcpiError> {
         let tables = self.tables()?;
-        memory.write_slice(&tables, GuestAddress(RSDP))?;
+        memory.write_slice(&tables.image, GuestAddress(RSDP))?;
         Ok(())
     }
 
-    /// The bytes from [`crate::layout::RSDP`] on.
-    fn tables(&self) -> Result<Vec<u8>, AcpiError> {
+    /// The tables for a firmware, which finds places for them itself.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn for_firmware(&self) -> Result<FirmwareTables, AcpiError> {
+        Ok(loader::split(&self.tables()?))
+    }
+
+    /// All tables, as they stand from [`crate::layout::RSDP`] on.
+    fn tables(&self) -> Result<Tables, AcpiError> {
         if let Some(Range { start, end }) = self.mmio64
             && start >= end
         {
@@ -119,13 +130,19 @@ impl AcpiConfig {
         // At FACS_ADDRESS.
         append(&mut image, &FACS::new());
         let dsdt = append(&mut image, &dsdt::table(self));
+        let fadt_at = image.len().next_multiple_of(ALIGNMENT);
         let fadt = append(&mut image, &fixed::table(FACS_ADDRESS, dsdt));
-        let madt = append(&mut image, &madt::table(&self.apic_ids));
-        let mcfg = append(&mut image, &mcfg());
+        let fadt_end = image.len();
+        let entries = [
+            fadt,
+            append(&mut image, &madt::table(&self.apic_ids)),
+            append(&mut image, &mcfg()),
+        ];
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-        for table in [fadt, madt, mcfg] {
+        for table in entries {
             xsdt.add_entry(table);
         }
+        let xsdt_at = image.len().next_multiple_of(ALIGNMENT);
         let xsdt = append(&mut image, &xsdt);
         let mut root = Vec::new();
         Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut root);
@@ -138,8 +155,58 @@ impl AcpiConfig {
                 room,
             });
         }
-        Ok(image)
+        let fields = |at: usize, fields: &[(usize, u8)]| -> Vec<(usize, u8)> {
+            fields
+                .iter()
+                .map(|(field, size)| (at + field, *size))
+                .collect()
+        };
+        let xsdt_entries: Vec<_> = (0..entries.len()).map(|i| (HEADER + 8 * i, 8)).collect();
+        Ok(Tables {
+            addressed: vec![
+                Addressed {
+                    checksum: RSDP_CHECKSUM,
+                    table: 0..root.len(),
+                    addresses: vec![(RSDP_XSDT, 8)],
+                },
+                Addressed {
+                    checksum: fadt_at + CHECKSUM,
+                    table: fadt_at..fadt_end,
+                    addresses: fields(fadt_at, &[(FADT_FACS, 4), (FADT_DSDT, 8)]),
+                },
+                Addressed {
+                    checksum: xsdt_at + CHECKSUM,
+                    table: xsdt_at..image.len(),
+                    addresses: fields(xsdt_at, &xsdt_entries),
+                },
+            ],
+            image,
+        })
     }
+}
+
+/// Size of every table's header, and where its checksum is (ACPI 6.5, 5.2.6).
+const HEADER: usize = 36;
+const CHECKSUM: usize = 9;
+/// Of the root pointer: the extended checksum and the XSDT's address (5.2.5.3).
+const RSDP_CHECKSUM: usize = 32;
+const RSDP_XSDT: usize = 24;
+/// Of the FADT: `FIRMWARE_CTRL` and `X_DSDT` (5.2.9).
+const FADT_FACS: usize = 36;
+const FADT_DSDT: usize = 140;
+
+/// The tables at [`crate::layout::RSDP`].
+struct Tables {
+    image: Vec<u8>,
+    addressed: Vec<Addressed>,
+}
+
+/// A table with addresses of others in it; all places are in the image.
+struct Addressed {
+    table: Range<usize>,
+    checksum: usize,
+    /// Where addresses are, and their bytes.
+    addresses: Vec<(usize, u8)>,
 }
 
 /// Appends a table at the next aligned address, which it returns.
@@ -181,10 +248,9 @@ const fn field8(value: u64) -> u8 {
 
 /// A table with a header of our own, for those that the library lacks or fixes too much.
 fn table(signature: [u8; 4], revision: u8, body: &[u8]) -> Sdt {
-    const HEADER: u32 = 36;
     let mut table = Sdt::new(
         signature,
-        HEADER,
+        field32(HEADER as u64),
         revision,
         OEM_ID,
         OEM_TABLE_ID,
@@ -241,7 +307,7 @@ mod tests {
 
     #[test]
     fn the_fadt_describes_the_fixed_hardware() {
-        let image = config(2).tables().unwrap();
+        let image = config(2).tables().unwrap().image;
         let fadt = find(&image, b"FACP");
         let facs = u64::from(u32_at(fadt, 36));
         assert_eq!(facs % 64, 0);
@@ -269,7 +335,7 @@ mod tests {
 
     #[test]
     fn the_madt_has_every_processor_and_override() {
-        let image = config(32).tables().unwrap();
+        let image = config(32).tables().unwrap().image;
         let madt = find(&image, b"APIC");
         assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xfee0_0000, 1));
         let mut rest = &madt[44..];
@@ -301,7 +367,7 @@ mod tests {
             apic_ids: vec![254, 255, 0x1234],
             mmio64: None,
         };
-        let image = config.tables().unwrap();
+        let image = config.tables().unwrap().image;
         let madt = find(&image, b"APIC");
         assert_eq!(madt[44..52], [0, 8, 0, 254, 1, 0, 0, 0]);
         assert_eq!(
@@ -313,7 +379,7 @@ mod tests {
 
     #[test]
     fn the_mcfg_has_bus_0() {
-        let image = config(1).tables().unwrap();
+        let image = config(1).tables().unwrap().image;
         let mcfg = find(&image, b"MCFG");
         assert_eq!(mcfg.len(), 60);
         assert_eq!(u64_at(mcfg, 44), 0xe000_0000);
@@ -322,13 +388,13 @@ mod tests {
 
     #[test]
     fn tables_stay_below_1_mib() {
-        let image = config(32).tables().unwrap();
+        let image = config(32).tables().unwrap().image;
         assert!(image.len() < 0x2_0000);
         for (cpus, want) in [
             (4096, "ACPI tables for 4096 vCPUs need"),
             (4097, "ACPI tables cannot have 4097 vCPUs, 4096 at most"),
         ] {
-            let said = config(cpus).tables().unwrap_err().to_string();
+            let said = config(cpus).tables().map(drop).unwrap_err().to_string();
             assert!(said.starts_with(want), "{said}");
         }
     }
@@ -339,7 +405,7 @@ mod tests {
             apic_ids: vec![0],
             mmio64: Some(0x1000..0x1000),
         };
-        let error = config.tables().unwrap_err();
+        let error = config.tables().map(drop).unwrap_err();
         assert_eq!(
             error.to_string(),
             "the 64-bit PCI window 0x1000..0x1000 is empty"

@@ -428,9 +428,11 @@ impl LayoutListener for VhostUserDevice {
     }
 
     fn commit(&self, change: &LayoutChange<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let ram = change.all.iter().filter(|region| !region.is_rom());
+        let regions: Vec<_> = ram.cloned().collect();
         let state = &mut *self.shared.state();
         if let Some(log) = &state.log
-            && !log.covers(change.all)
+            && !log.covers(&regions)
         {
             let full = io::Error::from(io::ErrorKind::StorageFull);
             return Err(Box::new(system(
@@ -440,10 +442,10 @@ impl LayoutListener for VhostUserDevice {
             )));
         }
         if let Phase::Connected(session) = &mut state.phase {
-            let result = session.set_memory(change.all, state.log.as_deref());
+            let result = session.set_memory(&regions, state.log.as_deref());
             self.shared.settle(state, result)?;
         }
-        state.regions = change.all.to_vec();
+        state.regions = regions;
         Ok(())
     }
 }
