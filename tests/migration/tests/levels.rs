@@ -3,8 +3,9 @@
 
 use anyhow::{Context as _, Result, ensure};
 use test_framework::machine::DEADLINE;
-use test_guest::{Report, command};
-use test_migration::{Side, Spec, at_work, beat_on, busy, finish};
+use test_guest::{Report, Workload, command};
+use test_machine::work;
+use test_migration::{Side, Spec, beat_on, finish};
 
 /// A guest's view: ECX and EDX of leaf 1, EBX of leaf 7, ECX of leaf 0x8000_0001.
 type View = [u32; 4];
@@ -63,16 +64,25 @@ fn shows(view: &View, added: &View) -> (bool, bool) {
     )
 }
 
+/// A guest that only lives.
+fn idle() -> Spec {
+    Spec::of(Workload {
+        heartbeat: 20,
+        ..work()
+    })
+}
+
 #[test]
+#[ignore = "wants a KVM that can hide instructions: tests/hosts runs it in an emulated host"]
 fn a_guest_sees_its_level_and_no_more_also_when_it_has_moved() -> Result<()> {
-    let host = view(&mut at_work(&Spec::of(busy()))?)?;
+    let host = view(&mut Side::boot(&idle())?)?;
     let there = ADDED.iter().take_while(|(_, added)| shows(&host, added).0);
     let there = there.count();
     ensure!(there >= 2, "this host shows nothing that v1 hides");
     for (number, (level, _)) in ADDED.iter().enumerate().take(there) {
-        let mut spec = Spec::of(busy());
+        let mut spec = idle();
         spec.cpu = level;
-        let mut side = at_work(&spec)?;
+        let mut side = Side::boot(&spec)?;
         let seen = view(&mut side)?;
         for (other, (name, added)) in ADDED.iter().enumerate() {
             let (all, none) = shows(&seen, added);
@@ -82,7 +92,7 @@ fn a_guest_sees_its_level_and_no_more_also_when_it_has_moved() -> Result<()> {
         side = side.move_on(&spec)?.side;
         beat_on(&mut side)?;
         ensure!(view(&mut side)? == seen, "{level}: another after the move");
-        ensure!(finish(side)?.pages == 8 << 8);
+        finish(side)?;
     }
     Ok(())
 }
