@@ -20,9 +20,11 @@ use zbus::Connection;
 
 const KEY: &str = "a secret of two brokers\n";
 
+/// A guest that works, and may stand still for longer than a core waits for another.
 fn work() -> Workload {
     Workload {
         heartbeat: 20,
+        timeout: 300_000,
         blk: BlkMode::Loop,
         depth: 4,
         span: 8,
