@@ -10,7 +10,6 @@ use anyhow::{Context as _, Result, ensure};
 use api::Dictionary;
 use api::job::State as JobState;
 use api::machine::{FORCE, MachineProxy, REPLAY, State};
-use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use test_broker::*;
 use test_framework::console::Console;
@@ -20,11 +19,9 @@ use zbus::Connection;
 
 const KEY: &str = "a secret of two brokers\n";
 
-/// A guest that works, and may stand still for longer than a core waits for another.
 fn work() -> Workload {
     Workload {
         heartbeat: 20,
-        timeout: 300_000,
         blk: BlkMode::Loop,
         depth: 4,
         span: 8,
@@ -191,33 +188,6 @@ async fn until_asked(bus: &Connection, at: &zbus::OwnedObjectPath) -> Result<()>
         Ok(job.phase().await? == "asking the destination")
     })
     .await
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_core_that_is_silent_when_it_is_given_the_machine_is_waited_for() -> Result<()> {
-    let mut pair = Pair::start().await?;
-    let relay = Relay::start(pair.folder.path(), &pair.brokers[1].unix())?;
-    let vm = pair.machine().await?;
-    relay.hold("Loaded");
-    let long = ("blackout-limit-ms".to_owned(), value(60_000u64));
-    let at = vm.migrate(&relay.uri(), [long].into(), 0).await?;
-    until("a machine that is loaded", async || Ok(relay.holds())).await?;
-    let (core, _) = pair.core_there()?;
-    signal(core, Signal::SIGSTOP)?;
-    relay.open();
-    // The source gives it away, and hears nothing for as long as it waits.
-    until_asked(&pair.buses[0], &at).await?;
-    job(&pair.buses[0], at.clone()).await?.cancel().await?;
-    let (_, result) = ended(&pair.buses[0], at).await?;
-    assert_eq!(place(&result), "undecided", "{result:?}");
-    assert_eq!(vm.state().await?, State::Paused);
-    signal(core, Signal::SIGCONT)?;
-    // One that is started asks at once.
-    pair.kill(&[0]).await?;
-    // It has waited for the word for as long as the source for the answer: one of them has it.
-    let place = pair.settles().await?;
-    let vm = pair.at(place).await?.context("it is gone")?;
-    finish(&mut take_console(&vm).await?)
 }
 
 #[tokio::test(flavor = "multi_thread")]
