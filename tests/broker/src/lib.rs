@@ -7,6 +7,7 @@ mod relay;
 use std::collections::HashMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ use api::machine::{MachineProxy, REPLAY, State};
 use api::manager::ManagerProxy;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use tempfile::TempDir;
 use test_framework::console::Console;
 use test_framework::keeper::Keeper;
@@ -460,6 +462,31 @@ pub fn kill_process(pid: u32) -> Result<()> {
     ensure!(pid != 0, "there is no process");
     let pid = i32::try_from(pid).context("a process id is too large")?;
     kill(Pid::from_raw(pid), Signal::SIGKILL).context("no such process")
+}
+
+/// Breaks every connection that a process has accepted at the Unix socket `path`; how many.
+pub fn cut(pid: u32, path: &Path) -> Result<usize> {
+    let table = fs::read_to_string("/proc/net/unix")?;
+    let at = format!(" {}", path.display());
+    // Of each: address, references, protocol, flags, type, state (3: connected), inode, path.
+    let connected = |line: &&str| line.ends_with(&at) && line.split(' ').nth(5) == Some("03");
+    let inodes = table.lines().filter(connected);
+    let inodes = inodes.filter_map(|line| line.split_whitespace().nth(6));
+    let sockets: Vec<_> = inodes.map(|inode| format!("socket:[{inode}]")).collect();
+    let raw = i32::try_from(pid).context("a process id is too large")?;
+    let process = rustix::process::Pid::from_raw(raw).context("there is no process")?;
+    let process = pidfd_open(process, PidfdFlags::empty())?;
+    let mut count = 0;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        let link = fs::read_link(entry.path()).unwrap_or_default();
+        if sockets.iter().any(|socket| link == Path::new(socket)) {
+            let number = entry.file_name().to_string_lossy().parse()?;
+            let socket = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
+            StdUnixStream::from(socket).shutdown(Shutdown::Both)?;
+            count += 1;
+        }
+    }
+    Ok(count)
 }
 
 /// Memory of a process's own, in KiB: a core's does not count its guest's.

@@ -6,8 +6,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+
+/// How often it is looked whether what waits may pass.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// How the way is.
 #[derive(Clone, Copy, Debug, Default)]
@@ -19,6 +23,10 @@ struct Way {
     closed: bool,
     /// What is said with this word does not arrive.
     muted: Option<&'static str>,
+    /// What is said with this word waits, with all that comes after it.
+    held: Option<&'static str>,
+    /// Something waits.
+    holds: bool,
 }
 
 /// Leads connections to a broker's Unix socket.
@@ -76,9 +84,20 @@ impl Relay {
         lock(&self.way).muted = word;
     }
 
-    /// Lets connections through again.
+    /// A core's message with `word` waits until [`Self::open`].
+    pub fn hold(&self, word: &'static str) {
+        lock(&self.way).held = Some(word);
+    }
+
+    /// Whether one waits.
+    pub fn holds(&self) -> bool {
+        lock(&self.way).holds
+    }
+
+    /// Lets connections through again, and what waits.
     pub fn open(&self) {
-        lock(&self.way).closed = false;
+        let way = &mut *lock(&self.way);
+        (way.closed, way.held, way.holds) = (false, None, false);
     }
 }
 
@@ -86,7 +105,7 @@ fn pass(mut from: UnixStream, mut to: UnixStream, way: &Mutex<Way>) {
     let mut bytes = vec![0; 1 << 16];
     while let Ok(count @ 1..) = from.read(&mut bytes) {
         let bytes = &bytes[..count];
-        {
+        let waits = {
             let way = &mut *lock(way);
             // What cores say begins with this; memory may hold any word.
             let says = |word: &str| {
@@ -103,6 +122,12 @@ fn pass(mut from: UnixStream, mut to: UnixStream, way: &Mutex<Way>) {
             if way.muted.is_some_and(says) {
                 continue;
             }
+            let waits = way.held.is_some_and(says);
+            way.holds |= waits;
+            waits
+        };
+        while waits && lock(way).holds {
+            thread::sleep(LOOK);
         }
         if to.write_all(bytes).is_err() {
             break;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -79,6 +80,15 @@ impl Pair {
             Some(vm) => Ok(vm.state().await? == State::Running),
             None => Ok(false),
         }
+    }
+
+    /// The core that waits for the machine at the second of them, and the socket where it is called.
+    fn core_there(&self) -> Result<(u32, PathBuf)> {
+        let place = self.brokers[1].run().join("incoming/vm");
+        let state: serde_json::Value =
+            serde_json::from_slice(&fs::read(place.join("state.json"))?)?;
+        let pid = state["core"]["pid"].as_u64().context("no core")?;
+        Ok((pid.try_into()?, place.join("control")))
     }
 
     /// Kills brokers, and starts others in their places.
@@ -178,6 +188,28 @@ async fn until_asked(bus: &Connection, at: &zbus::OwnedObjectPath) -> Result<()>
         Ok(job.phase().await? == "asking the destination")
     })
     .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_core_whose_connection_is_lost_is_called_again() -> Result<()> {
+    let pair = Pair::start().await?;
+    let relay = Relay::start(pair.folder.path(), &pair.brokers[1].unix())?;
+    let vm = pair.machine().await?;
+    relay.hold("Ready");
+    let at = vm.migrate(&relay.uri(), Dictionary::new(), 0).await?;
+    until("a destination", async || Ok(relay.holds())).await?;
+    let (core, control) = pair.core_there()?;
+    ensure!(cut(core, &control)? > 0, "nobody was connected");
+    relay.open();
+    let (state, result) = ended(&pair.buses[0], at).await?;
+    assert_eq!(state, JobState::Done, "{result:?}");
+    assert_eq!(pair.settles().await?, 1);
+    let vm = pair.at(1).await?.context("it is gone")?;
+    // It is talked to.
+    vm.pause(0).await?;
+    becomes(&vm, State::Paused).await?;
+    vm.resume(0).await?;
+    finish(&mut take_console(&vm).await?)
 }
 
 #[tokio::test(flavor = "multi_thread")]

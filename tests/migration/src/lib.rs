@@ -2,11 +2,13 @@
 //! and what passes on them made to fail.
 
 mod devices;
+mod guest;
 mod machines;
 mod side;
 mod wires;
 
 pub use devices::{Counter, Foreign};
+pub use guest::{Done, beat_on, finish, warm_up};
 pub use machines::{at_work, busy};
-pub use side::{Done, Moved, Outcome, Side, Spec, beat_on, finish, warm_up};
+pub use side::{Moved, Outcome, Side, Spec};
 pub use wires::{Fault, Gate, Kind, Wires};

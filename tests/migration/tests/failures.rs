@@ -260,7 +260,7 @@ fn a_host_with_too_little_memory_is_named_before_anything_is_copied() -> Result<
     );
     ensure!(outcome["result"] == "kept", "{outcome:#}");
     ensure!(
-        source.progress()?["sent_bytes"] == 0,
+        source.progress()?["sent-bytes"] == 0,
         "something was copied"
     );
     umount("/proc/meminfo")?;

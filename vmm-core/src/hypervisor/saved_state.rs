@@ -107,4 +107,11 @@ impl VcpuSavedState {
             *value = value.wrapping_add(ticks);
         }
     }
+
+    /// Leaves the time stamp counter out. KVM takes one that is less than a second away from where
+    /// the counter that was set last would be for the same one, and does not set it: a machine to
+    /// come must be the first to set it.
+    pub fn leave_counter_out(&mut self) {
+        self.msrs.retain(|(index, _)| *index != TSC);
+    }
 }

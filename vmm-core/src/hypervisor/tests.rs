@@ -212,6 +212,8 @@ fn clocks_go_on_while_a_state_is_on_its_way() {
     vcpu.catch_up(Duration::from_micros(1500));
     assert_eq!(vm.clock.unwrap().clock - clock, 1_500_000);
     assert_eq!(vcpu.msrs, [(0x10, 7 + 3_000_000), (0x11, 7)]);
+    vcpu.leave_counter_out();
+    assert_eq!(vcpu.msrs, [(0x11, 7)]);
 }
 
 #[test]

@@ -21,7 +21,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::event::{Command, CurrentMigration, Event, Events, Reins};
 use super::{Machine, MachineError, Reason, VCPU_DEADLINE, chain};
-use crate::hypervisor::MemorySlots;
+use crate::hypervisor::{MemorySlots, VcpuSavedState};
 use crate::migration::MigrationError;
 use crate::migration::definition::define;
 use crate::migration::destination::{self, Arriving, NewHost};
@@ -501,8 +501,10 @@ impl NewHost for Machine {
     }
 
     fn rehearse(&mut self) -> Result<(), MigrationError> {
-        let core = to_blob(&self.save_core(Vec::new())?)?;
-        self.load_core(from_blob(&core)?)
+        let mut core = self.save_core(Vec::new())?;
+        let vcpus = core.vcpus.iter_mut();
+        vcpus.for_each(VcpuSavedState::leave_counter_out);
+        self.load_core(from_blob(&to_blob(&core)?)?)
     }
 
     fn arrived(&mut self) -> Result<(), MigrationError> {

@@ -19,11 +19,12 @@ use migration::channel::Cancel;
 use migration::commit::{Destination, DestinationInput};
 use migration::link::{Link, LinkError};
 use migration::report::{Costs, Recorder, micros};
-use migration::wire::{Blob, Definition, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSource};
+use migration::wire::{Blob, Definition, ToDestination, ToSource};
 
 use super::barrier::{self, Arrival, Barrier};
 use super::definition::{available, used};
 use super::error::system;
+use super::obstacles::{lack_of_memory, obstacles};
 use super::ram::RamReceiver;
 use super::saved_state::{CoreState, DeviceWiring, WiringState, from_blob};
 use super::setup::Sockets;
@@ -233,25 +234,14 @@ impl Incoming {
                 states.load_ahead(number, unit)
             });
             let names = self.crew.names();
-            let listen = |_| {
-                while self.heard.len() < MOST_HEARD && self.link.has_message() {
-                    let message = self.link.receive(ANSWER_DEADLINE)?;
-                    if let ToDestination::Abort { reason } = message {
-                        return Err(MigrationError::GivenUp { reason });
-                    }
-                    self.heard.push_back(message);
-                }
-                Ok(())
-            };
-            let (within, recorder) = (PREFAULT_DEADLINE, &mut self.recorder);
             barrier::wait_while(
-                listen,
+                |_| hear(&mut self.link, &mut self.heard),
                 Barrier::A,
                 "prepare",
                 names,
                 &prepared,
-                within,
-                recorder,
+                PREFAULT_DEADLINE,
+                &mut self.recorder,
             )?;
         }
         let mut core = Duration::MAX;
@@ -286,16 +276,8 @@ impl Incoming {
         }
         self.recorder
             .note("core", "load", begin, blob.payload.len() as u64);
-        // A source that gives up meanwhile says so, or is gone.
-        let listen = |_| match self.link.has_message() {
-            false => Ok(()),
-            true => Err(match self.link.receive(ANSWER_DEADLINE)? {
-                ToDestination::Abort { reason } => MigrationError::GivenUp { reason },
-                other => unexpected(&other, "nothing"),
-            }),
-        };
         barrier::wait_while(
-            listen,
+            |_| hear(&mut self.link, &mut self.heard),
             Barrier::E,
             "load",
             self.crew.names(),
@@ -303,6 +285,9 @@ impl Incoming {
             BLACKOUT_DEADLINE,
             &mut self.recorder,
         )?;
+        if let Some(early) = self.heard.pop_front() {
+            return Err(unexpected(&early, "nothing"));
+        }
         if let Some(memory) = &self.layout {
             let begin = Instant::now();
             lay_out_again(memory)?;
@@ -446,44 +431,15 @@ fn check_units(units: &[Arc<Unit>], devices: &[DeviceWiring]) -> Result<(), Migr
     Ok(())
 }
 
-fn obstacles(here: &Definition, shared: bool, channels: usize, hello: &Hello) -> Vec<String> {
-    if hello.protocol != PROTOCOL {
-        return vec![format!(
-            "the source speaks version {} of the protocol, the destination {PROTOCOL}",
-            hello.protocol
-        )];
+/// Keeps what comes while devices are waited for. A source that gives up meanwhile says so, or is gone.
+fn hear(link: &mut Link, heard: &mut VecDeque<ToDestination>) -> Result<(), MigrationError> {
+    while heard.len() < MOST_HEARD && link.has_message() {
+        match link.receive(ANSWER_DEADLINE)? {
+            ToDestination::Abort { reason } => return Err(MigrationError::GivenUp { reason }),
+            message => heard.push_back(message),
+        }
     }
-    let mut reasons = here.obstacles(&hello.definition);
-    let wanted = match hello.memory {
-        MemoryTransfer::Shared => None,
-        MemoryTransfer::Copied { channels } => Some(channels as usize),
-    };
-    let given = (!shared).then_some(channels);
-    if wanted != given {
-        let say = |channels: Option<usize>| match channels {
-            Some(channels) => format!("copied over {channels} channels"),
-            None => "shared".into(),
-        };
-        reasons.push(format!(
-            "memory is {} at the source and {} at the destination",
-            say(wanted),
-            say(given)
-        ));
-    }
-    reasons
-}
-
-/// Says so if the machine uses more than the `room` that there is, if that is known.
-fn lack_of_memory(hello: &Hello, room: Option<u64>) -> Option<String> {
-    let (used, room) = (hello.memory_used, room?);
-    let copied = hello.memory != MemoryTransfer::Shared;
-    (copied && used > room).then(|| {
-        format!(
-            "the machine uses {} MiB of memory and the destination has {} MiB free",
-            used >> 20,
-            room >> 20
-        )
-    })
+    Ok(())
 }
 
 fn unexpected(message: &ToDestination, expected: &'static str) -> MigrationError {
@@ -498,35 +454,4 @@ fn unexpected(message: &ToDestination, expected: &'static str) -> MigrationError
         ToDestination::Abort { .. } => "abort",
     };
     MigrationError::Unexpected { said, expected }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_machine_needs_the_memory_that_it_uses() {
-        let mut hello = Hello {
-            protocol: PROTOCOL,
-            definition: Definition {
-                cpus: 1,
-                cpu_features: Vec::new(),
-                processor: None,
-                tsc: None,
-                memory: Vec::new(),
-                units: Vec::new(),
-                schemas: Vec::new(),
-            },
-            memory: MemoryTransfer::Copied { channels: 1 },
-            memory_used: 300 << 20,
-        };
-        assert_eq!(lack_of_memory(&hello, None), None);
-        assert_eq!(lack_of_memory(&hello, Some(300 << 20)), None);
-        assert_eq!(
-            lack_of_memory(&hello, Some(299 << 20)).unwrap(),
-            "the machine uses 300 MiB of memory and the destination has 299 MiB free"
-        );
-        hello.memory = MemoryTransfer::Shared;
-        assert_eq!(lack_of_memory(&hello, Some(0)), None);
-    }
 }

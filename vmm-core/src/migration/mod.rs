@@ -38,6 +38,7 @@ pub mod definition;
 pub mod destination;
 mod error;
 pub mod free_pages;
+mod obstacles;
 pub mod ram;
 pub mod saved_state;
 pub mod setup;
