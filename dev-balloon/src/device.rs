@@ -92,20 +92,31 @@ impl Device for BalloonDevice {
             len: data.len(),
             reason,
         };
-        match (writer, usize::try_from(offset), <[u8; 4]>::try_from(data)) {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        if start.saturating_add(data.len()) > SPACE_LEN {
+            return Err(refuse("it is outside"));
+        }
+        match writer {
             // What it could say is in the saved state.
-            (ConfigWriter::Migration, Ok(start), _) if start + data.len() <= SPACE_LEN => {}
-            (ConfigWriter::Migration, ..) => return Err(refuse("it is outside")),
-            (ConfigWriter::Driver, Ok(ACTUAL_AT), Ok(word)) => {
-                self.shared.set_actual(u32::from_le_bytes(word));
-            }
-            (ConfigWriter::Driver, Ok(POISON_AT), Ok(word)) => {
-                self.shared.set_poison(u32::from_le_bytes(word));
-            }
-            (ConfigWriter::Driver, ..) => {
-                return Err(refuse(
-                    "a driver may only write the size of the balloon and its poison, each whole",
-                ));
+            ConfigWriter::Migration => {}
+            // Some front-ends write the whole space for each of its words: what is the host's stays.
+            ConfigWriter::Driver => {
+                let word = |at: usize| {
+                    let bytes = data.get(at.checked_sub(start)?..)?;
+                    bytes.first_chunk().map(|word| u32::from_le_bytes(*word))
+                };
+                let (actual, poison) = (word(ACTUAL_AT), word(POISON_AT));
+                if (actual, poison) == (None, None) {
+                    return Err(refuse(
+                        "a driver may only write the size of the balloon and its poison, each whole",
+                    ));
+                }
+                if let Some(pages) = actual {
+                    self.shared.set_actual(pages);
+                }
+                if let Some(value) = poison {
+                    self.shared.set_poison(value);
+                }
             }
         }
         Ok(())

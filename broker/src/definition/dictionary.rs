@@ -79,6 +79,10 @@ fn device(device: &Device) -> (&'static str, Entries) {
         }
         DeviceKind::Balloon(balloon) => {
             put(keys::TARGET, (u64::from(balloon.target_mib) << 20).into());
+            put(
+                keys::STATISTICS_INTERVAL,
+                balloon.statistics_interval.into(),
+            );
             keys::BALLOON
         }
         DeviceKind::VhostUser(other) => {

@@ -82,6 +82,8 @@ fn device(device: &Device) -> (&'static str, Table) {
         }
         DeviceKind::Balloon(balloon) => {
             put(keys::TARGET, (i64::from(balloon.target_mib) << 20).into());
+            let interval = i64::from(balloon.statistics_interval);
+            put(keys::STATISTICS_INTERVAL, interval.into());
             keys::BALLOON
         }
         DeviceKind::VhostUser(other) => {

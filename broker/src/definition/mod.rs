@@ -137,6 +137,14 @@ pub struct Net {
 pub struct Balloon {
     /// MiB that the guest shall give from the beginning.
     pub target_mib: u32,
+    /// Seconds between two questions for the guest's statistics; 0: none is asked.
+    #[serde(default = "statistics_interval")]
+    pub statistics_interval: u32,
+}
+
+/// Of a balloon that does not say.
+fn statistics_interval() -> u32 {
+    5
 }
 
 /// A device of somebody else's back-end.
@@ -336,7 +344,7 @@ fn known_keys(list: &str) -> &'static [&'static str] {
             keys::SERIAL,
         ],
         keys::NET => &[keys::ID, keys::TAP, keys::MAC, keys::QUEUE_PAIRS, keys::MTU],
-        keys::BALLOON => &[keys::ID, keys::TARGET],
+        keys::BALLOON => &[keys::ID, keys::TARGET, keys::STATISTICS_INTERVAL],
         keys::VHOST_USER => &[keys::ID, keys::TYPE, keys::SOCKET, keys::QUEUES, keys::TAG],
         _ => &[
             keys::KERNEL,
@@ -387,6 +395,9 @@ fn balloon(fields: &mut Fields) -> Result<DeviceKind, DefinitionError> {
     let problem = || format!("{target} bytes: give whole MiB, 1T at most");
     Ok(DeviceKind::Balloon(Balloon {
         target_mib: target_mib.ok_or_else(|| fields.wrong(keys::TARGET, None, problem()))?,
+        statistics_interval: fields
+            .integer(keys::STATISTICS_INTERVAL, 0, 3600)?
+            .unwrap_or_else(statistics_interval),
     }))
 }
 

@@ -33,6 +33,9 @@ fn a_whole_file_is_understood() {
         read-only = true
         [[net]]
         tap = "tap0"
+        [[balloon]]
+        target = "64M"
+        statistics-interval = 60
         [[vhost-user]]
         type = "fs"
         socket = "/run/fs.sock"
@@ -44,13 +47,17 @@ fn a_whole_file_is_understood() {
     assert_eq!(definition.cpu, "x86-64-v3");
     assert!(definition.autostart);
     let ids: Vec<_> = definition.devices.iter().map(|d| d.id.as_str()).collect();
-    assert_eq!(ids, ["disk0", "data", "net0", "vhost-user0"]);
+    assert_eq!(ids, ["disk0", "data", "net0", "balloon0", "vhost-user0"]);
     let sources: Vec<_> = definition.devices.iter().map(Device::source).collect();
     assert_eq!(sources[2], "tap:tap0");
     let DeviceKind::Net(net) = &definition.devices[2].kind else {
         panic!("it is a card");
     };
     assert!(net.mac.starts_with("52:54:00:"), "{}", net.mac);
+    let DeviceKind::Balloon(balloon) = &definition.devices[3].kind else {
+        panic!("it is a balloon");
+    };
+    assert_eq!((balloon.target_mib, balloon.statistics_interval), (64, 60));
 }
 
 #[test]
@@ -107,6 +114,10 @@ fn a_mistake_is_named_with_key_value_and_line() {
              '/', ':' or blanks",
         ),
         (
+            "kernel = \"/k\"\n[[balloon]]\nstatistics-interval = 3601",
+            "line 3: balloon[0].statistics-interval: 3601: give 0 to 3600",
+        ),
+        (
             "kernel = \"/k\"\nmemory = 1.5",
             "line 2: memory: a fraction where an integer or a string is expected",
         ),
@@ -138,15 +149,19 @@ fn a_dictionary_says_the_same_as_a_file() {
         ("path".to_owned(), "/d".into()),
         ("queues".to_owned(), 4u8.into()),
     ]);
+    let interval = ("statistics-interval".to_owned(), 0u32.into());
+    let balloon: HashMap<String, Variant<'static>> = HashMap::from([interval]);
     let definition = Definition::from_dictionary(dictionary([
         ("kernel", "/k".into()),
         ("memory", (64u64 << 20).into()),
         ("vcpus", 2i64.into()),
         ("disk", vec![disk].into()),
+        ("balloon", vec![balloon].into()),
     ]))
     .unwrap();
     let file = from_toml(&format!(
-        "kernel = \"/k\"\nmemory = \"64M\"\nvcpus = 2\nuuid = \"{}\"\n[[disk]]\npath = \"/d\"\nqueues = 4",
+        "kernel = \"/k\"\nmemory = \"64M\"\nvcpus = 2\nuuid = \"{}\"\n[[disk]]\npath = \"/d\"\nqueues = 4\n\
+         [[balloon]]\nstatistics-interval = 0",
         definition.uuid
     ))
     .unwrap();

@@ -194,6 +194,8 @@ impl RunningDevice {
             }
             DeviceKind::Balloon(balloon) => {
                 program.args(["--target", &balloon.target_mib.to_string()]);
+                let interval = balloon.statistics_interval.to_string();
+                program.args(["--statistics-interval", &interval]);
             }
             DeviceKind::VhostUser(_) => {}
         }

@@ -12,7 +12,7 @@ A definition file has these keys; paths are absolute:
   kernel, initrd, cmdline or firmware, vcpus, cpu, memory = \"1G\", hugepages, prefault, uuid
   [[disk]]        path, read-only, queues, serial, id
   [[net]]         tap, mac, queue-pairs, mtu, id
-  [[balloon]]     target = \"256M\", id
+  [[balloon]]     target = \"256M\", statistics-interval, id
   [[vhost-user]]  type, socket, queues, tag, id";
 
 pub const LIST: &str = "\

@@ -33,6 +33,7 @@
 //! | | `queue-pairs` | integer | queue pairs, 1 to 32 | 1 |
 //! | | `mtu` | integer | MTU that the guest is told, 68 to 65535 | none |
 //! | `balloon` | `target` | integer or string | bytes that the guest shall give from the beginning, whole MiB | 0 |
+//! | | `statistics-interval` | integer | seconds after which the guest is asked for its statistics again, up to 3600; 0: never | 5 |
 //! | `vhost-user` | `type` | string | kind of the device, as `fs` | must be given |
 //! | | `socket` | string | where its back-end listens | must be given |
 //! | | `queues` | integer | virtqueues, 1 to 64 | the back-end's |
@@ -91,6 +92,8 @@ pub const QUEUE_PAIRS: &str = "queue-pairs";
 pub const MTU: &str = "mtu";
 /// Bytes that a balloon is to have.
 pub const TARGET: &str = "target";
+/// Seconds between two reports of a guest's memory.
+pub const STATISTICS_INTERVAL: &str = "statistics-interval";
 /// Kind of a vhost-user device.
 pub const TYPE: &str = "type";
 /// Socket of a vhost-user back-end.

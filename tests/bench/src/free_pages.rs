@@ -14,7 +14,7 @@ use clap::ValueEnum;
 use migration::report::Report as Moved;
 use serde_json::json;
 use test_framework::machine::{DEADLINE, Device};
-use test_guest::{BalloonMode, Idle, Workload};
+use test_guest::{BalloonMode, Idle, Report as Said, Workload};
 use test_migration::{Side, Spec, beat_on};
 
 use crate::cpu_time::CpuTime;
@@ -255,6 +255,10 @@ fn of_godwit(memory_mib: u32, workload: Workload, freed_mib: u32) -> Result<Vec<
     spec.memory_mib = memory_mib.into();
     (spec.balloon, spec.hints) = (true, HINTS[0]);
     let mut side = Side::boot(&spec)?;
+    // It uses all of its memory once before it beats.
+    let patience = DEADLINE * (memory_mib >> 10);
+    let beats = |said: &Said| matches!(said, Said::Beat { .. }).then_some(());
+    side.console.report("a heartbeat", patience, beats)?;
     // The core asks a balloon that it has a link to.
     spec.hints = true;
     let mut moves = Vec::new();

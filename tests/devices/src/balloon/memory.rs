@@ -143,6 +143,19 @@ fn a_target_is_told_to_the_guest_and_its_answer_to_the_core() -> Result<()> {
     ensure!(half.is_err_and(|e| e.to_string().contains("multiple of 4096")));
     machine.connection.set_config(TARGET_AT, &[1, 0, 0, 0])?;
     assert_eq!(config(&mut machine, TARGET_AT)?, 4096);
+    // QEMU's generic front-end writes all words for one.
+    let words = [7, 4001, 7, 0xaaaa_aaaa_u32].map(u32::to_le_bytes);
+    machine
+        .connection
+        .set_config(TARGET_AT, words.as_flattened())?;
+    for (at, word) in [
+        (TARGET_AT, 4096),
+        (ACTUAL_AT, 4001),
+        (COMMAND_AT, 0),
+        (POISON_AT, 0xaaaa_aaaa),
+    ] {
+        assert_eq!(config(&mut machine, at)?, word, "at {at}");
+    }
     // The host still wants it of a guest that starts anew.
     machine.connection.frontend().reset_device()?;
     assert_eq!(

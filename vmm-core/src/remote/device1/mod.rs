@@ -19,6 +19,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::Duration;
 
@@ -221,11 +222,23 @@ async fn serve(
             return Ok(());
         }
         tokio::time::sleep(CHANGE_INTERVAL).await;
-        if let Some(signal) = next(&mut signals).await {
-            signal?;
-        } else {
+        let Some(signal) = next(&mut signals).await else {
             return Ok(());
+        };
+        signal?;
+        // Those that came meanwhile are the same news, and behind a full queue no answer is heard.
+        while let Some(signal) = waiting(&mut signals) {
+            signal?;
         }
+    }
+}
+
+/// A signal that is there already.
+fn waiting(signals: &mut MessageStream) -> Option<zbus::Result<zbus::Message>> {
+    let mut nobody = Context::from_waker(Waker::noop());
+    match std::pin::Pin::new(signals).poll_next(&mut nobody) {
+        Poll::Ready(signal) => signal,
+        Poll::Pending => None,
     }
 }
 

@@ -233,16 +233,31 @@ async fn changes_are_passed_on_at_a_bounded_rate() {
     let server = process.object_server();
     let chatter = server.interface::<_, Chatter>(PATH).await.unwrap();
     let begin = Instant::now();
-    for _ in 0..50 {
-        let state = chatter.get().await;
-        state.state_changed(chatter.signal_emitter()).await.unwrap();
-    }
     for _ in 0..3 {
+        for _ in 0..50 {
+            let state = chatter.get().await;
+            state.state_changed(chatter.signal_emitter()).await.unwrap();
+        }
         assert_eq!(changes.recv().await.as_deref(), Some("disk"));
     }
     // Three of them are at least two intervals.
     assert!(begin.elapsed() >= 2 * CHANGE_INTERVAL);
     drop(links);
+}
+
+#[tokio::test]
+async fn a_process_that_tells_much_is_still_heard() {
+    let (links, _changes, theirs) = linked();
+    let process = talk(theirs, Words::default()).await;
+    let server = process.object_server();
+    let interface = server.interface::<_, Device1<Talker>>(PATH).await.unwrap();
+    becomes(&links, Link::Up).await;
+    for _ in 0..300 {
+        let emitter = interface.signal_emitter();
+        let state = interface.get().await;
+        state.state_changed(emitter).await.unwrap();
+    }
+    assert_eq!(links.ask("disk").await.0, Link::Up);
 }
 
 #[test]
