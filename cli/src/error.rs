@@ -246,12 +246,21 @@ impl<T, E: Into<ApiError>> What<T> for std::result::Result<T, E> {
 
 /// What was to be done and why not, without saying a name twice.
 fn about(what: &str, error: &ApiError) -> String {
-    let text = error.to_string();
+    let text = match error {
+        error if is_unanswered(error) => "the broker did not answer in time".into(),
+        error => error.to_string(),
+    };
     if text.contains(what) {
         text
     } else {
         format!("{what}: {text}")
     }
+}
+
+/// Whether a call was given up, the broker being there for all that is known.
+fn is_unanswered(error: &ApiError) -> bool {
+    matches!(error, ApiError::ZBus(zbus::Error::InputOutput(error))
+        if error.kind() == io::ErrorKind::TimedOut)
 }
 
 /// Whether the object that was asked is there no more.
@@ -273,6 +282,7 @@ fn of_api(error: &ApiError) -> u8 {
         return status::NOT_FOUND;
     }
     match error {
+        error if is_unanswered(error) => status::TIMED_OUT,
         ApiError::ZBus(error) => match error {
             zbus::Error::InputOutput(_) | zbus::Error::Connection(..) => status::NO_BROKER,
             zbus::Error::FDO(standard) => match **standard {
@@ -382,6 +392,10 @@ mod tests {
     fn a_lost_connection_is_a_broker_that_does_not_answer() {
         let broken = zbus::Error::from(io::Error::from(io::ErrorKind::BrokenPipe));
         assert_eq!(refused(ApiError::ZBus(broken)).status(), 3);
+        let late = zbus::Error::from(io::Error::from(io::ErrorKind::TimedOut));
+        let late = refused(ApiError::ZBus(late));
+        assert_eq!(late.status(), 10);
+        assert_eq!(late.to_string(), "vm1: the broker did not answer in time");
         let gone = zbus::fdo::Error::ServiceUnknown("x".into());
         assert_eq!(refused(gone.into()).status(), 3);
         let gone = zbus::fdo::Error::UnknownObject("x".into());

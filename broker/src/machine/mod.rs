@@ -352,7 +352,7 @@ impl Machine {
     }
 
     /// Why its core gave no answer.
-    async fn lost(&self, what: &str, error: &zbus::Error) -> Error {
+    pub(crate) async fn lost(&self, what: &str, error: &zbus::Error) -> Error {
         let name = &self.name;
         // Its end is noticed by another way than its silence.
         let noticed = tokio::time::timeout(END_DEADLINE, self.gone()).await;

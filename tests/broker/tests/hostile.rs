@@ -54,7 +54,7 @@ async fn who_sends_nonsense_harms_nobody() -> Result<()> {
     let bus = broker.connect().await?;
     let vm = running(&bus, "vm", definition(&Workload::default())).await?;
     let core = vm.process().await?;
-    let control = broker.folder().join("run/machines/vm/control");
+    let control = broker.run().join("machines/vm/control");
     for (socket, process) in [(broker.bus(), broker.id()), (control, core)] {
         let before = own_memory(process)?;
         for _ in 0..20 {
