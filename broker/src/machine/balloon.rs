@@ -33,6 +33,13 @@ impl Machine {
     /// As [`Self::balloon`], or it is no size.
     pub(crate) async fn set_balloon_target(&self, at: usize, bytes: u64) -> Result<(), Error> {
         let (core, id) = (self.core("asked for memory")?, self.balloon_id(at)?);
+        let memory = self.definition().memory;
+        if bytes > memory {
+            let name = &self.name;
+            return Err(Error::InvalidArgs(format!(
+                "{name} has {memory} bytes of memory: it cannot give {bytes}"
+            )));
+        }
         self.in_time(core.set_balloon_target(id.as_str(), bytes))
             .await
     }
