@@ -41,6 +41,8 @@ pub static ROUTES: Count = Count::zero();
 pub static RINGS: Count = Count::zero();
 /// Messages to devices.
 pub static MESSAGES: Count = Count::zero();
+/// Files opened.
+pub static FILES: Count = Count::zero();
 static LOG_LINES: Count = Count::zero();
 
 /// Counts so far.
@@ -55,6 +57,7 @@ pub fn now() -> Costs {
         doorbells: DOORBELLS.get(),
         routes: ROUTES.get(),
         rings: RINGS.get(),
+        files: FILES.get(),
         log_lines: LOG_LINES.get(),
         messages: MESSAGES.get(),
         page_faults: u64::try_from(faults).unwrap_or(0),

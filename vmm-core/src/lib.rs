@@ -13,12 +13,19 @@
 //! | [`platform`] | what a PC has besides PCI: serial, RTC, power, reset |
 //! | [`boot`] | kernels, ACPI tables, start of a vCPU |
 //! | [`costs`] | what must not be done while a machine stands still, counted |
+//! | [`files`] | where files are opened, counted |
 //! | [`migration`] | moving all of it to another core |
 //! | [`machine`] | all of it together, with its life |
+
+#![cfg_attr(
+    test,
+    expect(clippy::disallowed_methods, reason = "a test is no part of a stop")
+)]
 
 pub mod boot;
 pub mod bus;
 pub mod costs;
+pub mod files;
 pub mod hypervisor;
 pub mod interrupt;
 pub mod layout;

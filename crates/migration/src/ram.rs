@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! preface   "GODWITRM", u16 version, u16 channel's number, u32 0
-//! record    u32 kind, u32 CRC-32C of all that follows, u64 first page,
-//!           u64 pages with content (a bit each), u64 pages that are zero; then the content
+//! record    u32 kind, u32 CRC-32C of the content, u64 first page, u64 pages with content (a bit
+//!           each), u64 pages that are zero, u32 CRC-32C of the 32 bytes before it; the content
 //! end       a record of kind 2: u64 records before it, two zeroes
 //! ```
-//! Numbers are little-endian; pages are 4 KiB, counted from guest-physical 0. A record's first page
-//! is a multiple of 64, and *which channel* it travels on follows from it alone ([`channel_of`]):
-//! so what was sent later is applied later, without any channel waiting for another.
+//! Numbers are little-endian; pages are 4 KiB, counted from guest-physical 0. A record's header is
+//! checked before it is believed how much content follows. Its first page is a multiple of 64, and
+//! *which channel* it travels on follows from that alone ([`channel_of`]): so what was sent later is
+//! applied later, without any channel waiting for another.
 
 use std::io::{self, Read, Write};
 
@@ -22,9 +23,11 @@ pub const RECORD_PAGES: u64 = 64;
 pub const MAX_CHANNELS: usize = 16;
 
 const MAGIC: [u8; 8] = *b"GODWITRM";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const PREFACE: usize = 16;
-const HEADER: usize = 32;
+const HEADER: usize = 36;
+/// Where the header's own checksum is.
+const CHECKED: usize = 32;
 const PAGES: u32 = 1;
 const END: u32 = 2;
 /// Bytes of the pages of a record, at most: it has a bit for each.
@@ -62,12 +65,14 @@ pub enum RamError {
         what: &'static str,
     },
     /// A checksum that does not fit.
-    #[error("memory channel {channel}: record {record} is corrupted")]
+    #[error("memory channel {channel}: the {part} of record {record} is corrupted")]
     Corrupted {
         /// The channel's number.
         channel: usize,
         /// Records before it.
         record: u64,
+        /// Header or content.
+        part: &'static str,
     },
     /// The channel failed or ended early.
     #[error("memory channel {channel} failed after {record} records")]
@@ -175,12 +180,14 @@ impl<W: Write> RamWriter<W> {
     /// Sends the first `length` bytes of the buffer, with this header.
     fn seal(&mut self, length: usize, kind: u32, words: [u64; 3]) -> Result<(), RamError> {
         let record = &mut self.buffer[..length];
+        let crc = crc32c::crc32c(&record[HEADER..]);
         record[..4].copy_from_slice(&kind.to_le_bytes());
+        record[4..8].copy_from_slice(&crc.to_le_bytes());
         for (at, word) in (8..).step_by(8).zip(words) {
             record[at..at + 8].copy_from_slice(&word.to_le_bytes());
         }
-        let crc = crc32c::crc32c(&record[8..]) ^ kind;
-        record[4..8].copy_from_slice(&crc.to_le_bytes());
+        let crc = crc32c::crc32c(&record[..CHECKED]);
+        record[CHECKED..HEADER].copy_from_slice(&crc.to_le_bytes());
         self.channel
             .write_all(record)
             .map_err(|source| RamError::Io {
@@ -258,8 +265,10 @@ impl<R: Read> RamReader<R> {
     pub fn record(&mut self, memory: &impl PageSink) -> Result<bool, RamError> {
         let mut header = [0; HEADER];
         self.read(&mut header)?;
-        let kind = u32::from_le_bytes(part(&header, 0));
-        let crc = u32::from_le_bytes(part(&header, 4));
+        let [kind, crc, checked] = [0, 4, CHECKED].map(|at| u32::from_le_bytes(part(&header, at)));
+        if crc32c::crc32c(&header[..CHECKED]) != checked {
+            return Err(self.corrupted("header"));
+        }
         let [first, content, zero] = [8, 16, 24].map(|at| u64::from_le_bytes(part(&header, at)));
         let pages = if kind == PAGES {
             content.count_ones()
@@ -272,11 +281,8 @@ impl<R: Read> RamReader<R> {
         buffer.resize(buffer.len().max(length), 0);
         let content_bytes = &mut buffer[..length];
         self.read(content_bytes)?;
-        if crc32c::crc32c_append(crc32c::crc32c(&header[8..]), content_bytes) ^ kind != crc {
-            return Err(RamError::Corrupted {
-                channel: self.number,
-                record: self.records,
-            });
+        if crc32c::crc32c(content_bytes) != crc {
+            return Err(self.corrupted("content"));
         }
         let goes_on = match kind {
             PAGES => {
@@ -347,6 +353,14 @@ impl<R: Read> RamReader<R> {
         Ok(())
     }
 
+    fn corrupted(&self, part: &'static str) -> RamError {
+        RamError::Corrupted {
+            channel: self.number,
+            record: self.records,
+            part,
+        }
+    }
+
     fn impossible(&self, what: &'static str) -> RamError {
         RamError::Record {
             channel: self.number,
@@ -401,160 +415,4 @@ fn part<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::cell::RefCell;
-    use std::collections::BTreeMap;
-
-    use super::*;
-
-    #[derive(Default)]
-    struct Memory(RefCell<BTreeMap<u64, Vec<u8>>>);
-    impl PageSink for Memory {
-        fn has(&self, page: u64) -> bool {
-            page < 1000
-        }
-        fn fill(&self, page: u64, content: &[u8]) -> io::Result<()> {
-            let pages = (page..).zip(content.chunks(PAGE));
-            let pages = pages.map(|(page, content)| (page, content.to_vec()));
-            self.0.borrow_mut().extend(pages);
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn what_is_together_is_one_run() {
-        let runs = |bits| runs(64, bits).collect::<Vec<_>>();
-        assert_eq!(runs(0), []);
-        assert_eq!(runs(u64::MAX), [(64, 64)]);
-        assert_eq!(runs(0b1101), [(64, 1), (66, 2)]);
-        assert_eq!(runs(1 << 63 | 1), [(64, 1), (127, 1)]);
-    }
-
-    /// Page 64 is zero, others are full of their number.
-    fn content(page: u64, into: &mut [u8]) -> io::Result<PageRead> {
-        into.fill(if page == 64 { 0 } else { page.to_le_bytes()[0] });
-        Ok(PageRead::Filled)
-    }
-
-    fn stream(first: u64, bits: u64) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        let mut writer = RamWriter::begin(&mut bytes, 0).unwrap();
-        writer.pages(first, bits, content, |_| false).unwrap();
-        let said = writer.end().unwrap();
-        assert_eq!(said, bytes.len() as u64);
-        bytes
-    }
-
-    fn load(bytes: &[u8]) -> Result<Memory, RamError> {
-        let memory = Memory::default();
-        let mut reader = RamReader::begin(bytes, 0, 1)?;
-        while reader.record(&memory)? {}
-        assert_eq!(reader.bytes(), bytes.len() as u64);
-        Ok(memory)
-    }
-
-    #[test]
-    fn pages_arrive_and_zero_ones_without_content() {
-        let bytes = stream(64, 0b1011);
-        assert_eq!(bytes.len(), PREFACE + 2 * HEADER + 2 * PAGE);
-        let memory = load(&bytes).unwrap().0.into_inner();
-        assert_eq!(memory.keys().copied().collect::<Vec<_>>(), [64, 65, 67]);
-        assert!(memory[&64].iter().all(|byte| *byte == 0));
-        assert!(memory[&67].iter().all(|byte| *byte == 67));
-    }
-
-    #[test]
-    fn a_zero_page_that_is_new_is_not_mentioned() {
-        let mut bytes = Vec::new();
-        let mut writer = RamWriter::begin(&mut bytes, 0).unwrap();
-        let sent = writer.pages(64, 1, content, |_| true).unwrap();
-        assert_eq!(sent, Sent::default());
-        assert_eq!(writer.bytes(), PREFACE as u64);
-    }
-
-    #[test]
-    fn a_hole_is_zero_whatever_was_read_before_it() {
-        let mut bytes = Vec::new();
-        let mut writer = RamWriter::begin(&mut bytes, 0).unwrap();
-        // The record before leaves its pages in the buffer.
-        writer.pages(64, 0b110, content, |_| false).unwrap();
-        let holes = |page, into: &mut [u8]| match page {
-            65 | 66 => Ok(PageRead::Hole),
-            page => content(page, into),
-        };
-        let sent = writer.pages(64, 0b1110, holes, |_| false).unwrap();
-        let (content, zero) = (0b1000, 0b110);
-        assert_eq!(sent, Sent { content, zero });
-        writer.end().unwrap();
-        let memory = load(&bytes).unwrap().0.into_inner();
-        for (page, byte) in [(65, 0), (66, 0), (67, 67)] {
-            assert!(memory[&page].iter().all(|found| *found == byte), "{page}");
-        }
-    }
-
-    #[test]
-    fn every_flipped_bit_is_found_before_anything_of_the_record_is_loaded() {
-        let bytes = stream(64, 0b11);
-        let header = (PREFACE + HEADER) * 8;
-        let sample = (header..bytes.len() * 8).step_by(977);
-        for bit in (0..header).chain(sample) {
-            let mut wrong = bytes.clone();
-            wrong[bit / 8] ^= 1 << (bit % 8);
-            let memory = Memory::default();
-            let result = RamReader::begin(wrong.as_slice(), 0, 1).and_then(|mut reader| {
-                while reader.record(&memory)? {}
-                Ok(())
-            });
-            assert!(result.is_err(), "bit {bit}");
-            let loaded = memory.0.into_inner();
-            for (page, bytes) in loaded {
-                let mut right = vec![0; PAGE];
-                content(page, &mut right).unwrap();
-                assert_eq!(bytes, right, "page {page} was loaded wrongly, bit {bit}");
-            }
-        }
-    }
-
-    #[test]
-    fn every_truncation_is_found() {
-        let bytes = stream(64, 0b11);
-        for length in (0..bytes.len()).step_by(61) {
-            assert!(load(&bytes[..length]).is_err(), "{length}");
-        }
-        let whole = bytes.len() - HEADER;
-        assert!(load(&bytes[..whole]).is_err(), "without its end");
-    }
-
-    #[test]
-    fn hostile_records_are_refused() {
-        let forge = |words: [u64; 3]| {
-            let mut bytes = preface(0).to_vec();
-            let length = HEADER + words[1].count_ones() as usize * PAGE;
-            let mut writer = RamWriter {
-                channel: &mut bytes,
-                number: 0,
-                records: 0,
-                bytes: 0,
-                buffer: vec![0; length].into(),
-            };
-            writer.seal(length, PAGES, words).unwrap();
-            load(&bytes).map(drop).unwrap_err().to_string()
-        };
-        assert!(forge([1, 1, 0]).contains("cannot be one"));
-        assert!(forge([1 << 60, 1, 0]).contains("cannot be one"));
-        assert!(forge([64, 3, 1]).contains("zero and is not"));
-        assert!(forge([6400, 1, 0]).contains("no such memory"));
-        assert!(forge([960, 0, 1 << 63]).contains("no such memory"));
-    }
-
-    #[test]
-    fn a_record_on_the_wrong_channel_could_overtake_another() {
-        assert_eq!(channel_of(64, 4), 1);
-        assert_eq!(channel_of(320, 4), 1);
-        let bytes = stream(64, 1);
-        let mut reader = RamReader::begin(bytes.as_slice(), 0, 4).unwrap();
-        let error = reader.record(&Memory::default()).unwrap_err().to_string();
-        assert!(error.contains("another channel"), "{error}");
-        assert!(RamReader::begin(bytes.as_slice(), 1, 4).is_err());
-    }
-}
+mod tests;

@@ -40,6 +40,8 @@ pub struct Costs {
     pub routes: u64,
     /// Rings whose place or eventfds devices were told.
     pub rings: u64,
+    /// Files that were opened.
+    pub files: u64,
     /// Lines that were logged.
     pub log_lines: u64,
     /// Messages to devices.
@@ -59,6 +61,7 @@ impl Costs {
             doorbells: self.doorbells - before.doorbells,
             routes: self.routes - before.routes,
             rings: self.rings - before.rings,
+            files: self.files - before.files,
             log_lines: self.log_lines - before.log_lines,
             messages: self.messages - before.messages,
             page_faults: self.page_faults - before.page_faults,

@@ -251,6 +251,7 @@ fn of_qemu(memory_mib: u32, workload: Workload) -> Result<Vec<Move>> {
 
 fn of_godwit(memory_mib: u32, workload: Workload, freed_mib: u32) -> Result<Vec<Move>> {
     let mut spec = Spec::of(workload);
+    spec.options.clear();
     spec.memory_mib = memory_mib.into();
     (spec.balloon, spec.hints) = (true, HINTS[0]);
     let mut side = Side::boot(&spec)?;

@@ -38,19 +38,19 @@ fn read(bytes: &[u8]) {
 pub fn ram(data: &[u8]) {
     read(data);
     let mut preface = b"GODWITRM".to_vec();
-    preface.extend([1, 0, 1, 0, 0, 0, 0, 0]);
+    preface.extend([2, 0, 1, 0, 0, 0, 0, 0]);
     read(&[&preface, data].concat());
     // Of each 28 bytes a record.
     let mut stream = preface;
     let (records, _) = data.as_chunks::<28>();
     for record in records.iter().take(8) {
-        let content = u64::from_le_bytes(std::array::from_fn(|at| record[12 + at]));
-        let mut rest = record[4..].to_vec();
-        rest.resize(24 + content.count_ones() as usize * PAGE, record[27]);
-        let kind = u32::from_le_bytes(std::array::from_fn(|at| record[at]));
-        stream.extend(kind.to_le_bytes());
-        stream.extend((crc32c::crc32c(&rest) ^ kind).to_le_bytes());
-        stream.extend(rest);
+        let pages = u64::from_le_bytes(std::array::from_fn(|at| record[12 + at]));
+        let content = vec![record[27]; pages.count_ones() as usize * PAGE];
+        let (kind, words) = record.split_at(4);
+        let header = [kind, &crc32c::crc32c(&content).to_le_bytes(), words].concat();
+        stream.extend(&header);
+        stream.extend(crc32c::crc32c(&header).to_le_bytes());
+        stream.extend(content);
     }
     read(&stream);
 }

@@ -58,7 +58,7 @@ fn attempt(side: &Side, here: &Spec, there: &Spec) -> Result<(Side, serde_json::
 fn at_the_source(action: &str) -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = spec(&folder)?;
-    spec.options = vec![("blackout-limit-ms", 3000)];
+    spec.options.push(("blackout-limit-ms", 3000));
     let mut side = at_work(&spec)?;
     let mut restarts = 0;
     for point in ["prepare", "stop", "save", "release"] {
@@ -111,7 +111,7 @@ fn that_dies_at_the_source() -> Result<()> {
 fn that_fails_hangs_or_dies_at_the_destination() -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = spec(&folder)?;
-    spec.options = vec![("blackout-limit-ms", 3000)];
+    spec.options.push(("blackout-limit-ms", 3000));
     let mut side = at_work(&spec)?;
     let script = |script: &str| Counter {
         script: script.to_owned(),

@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use api::core::State;
+use nix::mount::{MsFlags, mount, umount};
+use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 use test_framework::machine::DEADLINE;
+use test_framework::network;
 use test_guest::Workload;
 use test_machine::work;
 use test_migration::{Fault, Gate, Kind, Side, Spec, Wires, at_work, beat_on, finish};
@@ -95,13 +98,20 @@ fn corruption_is_detected_and_never_loaded() -> Result<()> {
             Fault::FlipBack(said(&["Welcome", "Ready"]) + 14),
             "sent no message",
         ),
-        // The beginning of a channel, a record's header, a page.
+        // The beginning of a channel; of a record its kind, its first page, how much comes, the
+        // header's checksum, that of a page, a page.
         ("ram1", Fault::Flip(4), "this is no memory channel 1"),
-        ("ram0", Fault::Flip(16 + 9), "memory channel 0: record 0"),
-        ("ram1", Fault::Flip(1_000_000), "memory channel 1"),
-        // A frame's magic, its unit, its state, its checksum.
+        ("ram0", Fault::Flip(16), "channel 0: the header of record 0"),
+        ("ram0", Fault::Flip(16 + 9), "the header of record 0"),
+        ("ram0", Fault::Flip(16 + 17), "the header of record 0"),
+        ("ram0", Fault::Flip(16 + 33), "the header of record 0"),
+        ("ram0", Fault::Flip(16 + 5), "the header of record 0"),
+        ("ram1", Fault::Flip(16 + 36), "the content of record 0"),
+        ("ram1", Fault::Flip(1_000_000), "memory channel 1: the"),
+        // A frame's magic, its unit, a chunk's length, its state.
         ("disk0", Fault::Flip(0), "disk0"),
         ("disk1", Fault::Flip(40), "disk1"),
+        ("disk0", Fault::Flip(96 + 5), "disk0"),
         ("disk1", Fault::Flip(110), "disk1"),
     ])
 }
@@ -143,8 +153,8 @@ fn versions_that_are_not_known_are_named() -> Result<()> {
         ),
         (
             "ram0",
-            Fault::Put(8, 2),
-            "this is no memory channel 0 of version 1",
+            Fault::Put(8, 1),
+            "this is no memory channel 0 of version 2",
         ),
         // The frame, an old schema, a new one, another kind of device.
         ("disk0", Fault::Put(8, 2), "disk0"),
@@ -221,6 +231,43 @@ fn a_machine_that_does_not_fit_is_refused_with_every_reason() -> Result<()> {
     Ok(())
 }
 
+/// From now on this thread, and what it starts, reads `text` in the place of `/proc/meminfo`.
+fn says_of_memory(folder: &TempDir, text: &str) -> Result<()> {
+    let told = folder.path().join("meminfo");
+    std::fs::write(&told, text)?;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let nothing = None::<&str>;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(nothing, "/", nothing, private, nothing)?;
+    let bind = MsFlags::MS_BIND;
+    mount(Some(&told), "/proc/meminfo", nothing, bind, nothing)?;
+    Ok(())
+}
+
+#[test]
+fn a_host_with_too_little_memory_is_named_before_anything_is_copied() -> Result<()> {
+    // Who is not root may mount in it.
+    network::enter()?;
+    let folder = TempDir::new()?;
+    let spec = Spec::with_disks(&folder, &[2])?;
+    let side = at_work(&spec)?;
+    says_of_memory(&folder, "MemAvailable:       2048 kB\n")?;
+    let (source, destination, outcome) = side.try_move(&spec, None)?;
+    let reason = outcome["reason"].as_str().unwrap_or_default();
+    ensure!(
+        reason.contains("MiB of memory and the destination has 2 MiB free"),
+        "{outcome:#}"
+    );
+    ensure!(outcome["result"] == "kept", "{outcome:#}");
+    ensure!(
+        source.progress()?["sent_bytes"] == 0,
+        "something was copied"
+    );
+    umount("/proc/meminfo")?;
+    finish(goes_on(source, destination, &spec)?)?;
+    Ok(())
+}
+
 #[test]
 fn a_guest_that_is_too_fast_is_given_up_or_slowed_down() -> Result<()> {
     let mut spec = Spec::of(Workload {
@@ -250,7 +297,7 @@ fn a_guest_that_is_too_fast_is_given_up_or_slowed_down() -> Result<()> {
 fn connections_that_stand_still_in_the_blackout() -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = Spec::with_disks(&folder, &[2, 2])?;
-    spec.options = vec![("blackout-limit-ms", 2000)];
+    spec.options.push(("blackout-limit-ms", 2000));
     let mut side = at_work(&spec)?;
     // What comes before the stop passes: hello and wiring are shorter than the core's state.
     for (name, passes) in [("control", 12_000), ("disk1", 0)] {

@@ -1,4 +1,4 @@
-//! Machines that move and lose nothing.
+//! Machines that move and lose nothing; `matrix.rs` has every way.
 
 use std::thread;
 use std::time::Duration;
@@ -9,60 +9,17 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use test_framework::machine::DEADLINE;
 use test_framework::network::Frames;
-use test_guest::{Idle, NetMode, Workload};
+use test_guest::{NetMode, Workload};
 use test_machine::network;
 use test_migration::{
     Fault, Kind, Moved, Outcome, Side, Spec, at_work, beat_on, busy, finish, warm_up,
 };
 
-/// Moves a machine so many times, with heartbeats between.
-fn there_and_back(spec: &Spec, times: u32) -> Result<Side> {
-    let mut side = Side::boot(spec)?;
-    let mut last = warm_up(&mut side)?;
-    for _ in 0..times {
-        beat_on(&mut side)?;
-        side = side.move_on(spec)?.side;
-        let beat = beat_on(&mut side)?;
-        ensure!(beat > last, "heartbeat {beat} after {last}");
-        last = beat;
-    }
-    Ok(side)
-}
-
 #[test]
 fn memory_arrives_page_by_page() -> Result<()> {
-    let side = there_and_back(&Spec::of(busy()), 1)?;
+    let spec = Spec::of(busy());
+    let side = at_work(&spec)?.move_on(&spec)?.side;
     assert_eq!(finish(side)?.pages, 8 << 8);
-    Ok(())
-}
-
-#[test]
-fn ten_times_there_and_back_with_a_disk_at_work() -> Result<()> {
-    let folder = TempDir::new()?;
-    let mut spec = Spec::with_disks(&folder, &[4, 1])?;
-    spec.workload.depth = 8;
-    spec.cpus = 2;
-    let done = finish(there_and_back(&spec, 10)?)?;
-    assert_eq!(done.pages, 8 << 8);
-    assert!(done.blocks.0 > 0 && done.blocks.1 > 0, "{done:?}");
-    Ok(())
-}
-
-#[test]
-fn a_machine_that_fits_many_processors_moves() -> Result<()> {
-    let mut spec = Spec::of(busy());
-    spec.cpu = "x86-64-v1";
-    assert_eq!(finish(there_and_back(&spec, 2)?)?.pages, 8 << 8);
-    Ok(())
-}
-
-#[test]
-fn four_vcpus_that_sleep_over_tcp() -> Result<()> {
-    let folder = TempDir::new()?;
-    let mut spec = Spec::with_disks(&folder, &[2])?;
-    spec.workload.idle = Idle::Halt;
-    (spec.cpus, spec.channels, spec.kind) = (4, 4, Kind::Tcp);
-    assert_eq!(finish(there_and_back(&spec, 3)?)?.pages, 8 << 8);
     Ok(())
 }
 
@@ -71,33 +28,9 @@ fn shared_memory_is_not_copied() -> Result<()> {
     let folder = TempDir::new()?;
     let mut spec = Spec::with_disks(&folder, &[2])?;
     spec.kind = Kind::Shared;
-    let mut side = at_work(&spec)?;
-    for _ in 0..4 {
-        beat_on(&mut side)?;
-        let moved = side.move_on(&spec)?;
-        assert_eq!(moved.outcome["report"]["memory_bytes"], 0);
-        side = moved.side;
-        beat_on(&mut side)?;
-    }
+    let Moved { side, outcome } = at_work(&spec)?.move_on(&spec)?;
+    assert_eq!(outcome["report"]["memory_bytes"], 0);
     assert_eq!(finish(side)?.pages, 8 << 8);
-    Ok(())
-}
-
-#[test]
-fn packets_are_counted_across_moves() -> Result<()> {
-    network("move0", 4)?;
-    let mut spec = Spec::of(Workload {
-        net: NetMode::Loop,
-        ..busy()
-    });
-    spec.nics = vec![("move0".into(), 1)];
-    let (sent, received) = finish(there_and_back(&spec, 3)?)?.packets;
-    // Answers that come while nobody has the tap are lost, as on any network: never more than
-    // were under way, at each move.
-    assert!(
-        received > 0 && sent - received <= 3 * 32,
-        "{sent} sent, {received} answered"
-    );
     Ok(())
 }
 
@@ -161,6 +94,9 @@ fn only_what_was_used_is_sent_and_the_report_says_what_it_took() -> Result<()> {
     Ok(())
 }
 
+/// Page faults of a core that has faulted in guest memory before.
+const FEW_FAULTS: u64 = 100;
+
 /// What a side did in the blackout of a move: what it must do, and what it should have done before.
 fn costs(outcome: &Outcome, side: &str) -> Result<(u64, Vec<(String, u64)>)> {
     let costs = outcome["report"][side]["costs"].as_object();
@@ -170,8 +106,8 @@ fn costs(outcome: &Outcome, side: &str) -> Result<(u64, Vec<(String, u64)>)> {
         let count = count.as_u64().context("no number")?;
         match name.as_str() {
             "messages" => messages = Some(count),
-            // Pages come in.
-            "page_faults" => {}
+            // Of stacks and heaps: the guest's memory has been touched before, thousands of pages.
+            "page_faults" => ensure!(count < FEW_FAULTS, "{count} page faults at the {side}"),
             _ => others.push((name.clone(), count)),
         }
     }
@@ -193,7 +129,7 @@ fn all_is_wired_ahead_and_queues_cost_nothing_in_the_blackout() -> Result<()> {
             let (messages, others) = costs(&outcome, at)?;
             let any = others.iter().find(|(_, count)| *count > 0);
             ensure!(any.is_none(), "{any:?} at the {at} in {outcome:#}");
-            ensure!(others.len() == 7, "{others:?}");
+            ensure!(others.len() == 8, "{others:?}");
             counted.push((at, messages));
         }
         finish(side)?;

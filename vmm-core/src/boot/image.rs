@@ -3,10 +3,12 @@
 
 use std::error::Error;
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+
+use crate::files;
 
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -97,11 +99,9 @@ pub(super) struct Image {
 impl Image {
     /// Opens a file by its path, without waiting for the writer of a pipe.
     pub(super) fn open(path: &Path) -> Result<Self, ImageError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(ImageError::Open)?;
+        let mut options = File::options();
+        options.read(true).custom_flags(libc::O_NONBLOCK);
+        let file = files::open(&options, path).map_err(ImageError::Open)?;
         Self::from_file(file)
     }
 

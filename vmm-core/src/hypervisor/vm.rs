@@ -14,6 +14,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::saved_state::VmSavedState;
 use super::{HypervisorError, refused};
+use crate::files;
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 
 /// Deleting one memory slot drops the page tables of all others, unless this quirk is off.
@@ -35,10 +36,7 @@ const REQUIRED: [(Cap, &str); 9] = [
 pub fn open_kvm(path: &Path, descriptor: Option<OwnedFd>) -> Result<Kvm, HypervisorError> {
     let kvm = match descriptor {
         Some(descriptor) => descriptor,
-        None => File::options()
-            .read(true)
-            .write(true)
-            .open(path)
+        None => files::open(File::options().read(true).write(true), path)
             .map_err(|source| HypervisorError::Open {
                 path: path.display().to_string(),
                 source,

@@ -21,6 +21,7 @@ use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 
 use super::config::SerialConfig;
 use super::error::MachineError;
+use crate::files;
 use crate::platform::{OutputBuffer, SerialInput, SerialPort, Taken};
 
 /// How long a reader that does not read may keep the process from ending.
@@ -189,7 +190,11 @@ fn open(config: &SerialConfig) -> io::Result<(Option<File>, Option<File>)> {
             Some(owned(io::stdin().as_fd())?),
             Some(owned(io::stdout().as_fd())?),
         ),
-        SerialConfig::File(path) => (None, Some(File::create(path)?)),
+        SerialConfig::File(path) => {
+            let mut options = File::options();
+            options.write(true).create(true).truncate(true);
+            (None, Some(files::open(&options, path)?))
+        }
         SerialConfig::Fd(fd) => {
             let both = |fd: &OwnedFd| fd.try_clone().map(File::from);
             (Some(both(fd)?), Some(both(fd)?))

@@ -8,9 +8,9 @@ use super::setup::{MaxDowntime, MigrateOptions};
 
 /// Times that the link is crossed and back: the core's state, and the commit.
 const LINK_TURNS: u32 = 2;
-/// Times that all devices are asked and answer, one after the other: stop and save, locks; the end
-/// of loading, start.
-const DEVICE_TURNS: u32 = 2;
+/// Times that all devices are asked and answer, one after the other: stop and save; the end of loading,
+/// start. They give up their locks meanwhile.
+const DEVICE_TURNS: u32 = 1;
 const DEVICE_TURNS_THERE: u32 = 2;
 /// What the rest costs, in times that somebody is woken and wakes in turn, as measured on this host:
 /// the cores' threads one after the other, those of memory if it is copied, the first of the
@@ -25,7 +25,7 @@ const FIRST_RATE: u64 = 100 << 20;
 const FIRST_LOCAL_RATE: u64 = 1 << 30;
 /// What one device saves and its twin loads, in bytes a second.
 const STATE_RATE: u64 = 400 << 20;
-/// A round that sends less says nothing about the rate.
+/// A round that sends less does not show that the rate is lower.
 const LEAST_MEASURED: u64 = 1 << 20;
 /// Rounds in a row that bring nothing, before it is said.
 const PATIENT_ROUNDS: u32 = 3;
@@ -157,8 +157,9 @@ impl Convergence {
             let micros = round.time.as_micros().max(1);
             u64::try_from(u128::from(bytes) * 1_000_000 / micros).unwrap_or(u64::MAX)
         };
-        if round.sent >= LEAST_MEASURED {
-            self.rate = Some(per_second(round.sent).max(1));
+        let rate = per_second(round.sent);
+        if round.sent >= LEAST_MEASURED || self.rate.is_some_and(|known| rate > known) {
+            self.rate = Some(rate.max(1));
         }
         self.dirty_rate = per_second(round.dirtied);
     }
@@ -270,7 +271,7 @@ mod tests {
         });
         assert_eq!(
             convergence.predict(50 * MIB),
-            Duration::from_micros(600_000 + 400 + 2230 + 200 + 2000 + 4000 + 200_000)
+            Duration::from_micros(600_000 + 400 + 2230 + 200 + 1000 + 4000 + 200_000)
         );
         assert_eq!(
             (convergence.rate(), convergence.dirty_rate()),

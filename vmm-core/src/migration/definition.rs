@@ -1,5 +1,6 @@
 //! What a machine is, for the comparison with the one that it shall become.
 
+use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
 
 use kvm_bindings::CpuId;
@@ -8,6 +9,7 @@ use migration::wire::{CpuFeatures, Definition, Processor, Tsc, Unit as UnitDefin
 
 use super::saved_state::{CoreState, WiringState};
 use super::unit::Unit;
+use crate::files;
 use crate::hypervisor::CpuLevel;
 use crate::memory::Memory;
 use crate::transport::{DeviceKind, VirtioDevice as _};
@@ -86,7 +88,8 @@ pub fn used(memory: &Memory) -> u64 {
 
 /// Bytes of memory that this host can still give; nothing if it does not say.
 pub fn available() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let file = files::open(File::options().read(true), "/proc/meminfo").ok()?;
+    let meminfo = std::io::read_to_string(file).ok()?;
     let line = meminfo
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"))?;

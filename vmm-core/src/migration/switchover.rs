@@ -1,13 +1,14 @@
 //! The blackout, on the machine's main thread.
 //!
 //! ```text
-//!  main     Stopping ▮B vCPUs ▮C     ▮D ─ last pages ─ core ─ rest of the pages ▮E locks, Commit … Running
-//!  devices                    stop ─┘└─ save, each to its twin ─┘
+//!  main     Stopping ▮B vCPUs ▮C     ▮D ─ last pages ─ core ─ rest of the pages … ▮E Commit … Running
+//!  devices                    stop ─┘└─ save, each to its twin ─┘           locks ─┘
 //! ```
 //! Until *Commit* is sent every failure goes back: devices with their locks, then vCPUs, as before;
 //! without its locks the machine stays paused. Afterwards
 //! only the other side's word, or a person's, does: see [`migration::commit`].
 
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use migration::channel::Cancel;
@@ -17,7 +18,7 @@ use migration::report::{Recorder, Report, micros};
 use migration::wire::{ToDestination, ToSource};
 use tokio::sync::watch;
 
-use super::barrier::{self, Barrier};
+use super::barrier::{self, Arrival, Barrier};
 use super::error::system;
 use super::free_pages::FreePages;
 use super::saved_state::{CoreState, DeviceWiring, to_blob};
@@ -182,8 +183,10 @@ impl Switchover {
             self.recorder
                 .note("core", "memory", begin, self.report.memory_bytes);
         }
+        // What was saved is on its way, so locks are given up while the other side loads it.
+        let released = self.crew.each(|_, unit| unit.let_go());
         self.await_loaded()?;
-        self.let_go()?;
+        self.await_released(&released)?;
         self.decide(state)?;
         self.commit(state)
     }
@@ -223,12 +226,11 @@ impl Switchover {
         Ok(())
     }
 
-    /// Devices give up what only one process may have.
-    fn let_go(&mut self) -> Result<(), MigrationError> {
-        let released = self.crew.each(|_, unit| unit.let_go());
+    /// Devices have given up what only one process may have.
+    fn await_released(&mut self, released: &Receiver<Arrival<()>>) -> Result<(), MigrationError> {
         let (names, within) = (self.crew.names(), self.left());
         let recorder = &mut self.recorder;
-        barrier::wait(Barrier::E, "release", names, &released, within, recorder)?;
+        barrier::wait(Barrier::E, "release", names, released, within, recorder)?;
         Ok(())
     }
 

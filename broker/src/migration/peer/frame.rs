@@ -109,6 +109,13 @@ impl Stream {
         }
     }
 
+    async fn readable(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.readable().await,
+            Self::Unix(stream) => stream.readable().await,
+        }
+    }
+
     async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.write_all(bytes).await,
@@ -244,19 +251,25 @@ impl Link {
         self.received += 1;
         sealed.open(&self.key, theirs, number)
     }
+
+    /// Waits until the other side is gone, which is not to say anything now.
+    pub(super) async fn is_left(&self) {
+        // What cannot be waited for is of no use either.
+        let _ = self.stream.readable().await;
+    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     const SOON: Duration = Duration::from_secs(10);
 
-    fn key(secret: &str) -> Key {
+    pub(in crate::migration::peer) fn key(secret: &str) -> Key {
         Key::new(secret.as_bytes()).unwrap()
     }
 
-    fn links(ours: Key, theirs: Key) -> (Link, Link) {
+    pub(in crate::migration::peer) fn links(ours: Key, theirs: Key) -> (Link, Link) {
         let (a, b) = UnixStream::pair().unwrap();
         let link = |stream, key, own| Link {
             stream: Stream::Unix(stream),

@@ -222,12 +222,7 @@ async fn take_offer(
     expected.with(|known| known.insert(token.clone(), (link.key.clone(), sender)));
     let answer = Answer::Accepted(token.clone());
     let ends = match link.send(&answer, ANSWER_DEADLINE).await {
-        Ok(()) => tokio::time::timeout(CHANNELS_DEADLINE, collect(names, came))
-            .await
-            .unwrap_or_else(|_| {
-                let seconds = CHANNELS_DEADLINE.as_secs();
-                Err(format!("not all connections came within {seconds} s"))
-            }),
+        Ok(()) => collect_from(&link, names, came).await,
         Err(error) => Err(error.to_string()),
     };
     expected.with(|known| known.remove(&token));
@@ -239,6 +234,23 @@ async fn take_offer(
 
 async fn refuse(link: &mut Link, reasons: Vec<String>) -> Result<(), FrameError> {
     link.send(&Answer::Refused(reasons), ANSWER_DEADLINE).await
+}
+
+/// Waits for the connections of who offers, as long as it is there.
+async fn collect_from(
+    link: &Link,
+    names: Vec<String>,
+    came: mpsc::Receiver<(String, OwnedFd)>,
+) -> Result<Ends, String> {
+    tokio::select! {
+        biased;
+        ends = collect(names, came) => ends,
+        () = link.is_left() => Err("the other broker is gone".to_owned()),
+        () = tokio::time::sleep(CHANNELS_DEADLINE) => {
+            let seconds = CHANNELS_DEADLINE.as_secs();
+            Err(format!("not all connections came within {seconds} s"))
+        }
+    }
 }
 
 /// Waits for one connection of each name.
@@ -260,4 +272,50 @@ async fn collect(
         ends.push((name, fd));
     }
     Ends::of(ends).ok_or_else(|| "connections are missing".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::frame::tests::{key, links};
+    use super::*;
+
+    fn names() -> Vec<String> {
+        Ends::names(1, ["disk"].into_iter())
+    }
+
+    fn fd() -> OwnedFd {
+        let (end, _) = std::os::unix::net::UnixStream::pair().unwrap();
+        end.into()
+    }
+
+    #[tokio::test]
+    async fn connections_come_in_any_order() {
+        let (_source, link) = links(key("k"), key("k"));
+        let (sender, came) = mpsc::channel(3);
+        for name in names().into_iter().rev() {
+            sender.try_send((name, fd())).unwrap();
+        }
+        let ends = collect_from(&link, names(), came).await.unwrap();
+        assert_eq!((ends.ram.len(), ends.states.len()), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn who_is_gone_is_not_waited_for() {
+        let (source, link) = links(key("k"), key("k"));
+        let (sender, came) = mpsc::channel(3);
+        sender.try_send((names().remove(0), fd())).unwrap();
+        drop(source);
+        let error = collect_from(&link, names(), came).await.unwrap_err();
+        assert_eq!(error, "the other broker is gone");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_says_nothing_has_a_deadline() {
+        let (_source, link) = links(key("k"), key("k"));
+        let (_sender, came) = mpsc::channel(3);
+        let begin = tokio::time::Instant::now();
+        let error = collect_from(&link, names(), came).await.unwrap_err();
+        assert_eq!(error, "not all connections came within 30 s");
+        assert_eq!(begin.elapsed(), CHANNELS_DEADLINE);
+    }
 }

@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "madvise on guest memory")]
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -173,15 +174,19 @@ impl Walk {
         health: &Health,
     ) -> Result<(), Stuck> {
         let size = region.size();
-        let mut at = 0;
+        let (mut at, mut stretch) = (0, 0..0);
         while at < size && !self.cancelled.load(Ordering::Relaxed) {
-            let (start, end) = match mode {
-                PrefaultMode::Off => return Ok(()),
-                PrefaultMode::All => (at, size),
-                // Behind the last data there is nothing to do.
-                PrefaultMode::Data => next_data(region, at).unwrap_or((size, size)),
-            };
-            let end = end.min(start.saturating_add(CHUNK));
+            // To find a stretch's end takes as long as it is long: once for each, not for each chunk.
+            if at >= stretch.end {
+                stretch = match mode {
+                    PrefaultMode::Off => return Ok(()),
+                    PrefaultMode::All => at..size,
+                    // Behind the last data there is nothing to do.
+                    PrefaultMode::Data => next_data(region, at).unwrap_or(size..size),
+                };
+            }
+            let start = at.max(stretch.start);
+            let end = stretch.end.min(start.saturating_add(CHUNK));
             // SAFETY: `start..end` lies in the mapping that `region` keeps alive; populating
             // changes no contents.
             let result = unsafe {
@@ -213,7 +218,7 @@ struct Stuck {
 }
 
 /// The next range at or after `at`, as offsets into the region, whose pages exist in the file.
-fn next_data(region: &GuestRegionMmap<LogBitmap>, at: usize) -> Option<(usize, usize)> {
+fn next_data(region: &GuestRegionMmap<LogBitmap>, at: usize) -> Option<Range<usize>> {
     let file = region.file_offset()?;
     let base = i64::try_from(file.start()).ok()?;
     let seek = |from: usize, whence| {
@@ -224,5 +229,5 @@ fn next_data(region: &GuestRegionMmap<LogBitmap>, at: usize) -> Option<(usize, u
     };
     let start = seek(at, libc::SEEK_DATA)?;
     let end = seek(start, libc::SEEK_HOLE)?;
-    (start >= at && start < region.size() && end > start).then(|| (start, end.min(region.size())))
+    (start >= at && start < region.size() && end > start).then(|| start..end.min(region.size()))
 }

@@ -154,6 +154,7 @@ fn machine(dirty: u32) -> Spec {
         dirty,
         ..Workload::default()
     });
+    spec.options.clear();
     spec.memory_mib = MEMORY_MIB;
     spec
 }

@@ -18,6 +18,8 @@ const BEATS_AFTER: u32 = 2;
 /// Waits until the guest has set up its devices, has written its whole span (of `pages`), and beats.
 pub(crate) fn warm_up(console: &mut Console, pages: u64) -> Result<()> {
     if pages > 0 {
+        // What is typed before the guest has a UART is lost.
+        beats(console, 1)?;
         loop {
             console.send(test_guest::command::REPORT)?;
             let written = console.report("its span", DEADLINE, |report| match *report {
@@ -31,9 +33,14 @@ pub(crate) fn warm_up(console: &mut Console, pages: u64) -> Result<()> {
             sleep(ASK_EVERY);
         }
     }
+    beats(console, WARM_BEATS)
+}
+
+/// Waits for so many heartbeats more.
+fn beats(console: &mut Console, count: u64) -> Result<()> {
     let mut first = None;
     console.report("heartbeats", DEADLINE, |report| match *report {
-        Report::Beat { n, .. } => (n >= WARM_BEATS + *first.get_or_insert(n)).then_some(()),
+        Report::Beat { n, .. } => (n >= count + *first.get_or_insert(n)).then_some(()),
         _ => None,
     })?;
     Ok(())

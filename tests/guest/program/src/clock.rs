@@ -72,7 +72,7 @@ pub fn observe() -> u64 {
 }
 
 /// As [`observe`], after CPU 0 had meant to sleep until `deadline`: only what is later counts.
-pub fn observe_wake(deadline: u64) {
+pub fn observe_wake(deadline: u64) -> u64 {
     let now = now();
     if cpu::index() == 0 {
         let last = LAST.load(Relaxed);
@@ -86,6 +86,7 @@ pub fn observe_wake(deadline: u64) {
         );
         LAST.store(now, Relaxed);
     }
+    now
 }
 
 fn note_gap(last: u64, now: u64) {

@@ -9,16 +9,23 @@ use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, Ordering};
 
 const COM1: u16 = 0x3f8;
+const FIFO_CONTROL: u16 = COM1 + 2;
+const FIFO_ENABLE: u8 = 1 << 0;
 const LINE_STATUS: u16 = COM1 + 5;
 const DATA_READY: u8 = 1 << 0;
 const TRANSMITTER_EMPTY: u8 = 1 << 5;
 /// How long the other side may leave the transmitter full before a line is sent all the same.
 const MAX_WAIT_US: u64 = 1_000_000;
-/// Bytes between two looks at the transmitter.
+/// Bytes between two looks at the transmitter: what its FIFO takes.
 const BURST: usize = 16;
 
 static OUTPUT: SpinLock<()> = SpinLock::new(());
 static FAILING: AtomicBool = AtomicBool::new(false);
+
+/// Turns the FIFO on: without it a UART keeps one byte of a burst that the other side does not take.
+pub fn start() {
+    port::write8(FIFO_CONTROL, FIFO_ENABLE);
+}
 
 /// One line, made before it is sent so that a formatting CPU holds no lock.
 struct Line {

@@ -57,6 +57,7 @@ extern "C" fn rust_start(start_info: u64, cpu: u64) -> ! {
 
 fn boot(start_info: u64) -> ! {
     clock::start();
+    console::start();
     interrupts::install();
     let info = pvh::StartInfo::read(start_info);
     memory::init(&info);

@@ -80,6 +80,9 @@ options! {
     tsc_khz: u64 = 0,
     /// What an idle CPU does.
     idle: Idle = Idle::Poll,
+    /// Milliseconds that an idle CPU sleeps at most; what it finds only then has come without its
+    /// interrupt, which is a failure. 0: a tenth of a second, and what was missed is made up for.
+    nap: u32 = 0,
     /// Milliseconds between heartbeat lines; 0: none.
     heartbeat: u32 = 0,
     /// Stop by itself after so many seconds; 0: only when the work is done or on `stop`.

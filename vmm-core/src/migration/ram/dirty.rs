@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{PAGE, PageSet, WORD_PAGES};
+use super::holes::Holes;
+use super::{PAGE, PageSet};
 use crate::hypervisor::{HypervisorError, MemorySlots};
 use crate::memory::Memory;
 use crate::migration::MigrationError;
+use crate::migration::error::system;
 use crate::remote::vhost_user::DirtyLog;
 
 /// Words of a chunk: 64 MiB of memory, which KVM clears in half a millisecond.
@@ -36,6 +38,7 @@ pub struct DirtyTracker {
     pending: PageSet,
     /// Pages that KVM has told and that are not cleared in its log.
     uncleared: PageSet,
+    holes: Holes,
 }
 
 impl DirtyTracker {
@@ -61,6 +64,7 @@ impl DirtyTracker {
             core: core.clone(),
             pending,
             uncleared,
+            holes: Holes::default(),
         })
     }
 
@@ -76,6 +80,7 @@ impl DirtyTracker {
             core: CoreWrites::default(),
             pending,
             uncleared,
+            holes: Holes::default(),
         }
     }
 
@@ -96,6 +101,7 @@ impl DirtyTracker {
             uncleared.insert(first, bits);
         })?;
         self.collect_from_devices();
+        self.holes.forget();
         Ok(())
     }
 
@@ -129,30 +135,9 @@ impl DirtyTracker {
         self.pending.take_chunk(CHUNK_WORDS)
     }
 
-    /// Of the pages `words`, from page `first` on, those that are not in memory: holes of the file
-    /// behind it, which read as zero and would become real by being read. Right only for pages
-    /// that were cleared before.
-    pub fn holes(&self, first: u64, words: &[u64]) -> Result<Vec<u64>, MigrationError> {
-        let mut holes = words.to_vec();
-        let regions = self.memory.regions();
-        let gpa = first * PAGE;
-        let Some(region) = regions
-            .iter()
-            .find(|r| (r.gpa()..r.gpa() + r.size()).contains(&gpa))
-        else {
-            return Ok(vec![0; words.len()]);
-        };
-        let start = region.offset() + (gpa - region.gpa());
-        let end =
-            (start + words.len() as u64 * WORD_PAGES * PAGE).min(region.offset() + region.size());
-        for (data, hole) in super::sender::data(region.file(), start, end)? {
-            let pages = (data - start) / PAGE..(hole - start).div_ceil(PAGE);
-            for page in pages {
-                if let Ok(word) = usize::try_from(page / WORD_PAGES) {
-                    holes[word] &= !(1 << (page % WORD_PAGES));
-                }
-            }
-        }
-        Ok(holes)
+    /// Of the pages `words`, from page `first` on, which were taken, those that are holes of memory.
+    pub fn holes(&mut self, first: u64, words: &[u64]) -> Result<Vec<u64>, MigrationError> {
+        let holes = self.holes.among(&self.memory, first, words);
+        holes.map_err(system("the holes of guest memory"))
     }
 }

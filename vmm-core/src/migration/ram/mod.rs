@@ -4,6 +4,7 @@
 //! and the devices'; [`RamSender`] and [`RamReceiver`] have a thread for each channel.
 
 mod dirty;
+mod holes;
 mod pace;
 mod page_set;
 mod receiver;

@@ -1,7 +1,6 @@
 //! Sending pages: a thread for each channel.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -11,8 +10,6 @@ use std::thread::{self, JoinHandle};
 
 use migration::channel::{Cancel, StateChannel};
 use migration::ram::{PageRead, RamError, RamWriter, channel_of};
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek};
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::PAGE;
@@ -200,30 +197,6 @@ fn serve(
     }
     // Given up: the other side sees a channel without an end.
     Ok(writer.bytes())
-}
-
-/// The parts of `file` between `start` and `end` that have data: starts and ends, in bytes.
-pub(super) fn data(file: &File, start: u64, end: u64) -> Result<Vec<(u64, u64)>, MigrationError> {
-    let seek = |at: u64, whence| -> nix::Result<u64> {
-        let at = i64::try_from(at).map_err(|_| Errno::EOVERFLOW)?;
-        lseek(file, at, whence).map(|found| u64::try_from(found).unwrap_or(u64::MAX))
-    };
-    let mut parts = Vec::new();
-    let mut at = start;
-    while at < end {
-        let data = match seek(at, Whence::SeekData) {
-            Ok(data) if data < end => data,
-            // Nothing but holes from here on.
-            Ok(_) | Err(Errno::ENXIO) => break,
-            Err(errno) => return Err(system("the holes of guest memory")(errno.into())),
-        };
-        let hole = seek(data, Whence::SeekHole)
-            .map_err(|errno| system("the holes of guest memory")(errno.into()))?
-            .min(end);
-        parts.push((data, hole));
-        at = hole;
-    }
-    Ok(parts)
 }
 
 #[cfg(test)]

@@ -346,7 +346,8 @@ impl Task for Exerciser {
         }
         if self.in_flight > 0 {
             self.give_up_late_ones();
-            let until = if self.phase == Phase::Random {
+            let has_room = self.slots.iter().any(|slot| matches!(slot, Slot::Free));
+            let until = if self.phase == Phase::Random && has_room && !stopping() {
                 self.next_random
             } else {
                 u64::MAX

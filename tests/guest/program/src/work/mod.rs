@@ -25,7 +25,8 @@ use crate::apic::ApicId;
 use crate::cpu::MAX_CPUS;
 use crate::interrupts::{TIMER, Vector};
 use crate::pci::Function;
-use crate::protocol::{Idle, Workload};
+use crate::console::fail;
+use crate::protocol::{Idle, Text, Workload};
 use crate::sync::SpinLock;
 use crate::{apic, clock, cpu, smp};
 use alloc::boxed::Box;
@@ -47,7 +48,8 @@ pub trait Task: Send {
     fn poll(&mut self) -> Step;
 }
 
-/// Longest sleep of an idle CPU: bounds what a lost interrupt costs.
+/// Longest sleep of an idle CPU, unless it shall be seen that an interrupt was lost: bounds what
+/// one costs.
 const MAX_SLEEP_US: u64 = 100_000;
 
 static TASKS: [SpinLock<Vec<Box<dyn Task>>>; MAX_CPUS] =
@@ -55,6 +57,8 @@ static TASKS: [SpinLock<Vec<Box<dyn Task>>>; MAX_CPUS] =
 static GO: AtomicBool = AtomicBool::new(false);
 /// The first CPU that halts when it is idle: all from it on do.
 static FIRST_HALTING: AtomicUsize = AtomicUsize::new(MAX_CPUS);
+/// Longest sleep after which nothing may be found, in microseconds; 0: there is none.
+static NAP_US: AtomicU64 = AtomicU64::new(0);
 static STOP: AtomicBool = AtomicBool::new(false);
 static UNFINISHED: AtomicUsize = AtomicUsize::new(0);
 static WRONG: AtomicU64 = AtomicU64::new(0);
@@ -145,6 +149,7 @@ impl Spread {
 pub fn run(workload: Workload, functions: Vec<Function>, low_ram_end: u64, cpus: usize) -> ! {
     let mut spread = Spread::new(cpus);
     FIRST_HALTING.store(first_halting(workload.idle), Ordering::Relaxed);
+    NAP_US.store(u64::from(workload.nap) * 1000, Ordering::Relaxed);
     let mut progress = devices::set_up(&workload, &functions, low_ram_end, &mut spread);
     dirty::set_up(&workload, &spread, &mut progress);
     TASKS[0]
@@ -217,11 +222,17 @@ fn sleep(tasks: &mut Vec<Box<dyn Task>>) {
     cpu::disable_interrupts();
     if let Some(until) = poll_all(tasks) {
         let now = clock::observe();
-        let until = until.clamp(now, now + clock::ticks(MAX_SLEEP_US));
+        let nap = NAP_US.load(Ordering::Relaxed);
+        let end = now + clock::ticks(if nap == 0 { MAX_SLEEP_US } else { nap });
+        let until = until.clamp(now, end);
         if until > now {
             apic::timer_after_us(clock::us(until - now).max(1));
             cpu::halt();
-            clock::observe_wake(until);
+            let woken = clock::observe_wake(until);
+            let slept_out = nap > 0 && until == end && woken >= end;
+            if slept_out && poll_all(tasks).is_none() {
+                fail("missed-interrupt", cpu::index() as u64, nap, Text::new("us"));
+            }
         }
     }
     cpu::enable_interrupts();
