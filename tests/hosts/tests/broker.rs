@@ -138,17 +138,6 @@ fn clients_networks_and_refusals_with_units() -> Result<()> {
 }
 
 #[test]
-fn hostile_clients_and_back_ends_of_others_with_units() -> Result<()> {
-    let others = ["hostile", "introspection", "foreign", "balloon"];
-    passes("units", &others, "")
-}
-
-#[test]
-fn machines_in_units_go_elsewhere_and_come_back() -> Result<()> {
-    passes("units", &["downtime", "elsewhere"], "")
-}
-
-#[test]
 fn machines_in_units_move_within_their_host() -> Result<()> {
     passes("units", &["migration"], "ten_times_within_a_host")
 }
