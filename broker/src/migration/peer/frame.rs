@@ -109,10 +109,17 @@ impl Stream {
         }
     }
 
-    async fn readable(&self) -> io::Result<()> {
+    /// Reads what is there now, once something may be.
+    async fn try_read(&self, bytes: &mut [u8]) -> io::Result<usize> {
         match self {
-            Self::Tcp(stream) => stream.readable().await,
-            Self::Unix(stream) => stream.readable().await,
+            Self::Tcp(stream) => {
+                stream.readable().await?;
+                stream.try_read(bytes)
+            }
+            Self::Unix(stream) => {
+                stream.readable().await?;
+                stream.try_read(bytes)
+            }
         }
     }
 
@@ -254,8 +261,10 @@ impl Link {
 
     /// Waits until the other side is gone, which is not to say anything now.
     pub(super) async fn is_left(&self) {
-        // What cannot be waited for is of no use either.
-        let _ = self.stream.readable().await;
+        // Whatever else can be read, or not, is of no use either.
+        while let Err(error) = self.stream.try_read(&mut [0]).await
+            && error.kind() == io::ErrorKind::WouldBlock
+        {}
     }
 }
 

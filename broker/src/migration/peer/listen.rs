@@ -283,6 +283,14 @@ mod tests {
         Ends::names(1, ["disk"].into_iter())
     }
 
+    /// The end of who is offered something, and that of who has offered it.
+    async fn offered() -> (Link, Link) {
+        let (mut source, mut link) = links(key("k"), key("k"));
+        source.send(&1, ANSWER_DEADLINE).await.unwrap();
+        link.receive::<u32>(ANSWER_DEADLINE).await.unwrap();
+        (link, source)
+    }
+
     fn fd() -> OwnedFd {
         let (end, _) = std::os::unix::net::UnixStream::pair().unwrap();
         end.into()
@@ -290,7 +298,7 @@ mod tests {
 
     #[tokio::test]
     async fn connections_come_in_any_order() {
-        let (_source, link) = links(key("k"), key("k"));
+        let (link, _source) = offered().await;
         let (sender, came) = mpsc::channel(3);
         for name in names().into_iter().rev() {
             sender.try_send((name, fd())).unwrap();
@@ -301,7 +309,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_is_gone_is_not_waited_for() {
-        let (source, link) = links(key("k"), key("k"));
+        let (link, source) = offered().await;
         let (sender, came) = mpsc::channel(3);
         sender.try_send((names().remove(0), fd())).unwrap();
         drop(source);
@@ -311,7 +319,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_says_nothing_has_a_deadline() {
-        let (_source, link) = links(key("k"), key("k"));
+        let (link, _source) = offered().await;
         let (_sender, came) = mpsc::channel(3);
         let begin = tokio::time::Instant::now();
         let error = collect_from(&link, names(), came).await.unwrap_err();
