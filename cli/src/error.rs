@@ -1,5 +1,6 @@
 //! What can go wrong, as a person sees it: a sentence, what to do next, an exit status.
 
+use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,8 +33,11 @@ pub enum Failure {
     NoBroker {
         address: String,
         #[source]
-        source: Option<zbus::Error>,
+        source: Option<Box<dyn Error + Send + Sync>>,
     },
+    /// The broker's socket is another user's.
+    #[error("you may not call the broker at {address}")]
+    NotYours { address: String },
     /// The address of the bus is none.
     #[error("{address:?} is no D-Bus address")]
     BadAddress {
@@ -80,7 +84,7 @@ pub enum Failure {
     #[error("the console of {machine} was closed")]
     ConsoleLost { machine: String },
     /// A job did not succeed.
-    #[error("{what}: {message}")]
+    #[error("{}", of_job(what, message))]
     Job {
         what: String,
         id: u32,
@@ -138,6 +142,9 @@ pub enum Failure {
     },
 }
 
+/// What is waited for when a guest was asked to switch its machine off, before the machine's name.
+pub const POWER_OFF: &str = "power-off of ";
+
 /// A result of this program.
 pub type Result<T> = std::result::Result<T, Failure>;
 
@@ -164,6 +171,7 @@ impl Failure {
             }
             Self::Definition { .. } => status::REFUSED,
             Self::NoDevice { .. } => status::NOT_FOUND,
+            Self::NotYours { .. } => status::DENIED,
             Self::Refused { error, .. } => of_api(error),
             Self::Job { name, .. } => of_name(name),
             Self::Cancelled { .. } => status::CANCELLED,
@@ -202,11 +210,31 @@ impl Failure {
                 error: ApiError::LimitsExceeded(_),
                 ..
             } => return None,
-            Self::Refused { error, .. } => return hint_of(of_api(error)),
-            Self::Job { name, id, .. } => {
-                hint_of(of_name(name)).unwrap_or_else(|| format!("godwit job show {id} has all that is known of it"))
+            Self::NotYours { .. } => hint_of(status::DENIED)?.into(),
+            Self::Refused { what, error } => {
+                let hint = hint_of(of_api(error))?;
+                match what.split('/').next() {
+                    // It was something of this machine, and no phrase.
+                    Some(name) if !name.contains(' ') && !name.is_empty() => {
+                        hint.replace("NAME", name)
+                    }
+                    _ => hint.into(),
+                }
             }
-            Self::MachineFailed { .. } => return hint_of(status::MACHINE_FAILED),
+            Self::Job { name, id, .. } => match hint_of(of_name(name)) {
+                Some(hint) => hint.into(),
+                None => format!("godwit job show {id} has all that is known of it"),
+            },
+            Self::MachineFailed { machine, .. } => {
+                hint_of(status::MACHINE_FAILED)?.replace("NAME", machine)
+            }
+            Self::TimedOut { what, job, .. } | Self::Detached { what, job }
+                if let Some(name) = what.strip_prefix(POWER_OFF) =>
+            {
+                format!(
+                    "its guest may not heed the power button: godwit stop --force {name} ends it at once, godwit job wait {job} waits on"
+                )
+            }
             Self::TimedOut { job, .. } | Self::Detached { job, .. } => {
                 format!("godwit job wait {job} waits for it, godwit job cancel {job} ends it")
             }
@@ -244,14 +272,32 @@ impl<T, E: Into<ApiError>> What<T> for std::result::Result<T, E> {
     }
 }
 
+/// What a job did and why not, without saying a machine's name twice.
+fn of_job(what: &str, message: &str) -> String {
+    let name = what.rsplit(' ').next().unwrap_or_default();
+    match message.split(' ').next() {
+        Some(first) if first == name => message.to_owned(),
+        _ => format!("{what}: {message}"),
+    }
+}
+
 /// What was to be done and why not, without saying a name twice.
 fn about(what: &str, error: &ApiError) -> String {
-    let text = error.to_string();
+    let text = match error {
+        error if is_unanswered(error) => "the broker did not answer in time".into(),
+        error => error.to_string(),
+    };
     if text.contains(what) {
         text
     } else {
         format!("{what}: {text}")
     }
+}
+
+/// Whether a call was given up, the broker being there for all that is known.
+fn is_unanswered(error: &ApiError) -> bool {
+    matches!(error, ApiError::ZBus(zbus::Error::InputOutput(error))
+        if error.kind() == io::ErrorKind::TimedOut)
 }
 
 /// Whether the object that was asked is there no more.
@@ -273,6 +319,7 @@ fn of_api(error: &ApiError) -> u8 {
         return status::NOT_FOUND;
     }
     match error {
+        error if is_unanswered(error) => status::TIMED_OUT,
         ApiError::ZBus(error) => match error {
             zbus::Error::InputOutput(_) | zbus::Error::Connection(..) => status::NO_BROKER,
             zbus::Error::FDO(standard) => match **standard {
@@ -306,7 +353,7 @@ fn of_name(name: &str) -> u8 {
     }
 }
 
-fn hint_of(status: u8) -> Option<String> {
+fn hint_of(status: u8) -> Option<&'static str> {
     let text = match status {
         status::NO_BROKER => {
             "the broker has ended; godwit run or godwit start starts a new one, which takes over what runs"
@@ -316,7 +363,7 @@ fn hint_of(status: u8) -> Option<String> {
             "godwit show NAME says what the machine does, godwit job list what is done with it"
         }
         status::UNAVAILABLE => {
-            "it must be there, the broker must be able to open it, and nobody else may use it; godwit show NAME has the definition"
+            "it must be there, the broker must be able to open it, and nobody else may use it"
         }
         status::TIMED_OUT => "godwit show NAME and godwit job list say how far it is",
         status::UNDECIDED => {
@@ -325,10 +372,12 @@ fn hint_of(status: u8) -> Option<String> {
         status::DENIED => {
             "ask as the user whose broker it is, or as root; --bus names another broker"
         }
-        status::MACHINE_FAILED => "godwit logs NAME has what its processes said, if it was kept",
+        status::MACHINE_FAILED => {
+            "godwit logs NAME has what its processes said, if it was kept (--keep)"
+        }
         _ => return None,
     };
-    Some(text.into())
+    Some(text)
 }
 
 #[cfg(test)]
@@ -379,9 +428,38 @@ mod tests {
     }
 
     #[test]
+    fn hints_name_the_machine_where_it_is_known() {
+        let busy = |what: &str| Failure::Refused {
+            what: what.into(),
+            error: ApiError::InvalidState("no".into()),
+        };
+        let hint = |what| busy(what).hint().unwrap();
+        assert!(hint("vm1/disk0").starts_with("godwit show vm1 says"));
+        assert!(hint("the machines").starts_with("godwit show NAME says"));
+        let waited = Failure::TimedOut {
+            what: format!("{POWER_OFF}vm1"),
+            seconds: 1,
+            job: 7,
+        };
+        assert!(waited.hint().unwrap().contains("godwit stop --force vm1"));
+    }
+
+    #[test]
+    fn a_jobs_failure_says_the_machine_once() {
+        let said = |message| of_job("start of vm1", message);
+        assert_eq!(said("no tap"), "start of vm1: no tap");
+        assert_eq!(said("vm1 did not start: no"), "vm1 did not start: no");
+        assert_eq!(said("vm10 is there"), "start of vm1: vm10 is there");
+    }
+
+    #[test]
     fn a_lost_connection_is_a_broker_that_does_not_answer() {
         let broken = zbus::Error::from(io::Error::from(io::ErrorKind::BrokenPipe));
         assert_eq!(refused(ApiError::ZBus(broken)).status(), 3);
+        let late = zbus::Error::from(io::Error::from(io::ErrorKind::TimedOut));
+        let late = refused(ApiError::ZBus(late));
+        assert_eq!(late.status(), 10);
+        assert_eq!(late.to_string(), "vm1: the broker did not answer in time");
         let gone = zbus::fdo::Error::ServiceUnknown("x".into());
         assert_eq!(refused(gone.into()).status(), 3);
         let gone = zbus::fdo::Error::UnknownObject("x".into());

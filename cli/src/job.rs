@@ -6,10 +6,12 @@
 //!    │ Ctrl-C elsewhere, SIGTERM: detach
 //!    └ deadline: status 10; the job goes on
 //! ```
-//! What the job is now is read again at every change that is signalled, and once a second in
-//! case that a signal is lost.
+//! What the job is now is read again when a change was signalled, and once a second in case that a
+//! signal is lost. Signals are taken off the connection all the time, whatever is waited for: behind
+//! those that nobody takes, an answer would never come.
 
 use std::io::{self, IsTerminal as _};
+use std::sync::Arc;
 use std::time::Duration;
 
 use api::job::{JobProxy, RESULT_ERROR, RESULT_MESSAGE};
@@ -17,6 +19,8 @@ use api::job_migration::JobMigrationProxy;
 use futures_util::StreamExt as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 use zbus::OwnedObjectPath;
 use zbus::fdo::PropertiesProxy;
@@ -116,11 +120,7 @@ impl Job {
     /// # Errors
     /// It failed or was cancelled; the deadline passed or the person went away, and it goes on.
     pub async fn wait(&self, wait: Wait) -> Result<view::Job> {
-        let mut changes = self
-            .properties
-            .receive_properties_changed()
-            .await
-            .what(&self.what)?;
+        let changes = Changes::of(&self.properties).await.what(&self.what)?;
         let seconds = wait.timeout;
         let patience = seconds.map_or(FOREVER, |seconds| Duration::from_secs(seconds).min(FOREVER));
         let end = Instant::now() + patience;
@@ -134,11 +134,7 @@ impl Job {
                 return self.outcome(job);
             }
             tokio::select! {
-                change = changes.next() => {
-                    if change.is_none() {
-                        sleep(LOOK_AGAIN).await;
-                    }
-                }
+                () = changes.next() => {}
                 () = sleep(LOOK_AGAIN) => {}
                 () = sleep_until(end) => {
                     bar.close();
@@ -216,6 +212,41 @@ impl Job {
                 }
             }
         }
+    }
+}
+
+/// Changes of an object, many of which are as good as one.
+struct Changes {
+    news: Arc<Notify>,
+    reader: AbortHandle,
+}
+
+impl Changes {
+    /// From now on.
+    async fn of(properties: &PropertiesProxy<'static>) -> zbus::Result<Self> {
+        let mut changes = properties.receive_properties_changed().await?;
+        let news = Arc::new(Notify::new());
+        let tell = Arc::clone(&news);
+        let reader = tokio::spawn(async move {
+            while changes.next().await.is_some() {
+                tell.notify_one();
+            }
+        });
+        Ok(Self {
+            news,
+            reader: reader.abort_handle(),
+        })
+    }
+
+    /// Waits for one since the last time.
+    async fn next(&self) {
+        self.news.notified().await;
+    }
+}
+
+impl Drop for Changes {
+    fn drop(&mut self) {
+        self.reader.abort();
     }
 }
 

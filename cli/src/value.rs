@@ -32,7 +32,7 @@ impl FromStr for Size {
         };
         let number: u64 = digits
             .parse()
-            .map_err(|_| bad(format!("{digits:?} is no number")))?;
+            .map_err(|_| bad(format!("{digits:?} is no whole number: give one as 1536M")))?;
         number
             .checked_mul(1 << shift)
             .map(Self)

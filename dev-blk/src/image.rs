@@ -56,7 +56,10 @@ impl Image {
                     value: fd.to_string(),
                     problem: "is no open descriptor above 2; hand over an open image".to_owned(),
                 })?;
-                ("--blk-fd", fd.to_string(), file)
+                // Its path, where there is one, says more to a person.
+                let path = std::fs::read_link(format!("/proc/self/fd/{fd}"));
+                let value = path.map_or(fd.to_string(), |path| path.display().to_string());
+                ("--blk-fd", value, file)
             }
         };
         let named = (option, value.clone());

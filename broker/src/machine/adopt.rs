@@ -18,7 +18,7 @@ use super::supervisor::Supervisor;
 use crate::holders;
 use crate::host::Host;
 use crate::migration::Fate;
-use crate::process::{Ended, Process};
+use crate::process::{Ended, Process, ProcessId};
 
 /// How soon a core that does not answer is asked again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -137,4 +137,29 @@ async fn take_over(
     supervisor.watch(&proxy);
     tokio::spawn(supervisor.run());
     Ok(())
+}
+
+impl Machine {
+    /// Notes that it runs, for all that is known: its core, `process`, does not answer.
+    fn falls_silent(&self, process: ProcessId, reason: String) {
+        self.silent.send_replace(true);
+        self.gone.send_replace(false);
+        self.update(|inner| {
+            inner.state = State::Running;
+            inner.reason = reason;
+            inner.process = Some(process);
+        });
+    }
+
+    /// Whether its core lives and does not answer.
+    pub(crate) fn is_silent(&self) -> bool {
+        *self.silent.borrow()
+    }
+
+    /// Waits until its core answers, or has ended.
+    pub(crate) async fn answers(&self) {
+        let mut silent = self.silent.subscribe();
+        // The sender lives as long as this machine.
+        let _ = silent.wait_for(|silent| !*silent).await;
+    }
 }

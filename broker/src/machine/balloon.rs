@@ -33,6 +33,13 @@ impl Machine {
     /// As [`Self::balloon`], or it is no size.
     pub(crate) async fn set_balloon_target(&self, at: usize, bytes: u64) -> Result<(), Error> {
         let (core, id) = (self.core("asked for memory")?, self.balloon_id(at)?);
+        let memory = self.definition().memory;
+        if bytes > memory {
+            let name = &self.name;
+            return Err(Error::InvalidArgs(format!(
+                "{name} has {memory} bytes of memory: it cannot give {bytes}"
+            )));
+        }
         self.in_time(core.set_balloon_target(id.as_str(), bytes))
             .await
     }
@@ -46,7 +53,9 @@ impl Machine {
         let Ok(id) = self.balloon_id(at) else {
             return Ok(());
         };
-        let mut changes = core.receive_device_changed().await?;
+        // Those of other devices would fill the queue while the core is asked.
+        let mine = [(0, id.as_str())];
+        let mut changes = core.receive_device_changed_with_args(&mine).await?;
         loop {
             // One that does not answer has no size; the next change may be that it does.
             if let Ok((target, actual, _)) = self.balloon(at).await {
@@ -54,13 +63,8 @@ impl Machine {
                 self.publisher
                     .send(Change::Balloon(self.name.clone(), id.clone(), size));
             }
-            loop {
-                let Some(change) = api::next(&mut changes).await else {
-                    return Ok(());
-                };
-                if change.args()?.device() == &id.as_str() {
-                    break;
-                }
+            if api::next(&mut changes).await.is_none() {
+                return Ok(());
             }
         }
     }

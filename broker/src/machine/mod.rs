@@ -9,8 +9,11 @@
 //! |---|---|
 //! | `start` | from a definition to a running machine, or nothing |
 //! | `instance` | one generation of processes |
+//! | `claim` | the one job that works on it |
+//! | `control` | what is wanted of it while it runs |
+//! | `place` | whether it is here |
 //! | `core` | the core's command line, and the connection to it |
-//! | `supervisor` | the task: ends of processes, restarts, commands |
+//! | `supervisor` | the task: ends of processes, restarts, successions |
 //! | `device` | one device's process, and when it is tried again |
 //! | `foreign` | back-ends that are not ours |
 //! | `state` | what a later broker needs to adopt it |
@@ -20,10 +23,13 @@
 
 pub(crate) mod adopt;
 mod balloon;
+mod claim;
+mod control;
 mod core;
 mod device;
 mod foreign;
 mod instance;
+mod place;
 pub(crate) mod start;
 mod state;
 mod statistics;
@@ -31,14 +37,12 @@ mod supervisor;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use api::Error;
 use api::core::CoreProxy;
 use api::device::State as DeviceState;
 use api::machine::{Facts, State};
 use api::path;
-use nix::sys::signal::Signal;
 use tokio::sync::{mpsc, watch};
 
 pub(crate) use self::instance::Instance;
@@ -46,14 +50,10 @@ pub use self::state::MachineState;
 use self::supervisor::Command;
 use crate::console::Console;
 use crate::definition::{Definition, Device};
-use crate::host::Host;
-use crate::jobs::{Job, Kind};
+use crate::jobs::Job;
 use crate::name::MachineName;
-use crate::process::{Process, ProcessId};
+use crate::process::ProcessId;
 use crate::publish::{Change, Publisher};
-
-/// How long the end of a core that gave no answer may take to be noticed.
-const END_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What a device does now.
 #[derive(Clone, Debug)]
@@ -268,119 +268,6 @@ impl Machine {
         }
     }
 
-    /// The job that works on it.
-    pub fn job(&self) -> Option<Arc<Job>> {
-        self.lock().job.clone()
-    }
-
-    /// Makes `job` the one that works on it.
-    ///
-    /// # Errors
-    /// Another does.
-    pub(crate) fn claim(&self, job: &Arc<Job>) -> Result<(), Error> {
-        self.update(|inner| match &inner.job {
-            Some(other) => {
-                let record = other.record();
-                Err(Error::JobInProgress(format!(
-                    "job {} ({}) works on {}: wait for its end, or cancel it",
-                    record.id,
-                    record.kind.as_str(),
-                    self.name
-                )))
-            }
-            None => {
-                inner.job = Some(Arc::clone(job));
-                self.busy.send_replace(true);
-                Ok(())
-            }
-        })
-    }
-
-    /// Takes note that `job` works on it no more.
-    pub(crate) fn release(&self, job: &Arc<Job>) {
-        self.update(|inner| {
-            if inner
-                .job
-                .as_ref()
-                .is_some_and(|mine| Arc::ptr_eq(mine, job))
-            {
-                inner.job = None;
-                self.busy.send_replace(false);
-            }
-        });
-    }
-
-    /// Waits until no job works on it.
-    pub(crate) async fn released(&self) {
-        let mut busy = self.busy.subscribe();
-        // The sender lives as long as this machine.
-        let _ = busy.wait_for(|busy| !*busy).await;
-    }
-
-    fn live(&self, what: &str) -> Result<Live, Error> {
-        let inner = self.lock();
-        match &inner.live {
-            Some(live) => Ok(live.clone()),
-            None => Err(self.wrong_state(inner.state, what)),
-        }
-    }
-
-    /// Its core.
-    ///
-    /// # Errors
-    /// It has none.
-    pub(crate) fn core(&self, what: &str) -> Result<CoreProxy<'static>, Error> {
-        self.live(what).map(|live| live.core)
-    }
-
-    /// Has its core do something.
-    ///
-    /// # Errors
-    /// It has none, the core refuses, or the core ends over it.
-    pub(crate) async fn command<W>(
-        &self,
-        what: &str,
-        command: impl FnOnce(CoreProxy<'static>) -> W,
-    ) -> Result<(), Error>
-    where
-        W: Future<Output = Result<(), Error>>,
-    {
-        match command(self.core(what)?).await {
-            Err(Error::ZBus(error)) => Err(self.lost(what, &error).await),
-            result => result,
-        }
-    }
-
-    /// Why its core gave no answer.
-    async fn lost(&self, what: &str, error: &zbus::Error) -> Error {
-        let name = &self.name;
-        // Its end is noticed by another way than its silence.
-        let noticed = tokio::time::timeout(END_DEADLINE, self.gone()).await;
-        let (state, reason) = {
-            let inner = self.lock();
-            (inner.state, inner.reason.clone())
-        };
-        match (noticed, state) {
-            (Ok(()), State::Failed) => {
-                Error::MachineFailed(format!("{name} failed before it was {what}: {reason}"))
-            }
-            (Ok(()), _) => {
-                Error::InvalidState(format!("{name} ended before it was {what}: {reason}"))
-            }
-            (Err(_), _) => Error::MachineFailed(format!(
-                "the core of {name} does not answer, so it was not {what}: {error}"
-            )),
-        }
-    }
-
-    /// Its console.
-    ///
-    /// # Errors
-    /// It does not run.
-    pub(crate) fn console(&self) -> Result<Console, Error> {
-        self.live("looked at").map(|live| live.console)
-    }
-
     /// Notes what the core says of itself.
     pub(crate) fn set_running_state(&self, state: api::core::State) {
         self.update(|inner| match (inner.state, state) {
@@ -404,111 +291,6 @@ impl Machine {
             inner.devices.fill(DeviceStatus::OFF);
         });
         self.gone.send_replace(true);
-    }
-
-    /// Notes that it runs, for all that is known: its core, `process`, does not answer.
-    fn falls_silent(&self, process: ProcessId, reason: String) {
-        self.silent.send_replace(true);
-        self.gone.send_replace(false);
-        self.update(|inner| {
-            inner.state = State::Running;
-            inner.reason = reason;
-            inner.process = Some(process);
-        });
-    }
-
-    /// Whether its core lives and does not answer.
-    pub(crate) fn is_silent(&self) -> bool {
-        *self.silent.borrow()
-    }
-
-    /// Waits until its core answers, or has ended.
-    pub(crate) async fn answers(&self) {
-        let mut silent = self.silent.subscribe();
-        // The sender lives as long as this machine.
-        let _ = silent.wait_for(|silent| !*silent).await;
-    }
-
-    /// Kills all of its processes.
-    pub(crate) async fn kill(&self) {
-        if let Ok(live) = self.live("killed") {
-            // A supervisor that is gone has killed them.
-            let _ = live.commands.send(Command::Kill).await;
-        } else if self.is_silent()
-            && let Some(id) = self.lock().process.clone()
-            && let Ok(core) = Process::adopt(&id)
-        {
-            core.signal(Signal::SIGKILL);
-        }
-    }
-
-    /// Replaces the process of a device.
-    ///
-    /// # Errors
-    /// The machine does not run, or the new process does not take over.
-    pub(crate) async fn restart_device(&self, at: usize) -> Result<(), Error> {
-        let live = self.live("given a new device process")?;
-        let (answer, answered) = tokio::sync::oneshot::channel();
-        let ended = || Error::InvalidState(format!("{} has ended", self.name));
-        let command = Command::Restart { at, answer };
-        live.commands.send(command).await.map_err(|_| ended())?;
-        answered.await.map_err(|_| ended())?
-    }
-
-    /// Says whether it is forgotten unless it comes.
-    pub(crate) fn set_new(&self, new: bool) {
-        self.new.store(new, Ordering::Relaxed);
-    }
-
-    /// Whether it is forgotten unless it comes.
-    pub(crate) fn is_new(&self) -> bool {
-        self.new.load(Ordering::Relaxed)
-    }
-
-    /// Says whether it is at another host, or may be.
-    pub(crate) fn set_away(&self, away: bool) {
-        self.away.store(away, Ordering::SeqCst);
-    }
-
-    /// Whether it is at another host, or may be.
-    pub(crate) fn is_away(&self) -> bool {
-        self.away.load(Ordering::SeqCst)
-    }
-
-    /// Whether a job moves it now, or it is away.
-    fn is_moving(&self) -> bool {
-        let moves = |job: Arc<Job>| job.record().kind == Kind::Migrate;
-        self.is_away() || self.job().is_some_and(moves)
-    }
-
-    /// Says whether another generation of processes may take the place of the present one.
-    pub(crate) fn set_leaving(&self, leaving: bool) {
-        self.leaving.send_replace(leaving);
-    }
-
-    /// Lets another generation of processes take the place of the present one.
-    ///
-    /// # Errors
-    /// The machine has ended; so has that generation.
-    pub(crate) async fn succeed(&self, host: &Host, instance: Instance) -> Result<(), Error> {
-        let ended = || Error::InvalidState(format!("{} has ended", self.name));
-        let commands = match self.live("moved") {
-            Ok(live) => live.commands,
-            Err(error) => {
-                instance.discard(host).await;
-                return Err(error);
-            }
-        };
-        let (answer, answered) = tokio::sync::oneshot::channel();
-        let instance = Box::new(instance);
-        let command = Command::Succeed { instance, answer };
-        if let Err(refused) = commands.send(command).await {
-            if let Command::Succeed { instance, .. } = refused.0 {
-                instance.discard(host).await;
-            }
-            return Err(ended());
-        }
-        answered.await.map_err(|_| ended())
     }
 
     /// Says why it is in its state.

@@ -79,10 +79,11 @@ impl Leaving {
         let states = ends.states.into_iter();
         let states = states.map(|(id, fd)| (id, fd.into())).collect();
         let options = options.for_core(shared);
-        mover
-            .0
-            .migrate(ends.control.into(), ram, states, options)
-            .await
+        let control = ends.control.into();
+        match mover.0.migrate(control, ram, states, options).await {
+            Err(Error::ZBus(error)) => Err(self.machine.lost("moved", &error).await),
+            result => result,
+        }
     }
 
     async fn go_local(&self, options: &Options) -> Result<(), Error> {

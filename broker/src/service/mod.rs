@@ -13,9 +13,9 @@ use api::balloon1::Status;
 use api::path;
 use tokio::sync::mpsc::UnboundedReceiver;
 use zbus::connection::Builder;
-use zbus::fdo::ObjectManager;
-use zbus::object_server::SignalEmitter;
-use zbus::{Connection, OwnedObjectPath};
+use zbus::fdo::{ObjectManager, Properties};
+use zbus::object_server::{Interface, InterfaceRef, SignalEmitter};
+use zbus::{Connection, OwnedObjectPath, Variant};
 
 use self::balloon::BalloonObject;
 use self::device::DeviceObject;
@@ -75,13 +75,40 @@ pub async fn publish(
     }
 }
 
-/// Emits PropertiesChanged for each property that is another than before.
-macro_rules! tell_changes {
-    ($interface:expr, $old:expr, $new:expr, $($field:ident => $changed:ident),+ $(,)?) => {
-        $(if $old.$field != $new.$field {
-            $interface.get().await.$changed($interface.signal_emitter()).await?;
-        })+
-    };
+/// The names of the properties that are others than before.
+macro_rules! changed {
+    ($old:expr, $new:expr, $($field:ident => $name:literal),+ $(,)?) => {{
+        let changed = [$(($old.$field != $new.$field).then_some($name)),+];
+        changed.into_iter().flatten().collect()
+    }};
+}
+
+/// Tells in one PropertiesChanged what these properties of an object are now.
+async fn tell<I: Interface>(
+    interface: &InterfaceRef<I>,
+    names: Vec<&'static str>,
+) -> zbus::Result<()> {
+    let emitter = interface.signal_emitter();
+    let connection = emitter.connection();
+    let mut changed = HashMap::new();
+    let object = interface.get().await;
+    for name in names {
+        let value = object.get(name, connection.object_server(), connection, None, emitter);
+        match value.await {
+            Some(Ok(value)) => {
+                changed.insert(name, Variant::from(value));
+            }
+            // What cannot be read now is not told.
+            Some(Err(_)) => {}
+            None => return Err(zbus::Error::Failure(format!("no property {name}"))),
+        }
+    }
+    drop(object);
+    if changed.is_empty() {
+        return Ok(());
+    }
+    let none = [].as_slice().into();
+    Properties::properties_changed(emitter, I::name(), changed, none).await
 }
 
 impl Published {
@@ -221,19 +248,20 @@ impl Published {
         let interface = server
             .interface::<_, MachineInterface>(path::machine(name.as_str()))
             .await?;
-        tell_changes!(interface, old, new,
-            devices => devices_changed,
-            vcpus => vcpus_changed,
-            memory => memory_changed,
-            autostart => autostart_changed,
-            definition => definition_changed,
-            unit => unit_changed,
-            process => process_changed,
-            started_usec => started_u_sec_changed,
-            reason => reason_changed,
-            state => state_changed,
-            job => job_changed,
+        let names = changed!(old, new,
+            devices => "Devices",
+            vcpus => "Vcpus",
+            memory => "Memory",
+            autostart => "Autostart",
+            definition => "Definition",
+            unit => "Unit",
+            process => "Process",
+            started_usec => "StartedUSec",
+            reason => "Reason",
+            state => "State",
+            job => "Job",
         );
+        tell(&interface, names).await?;
         let mine = self.devices.keys().filter(|(machine, _)| machine == name);
         for (_, id) in mine.cloned().collect::<Vec<_>>() {
             self.device(name, &id).await?;
@@ -256,15 +284,15 @@ impl Published {
         let interface = server
             .interface::<_, DeviceInterface>(path::device(name.as_str(), id.as_str()))
             .await?;
-        tell_changes!(interface, old, new,
-            source => source_changed,
-            unit => unit_changed,
-            process => process_changed,
-            reason => reason_changed,
-            reconnects => reconnects_changed,
-            state => state_changed,
+        let names = changed!(old, new,
+            source => "Source",
+            unit => "Unit",
+            process => "Process",
+            reason => "Reason",
+            reconnects => "Reconnects",
+            state => "State",
         );
-        Ok(())
+        tell(&interface, names).await
     }
 
     async fn job_new(&mut self, id: u32) -> zbus::Result<()> {
@@ -295,16 +323,11 @@ impl Published {
         let server = self.connection.object_server();
         let interface = server.interface::<_, JobInterface>(&at).await?;
         let emitter = interface.signal_emitter();
-        {
-            let job = interface.get().await;
-            job.phase_changed(emitter).await?;
-            job.progress_changed(emitter).await?;
-            if ended {
-                job.state_changed(emitter).await?;
-                job.result_changed(emitter).await?;
-            }
-            job.cancellable_changed(emitter).await?;
+        let mut names = vec!["Phase", "Progress", "Cancellable"];
+        if ended {
+            names.extend(["State", "Result"]);
         }
+        tell(&interface, names).await?;
         self.migration(id, &job).await?;
         if ended {
             let facts = job.facts();
@@ -327,18 +350,18 @@ impl Published {
         let interface = server
             .interface::<_, MigrationInterface>(path::job(id))
             .await?;
-        tell_changes!(interface, old, new,
-            place => place_changed,
-            bytes_sent => bytes_sent_changed,
-            bytes_remaining => bytes_remaining_changed,
-            dirty_rate => dirty_rate_changed,
-            link_rate => link_rate_changed,
-            iteration => iteration_changed,
-            max_downtime_usec => max_downtime_u_sec_changed,
-            predicted_downtime_usec => predicted_downtime_u_sec_changed,
-            downtime_usec => downtime_u_sec_changed,
-            throttle => throttle_changed,
+        let names = changed!(old, new,
+            place => "Place",
+            bytes_sent => "BytesSent",
+            bytes_remaining => "BytesRemaining",
+            dirty_rate => "DirtyRate",
+            link_rate => "LinkRate",
+            iteration => "Iteration",
+            max_downtime_usec => "MaxDowntimeUSec",
+            predicted_downtime_usec => "PredictedDowntimeUSec",
+            downtime_usec => "DowntimeUSec",
+            throttle => "Throttle",
         );
-        Ok(())
+        tell(&interface, names).await
     }
 }

@@ -11,6 +11,8 @@ mod agent;
 mod launch;
 
 use std::collections::BTreeMap;
+use std::error::Error;
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -290,6 +292,11 @@ async fn connect(place: &Place) -> Result<Connection> {
         // By hand, since zbus does not decode what is escaped in an address.
         Place::Socket(path) => match UnixStream::connect(path) {
             Ok(stream) => Builder::unix_stream(stream),
+            Err(source) if source.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(Failure::NotYours {
+                    address: place.to_string(),
+                });
+            }
             Err(source) => return Err(no_broker(place, Some(source.into()))),
         },
         Place::Address(text) => {
@@ -303,12 +310,12 @@ async fn connect(place: &Place) -> Result<Connection> {
     let building = builder.method_timeout(CALL_DEADLINE).build();
     match tokio::time::timeout(CONNECT_DEADLINE, building).await {
         Ok(Ok(connection)) => Ok(connection),
-        Ok(Err(source)) => Err(no_broker(place, Some(source))),
+        Ok(Err(source)) => Err(no_broker(place, Some(source.into()))),
         Err(_) => Err(no_broker(place, None)),
     }
 }
 
-fn no_broker(place: &Place, source: Option<zbus::Error>) -> Failure {
+fn no_broker(place: &Place, source: Option<Box<dyn Error + Send + Sync>>) -> Failure {
     Failure::NoBroker {
         address: place.to_string(),
         source,

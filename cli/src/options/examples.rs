@@ -1,5 +1,7 @@
 //! Examples of every verb, at the end of its help and of its man page. A test parses each.
 
+pub const RUN_USAGE: &str = "godwit run [OPTIONS] <FILE|--kernel PATH|--demo>";
+
 pub const RUN: &str = "\
 Examples:
   godwit run --kernel vmlinuz --initrd initrd.img --disk disk.img --net tap:tap0 \\

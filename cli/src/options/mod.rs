@@ -95,7 +95,7 @@ pub enum Verb {
     ///
     /// The machine is forgotten when it ends, unless it is kept. The exit status tells how it
     /// ended. Where stdin is no terminal, it is typed at the console as it is.
-    #[command(after_long_help = examples::RUN)]
+    #[command(override_usage = examples::RUN_USAGE, after_long_help = examples::RUN)]
     Run(Box<Run>),
     /// Lists machines
     #[command(visible_alias = "ls", after_long_help = examples::LIST)]

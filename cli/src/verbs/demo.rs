@@ -31,7 +31,7 @@ const SHOWN: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(50);
 /// Most bytes of the guest that are printed.
 const MAX_PRINTED: u64 = 64 << 20;
-/// How long a new process may take to serve the disk.
+/// How long a guest may take to use its disk, and a new process to serve it.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 pub async fn run(bus: Option<&str>, demo: Demo) -> Result<()> {
@@ -49,7 +49,7 @@ pub async fn run(bus: Option<&str>, demo: Demo) -> Result<()> {
     let printer = std::thread::spawn(move || print(console));
     let mut interrupts = Interrupts::new()?;
     let shown = tokio::select! {
-        shown = show(&machine) => shown,
+        shown = show(&broker, &machine) => shown,
         _ = interrupts.next() => Err(Failure::Interrupted),
     };
     let ended = end(&broker, &machine).await;
@@ -90,7 +90,7 @@ fn print(console: UnixStream) {
 }
 
 /// What there is to see.
-async fn show(machine: &Machine) -> Result<()> {
+async fn show(broker: &Broker, machine: &Machine) -> Result<()> {
     let (view, _) = machine.look().await?;
     say(&format!(
         "\n{} is a machine of {} processes:",
@@ -116,7 +116,7 @@ async fn show(machine: &Machine) -> Result<()> {
     say("");
     tokio::time::sleep(SHOWN).await;
 
-    let before = disk(machine).await?;
+    let before = served(broker, machine, 0).await?;
     let process = before
         .process
         .ok_or_else(|| wrong("the disk has no process"))?;
@@ -127,7 +127,7 @@ async fn show(machine: &Machine) -> Result<()> {
     kill(Pid::from_raw(process), Signal::SIGKILL).map_err(|errno| {
         Failure::io(format!("process {process} cannot be killed"))(errno.into())
     })?;
-    let after = taken_over(machine, before.reconnects).await?;
+    let after = served(broker, machine, before.reconnects + 1).await?;
     let process = after
         .process
         .map_or_else(String::new, |process| process.to_string());
@@ -155,13 +155,16 @@ async fn disk(machine: &Machine) -> Result<view::Device> {
     disk.ok_or_else(|| wrong("the machine has lost its disk"))
 }
 
-/// Waits until a new process serves the disk.
-async fn taken_over(machine: &Machine, reconnects: u32) -> Result<view::Device> {
+/// Waits until the guest uses its disk, which so many new processes have taken over.
+async fn served(broker: &Broker, machine: &Machine, reconnects: u32) -> Result<view::Device> {
     let end = Instant::now() + DEADLINE;
     loop {
         let disk = disk(machine).await?;
-        if disk.reconnects > reconnects && disk.state == "running" {
-            return Ok(disk);
+        if disk.reconnects >= reconnects && disk.state == "running" {
+            let counters = broker.device_statistics(&machine.name, DISK).await?;
+            if counters.get("requests").is_some_and(|&count| count > 0) {
+                return Ok(disk);
+            }
         }
         if Instant::now() > end {
             return Err(wrong(&format!(

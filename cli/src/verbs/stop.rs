@@ -3,7 +3,7 @@
 use super::each;
 use super::start::{print, wait_for};
 use crate::connection::Broker;
-use crate::error::{Result, What as _};
+use crate::error::{POWER_OFF, Result, What as _};
 use crate::job::Job;
 use crate::options::Stop;
 use crate::render::Output;
@@ -17,11 +17,11 @@ pub async fn run(broker: &Broker, output: Output, stop: Stop) -> Result<()> {
             return Ok(None);
         }
         let (what, path) = if stop.force {
-            ("end", machine.proxy.terminate(0).await)
+            ("end of ", machine.proxy.terminate(0).await)
         } else {
-            ("power-off", machine.proxy.power_off(0).await)
+            (POWER_OFF, machine.proxy.power_off(0).await)
         };
-        let what = format!("{what} of {name}");
+        let what = format!("{what}{name}");
         let job = Job::at(broker, &what, path.what(name)?).await?;
         wait_for(&job, stop.wait).await.map(Some)
     })

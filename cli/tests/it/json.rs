@@ -29,7 +29,7 @@ fn workload() -> Workload {
     Workload {
         heartbeat: 50,
         blk: BlkMode::Loop,
-        span: 16,
+        span: 4,
         dirty: 0,
         ..Workload::default()
     }
@@ -116,7 +116,7 @@ fn every_verb_prints_json_or_says_that_it_has_none() {
 
     let other = Other::start(&real);
     let line = format!(
-        "migrate vm {} --max-downtime 1ms --patience 600 --max-bandwidth 2M --no-wait",
+        "migrate vm {} --max-downtime 1ms --patience 600 --max-bandwidth 1M --no-wait",
         other.door
     );
     let number = walk("migrate", Object, short(&line))["id"].clone();

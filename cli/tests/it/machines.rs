@@ -229,7 +229,7 @@ fn the_demonstration_shows_what_it_says() {
     let mut command = real.command("demo");
     command.arg("--kernel").arg(test_guest::program());
     let ended = run(command);
-    assert!(ended.stdout.contains("guest: @beat"), "{ended:?}");
+    assert!(ended.stdout.contains("guest: @disk"), "{ended:?}");
     for words in ["kill -9", "took over", "resumed", "nothing of it is left"] {
         assert!(ended.stderr.contains(words), "{words}: {ended:?}");
     }

@@ -12,7 +12,7 @@ fn hurried() -> Workload {
     Workload {
         heartbeat: 50,
         blk: BlkMode::Off,
-        span: 16,
+        span: 4,
         dirty: 0,
         poweroff: true,
         ..Workload::default()
@@ -27,7 +27,7 @@ fn with_machine() -> Real {
 }
 
 /// What is never stopped.
-const ENDLESS: &str = "--max-downtime 1ms --patience 600 --max-bandwidth 2M";
+const ENDLESS: &str = "--max-downtime 1ms --patience 600 --max-bandwidth 1M";
 
 #[test]
 fn a_move_says_what_it_took() {

@@ -1,6 +1,7 @@
 //! Every verb against a broker of the test's own: statuses, JSON, tables, messages.
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::process::Stdio;
 
 use crate::common::fake::Fake;
 use crate::common::real::eventually;
@@ -210,6 +211,27 @@ fn a_job_is_awaited_until_it_ends() {
     assert!(waiting.try_wait().unwrap().is_none());
     fake.end_job(2, JobState::Done);
     assert!(waiting.wait().unwrap().success());
+}
+
+#[test]
+fn a_job_that_changes_faster_than_it_is_read_is_awaited_too() {
+    let fake = with_machine();
+    let waiting = godwit(&fake.bus, "stop vm1").stderr(Stdio::piped()).spawn();
+    let waiting = waiting.unwrap();
+    eventually("the job is there", || {
+        at(&fake, "job list --json")
+            .json()
+            .as_array()
+            .unwrap()
+            .len()
+            == 2
+    });
+    // Many times what a connection keeps, and less than the bus keeps for a client.
+    fake.hurry(2, 600);
+    fake.end_job(2, JobState::Done);
+    let ended = waiting.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{said}");
 }
 
 #[test]

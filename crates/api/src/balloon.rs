@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 
-use zbus::fdo;
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 
@@ -41,7 +40,7 @@ pub struct Balloon<B>(pub B);
 impl<B: OneBalloon> Balloon<B> {
     /// Bytes that the guest shall give, a multiple of 4096. It counts until the machine ends.
     #[zbus(property)]
-    async fn target(&self) -> fdo::Result<u64> {
+    async fn target(&self) -> Result<u64, Error> {
         Ok(self.0.look().await?.0)
     }
 
@@ -51,14 +50,14 @@ impl<B: OneBalloon> Balloon<B> {
         &self,
         #[zbus(header)] header: Option<Header<'_>>,
         bytes: u64,
-    ) -> fdo::Result<()> {
+    ) -> Result<(), Error> {
         let caller = Caller::of_property(header.as_ref())?;
-        Ok(self.0.set_target(caller, bytes).await?)
+        self.0.set_target(caller, bytes).await
     }
 
     /// Bytes that the guest has given, as it says.
     #[zbus(property)]
-    async fn actual(&self) -> fdo::Result<u64> {
+    async fn actual(&self) -> Result<u64, Error> {
         Ok(self.0.look().await?.1)
     }
 
@@ -66,7 +65,7 @@ impl<B: OneBalloon> Balloon<B> {
     /// `available_bytes`, `disk_cache_bytes`, …) and counts (`major_faults`, `oom_kills`, …). Empty
     /// when it never did. Its changes are not signalled.
     #[zbus(property(emits_changed_signal = "false"))]
-    async fn statistics(&self) -> fdo::Result<BTreeMap<String, u64>> {
+    async fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
         Ok(self.0.look().await?.2)
     }
 }

@@ -149,22 +149,6 @@ impl From<zbus::fdo::Error> for Error {
     }
 }
 
-/// Properties fail by D-Bus's own names.
-impl From<Error> for zbus::fdo::Error {
-    fn from(error: Error) -> Self {
-        let text = error.to_string();
-        match error {
-            Error::InvalidArgs(_) => Self::InvalidArgs(text),
-            Error::AccessDenied(_) => Self::AccessDenied(text),
-            Error::InteractiveAuthorizationRequired(_) => {
-                Self::InteractiveAuthorizationRequired(text)
-            }
-            Error::TimedOut(_) => Self::TimedOut(text),
-            _ => Self::Failed(text),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,8 +5,8 @@
 
 use std::future::Future;
 
+use zbus::OwnedVariant;
 use zbus::message::Header;
-use zbus::{OwnedVariant, fdo};
 
 use crate::{Caller, Error};
 
@@ -171,9 +171,9 @@ impl<M: OneMigration> JobMigration<M> {
         &self,
         #[zbus(header)] header: Option<Header<'_>>,
         usec: u64,
-    ) -> fdo::Result<()> {
+    ) -> Result<(), Error> {
         let caller = Caller::of_property(header.as_ref())?;
-        Ok(self.0.set_max_downtime(caller, usec).await?)
+        self.0.set_max_downtime(caller, usec).await
     }
 
     /// How long the stop would be if it began now, in microseconds.

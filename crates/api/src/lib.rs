@@ -67,8 +67,8 @@ impl Caller {
     ///
     /// # Errors
     /// Nobody is known to.
-    pub(crate) fn of_property(header: Option<&Header<'_>>) -> zbus::fdo::Result<Self> {
-        let nobody = || zbus::fdo::Error::Failed("nobody is known to have asked for it".into());
+    pub(crate) fn of_property(header: Option<&Header<'_>>) -> Result<Self, Error> {
+        let nobody = || Error::Internal("nobody is known to have asked for it".into());
         header.map(Self::from).ok_or_else(nobody)
     }
 }

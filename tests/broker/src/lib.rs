@@ -53,18 +53,18 @@ pub struct Broker {
 impl Broker {
     /// Starts one, as [`Manner::of_tests`] says.
     pub fn start() -> Result<Self> {
-        let mut broker = Self::new()?;
+        let mut broker = Self::new(Manner::of_tests()?)?;
         broker.start_again()?;
         Ok(broker)
     }
 
-    fn new() -> Result<Self> {
+    fn new(manner: Manner) -> Result<Self> {
         let mut broker = Self {
             process: None,
             keeper: None,
             folder: TempDir::new().context("no folder for a broker")?,
             options: Vec::new(),
-            manner: Manner::of_tests()?,
+            manner,
         };
         let left = broker.manner.leftovers()?;
         ensure!(left.is_empty(), "an earlier test left {left:?}");
@@ -76,7 +76,17 @@ impl Broker {
     /// Starts one to which machines may come, by [`Self::unix`] and [`Self::tcp`], from who has
     /// the same `key`.
     pub fn start_with_doors(key: &str) -> Result<Self> {
-        let mut broker = Self::new()?;
+        Self::with_doors(key, Manner::of_tests()?)
+    }
+
+    /// The same beside another one on this host, which it leaves the names of units to: its own
+    /// processes are children.
+    pub fn start_beside(key: &str) -> Result<Self> {
+        Self::with_doors(key, Manner::Direct)
+    }
+
+    fn with_doors(key: &str, manner: Manner) -> Result<Self> {
+        let mut broker = Self::new(manner)?;
         let file = broker.folder.path().join("key");
         let mut options = fs::OpenOptions::new();
         let file_of_key = options.write(true).create_new(true).mode(0o600).open(&file);

@@ -54,6 +54,8 @@ async fn a_target_is_followed_and_a_size_that_is_none_is_refused() -> Result<()>
     .await?;
     let refused = balloon.set_target(100).await.unwrap_err().to_string();
     assert!(refused.contains("multiple of 4096"), "{refused}");
+    let refused = balloon.set_target(65 * MIB).await.unwrap_err().to_string();
+    assert!(refused.contains("it cannot give 68157440"), "{refused}");
     assert_eq!(balloon.target().await?, 0);
     Ok(())
 }

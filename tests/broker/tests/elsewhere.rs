@@ -40,10 +40,7 @@ struct Pair {
 
 impl Pair {
     async fn start() -> Result<Self> {
-        let brokers = [
-            Broker::start_with_doors(KEY)?,
-            Broker::start_with_doors(KEY)?,
-        ];
+        let brokers = [Broker::start_with_doors(KEY)?, Broker::start_beside(KEY)?];
         let buses = [brokers[0].connect().await?, brokers[1].connect().await?];
         let folder = TempDir::new()?;
         Ok(Self {

@@ -14,6 +14,11 @@ use test_hosts::{Host, HostOptions, strip};
 /// Minutes on two idle cores; this is for busy ones.
 const DEADLINE: Duration = Duration::from_secs(560);
 
+/// The variable that says how many machines come and go, and how many do in a host that is as slow
+/// as an emulated one.
+const CYCLES: &str = "GODWIT_TEST_CYCLES";
+const FEW_CYCLES: &str = "12";
+
 fn source() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
@@ -89,6 +94,7 @@ fn suite() -> Result<Vec<(String, PathBuf)>> {
 fn passes(manner: &str, names: &[&str], options: &str) -> Result<()> {
     let mut host = installed(manner)?;
     let suite = suite()?;
+    let cycles = std::env::var(CYCLES).unwrap_or_else(|_| FEW_CYCLES.into());
     // The tests start brokers of their own.
     host.run("systemctl mask --runtime --now godwit-broker")?;
     for name in names {
@@ -100,7 +106,8 @@ fn passes(manner: &str, names: &[&str], options: &str) -> Result<()> {
         let output = host.run_for(
             &format!(
                 "install -m755 /share/{name} /usr/bin/broker-test &&
-                 GODWIT_TEST_BROKER={manner} /usr/bin/broker-test --test-threads=1 {options}"
+                 GODWIT_TEST_BROKER={manner} GODWIT_TEST_CYCLES={cycles} \
+                     /usr/bin/broker-test --test-threads=1 {options}"
             ),
             DEADLINE,
         )?;

@@ -15,7 +15,7 @@ use crate::migration::snapshot::Files;
 
 /// How long the main thread has to begin a migration. It may be in the middle of another one's
 /// switchover.
-const BEGIN_DEADLINE: Duration = Duration::from_secs(120);
+const BEGIN_DEADLINE: Duration = Duration::from_secs(60);
 
 /// One owner's view.
 pub(super) struct Service {

@@ -116,6 +116,19 @@ impl Fake {
         self.world.state().machines.get(name).map(|one| one.state)
     }
 
+    /// Signals so many changes of a job at once.
+    pub fn hurry(&self, id: u32, times: usize) {
+        self.runtime.block_on(async {
+            let path = api::path::job(id);
+            let interface = self.world.interface::<Job<OfJob>>(path).await;
+            let emitter = interface.signal_emitter();
+            for _ in 0..times {
+                let job = interface.get().await;
+                job.progress_changed(emitter).await.unwrap();
+            }
+        });
+    }
+
     /// Ends a job.
     pub fn end_job(&self, id: u32, state: job::State) {
         self.runtime.block_on(self.world.end_job(id, state, None));
