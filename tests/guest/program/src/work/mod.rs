@@ -22,10 +22,10 @@ mod packet;
 mod pattern;
 
 use crate::apic::ApicId;
+use crate::console::fail;
 use crate::cpu::MAX_CPUS;
 use crate::interrupts::{TIMER, Vector};
 use crate::pci::Function;
-use crate::console::fail;
 use crate::protocol::{Idle, Text, Workload};
 use crate::sync::SpinLock;
 use crate::{apic, clock, cpu, smp};
@@ -231,7 +231,12 @@ fn sleep(tasks: &mut Vec<Box<dyn Task>>) {
             let woken = clock::observe_wake(until);
             let slept_out = nap > 0 && until == end && woken >= end;
             if slept_out && poll_all(tasks).is_none() {
-                fail("missed-interrupt", cpu::index() as u64, nap, Text::new("us"));
+                fail(
+                    "missed-interrupt",
+                    cpu::index() as u64,
+                    nap,
+                    Text::new("us"),
+                );
             }
         }
     }
