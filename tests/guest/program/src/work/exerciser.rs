@@ -15,7 +15,7 @@
 use super::block::{Plan, Total, count};
 use super::devices::Account;
 use super::pattern::{Content, Random};
-use super::{Step, Task, stopping, wrong};
+use super::{Step, Task, naps, stopping, wrong};
 use crate::console::report;
 use crate::protocol::{BlkMode, Report};
 use crate::virtio::blk::{Operation, RequestQueue, SECTOR, status};
@@ -346,8 +346,10 @@ impl Task for Exerciser {
         }
         if self.in_flight > 0 {
             self.give_up_late_ones();
+            // A guest that naps is to miss interrupts, and does not look for work that it cannot do.
             let has_room = self.slots.iter().any(|slot| matches!(slot, Slot::Free));
-            let until = if self.phase == Phase::Random && has_room && !stopping() {
+            let looks = !naps() || has_room && !stopping();
+            let until = if self.phase == Phase::Random && looks {
                 self.next_random
             } else {
                 u64::MAX

@@ -216,6 +216,11 @@ fn poll_all(tasks: &mut Vec<Box<dyn Task>>) -> Option<u64> {
     until
 }
 
+/// Whether an idle CPU sleeps so long that a lost interrupt is seen.
+fn naps() -> bool {
+    NAP_US.load(Ordering::Relaxed) > 0
+}
+
 /// Halts until an interrupt or until a task has something to do. With interrupts off the tasks
 /// are polled once more, so that what came just now is not slept over.
 fn sleep(tasks: &mut Vec<Box<dyn Task>>) {
