@@ -139,6 +139,7 @@ async fn watch(core: &impl UnderWay, job: &Job, publisher: &Publisher) -> Result
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use tokio::sync::Notify;
@@ -158,6 +159,23 @@ mod tests {
         begin: Instant,
         looks: AtomicU64,
         cancelled: Notify,
+    }
+
+    impl Core {
+        /// One that begins now.
+        fn new() -> Self {
+            Self {
+                begin: Instant::now(),
+                looks: AtomicU64::new(0),
+                cancelled: Notify::new(),
+            }
+        }
+    }
+
+    fn job(publisher: &Publisher) -> Arc<Job> {
+        let name = MachineName::new("vm").unwrap();
+        let jobs = Jobs::new(publisher.clone());
+        jobs.begin(Kind::Migrate, &name).unwrap()
     }
 
     impl UnderWay for Core {
@@ -194,14 +212,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn progress_is_told_four_times_a_second_and_nothing_in_the_blackout() {
         let (publisher, mut changes) = publish::channel();
-        let jobs = Jobs::new(publisher.clone());
-        let name = MachineName::new("vm").unwrap();
-        let job = jobs.begin(Kind::Migrate, &name).unwrap();
-        let core = Core {
-            begin: Instant::now(),
-            looks: AtomicU64::new(0),
-            cancelled: Notify::new(),
-        };
+        let (job, core) = (job(&publisher), Core::new());
         let watched = watch(&core, &job, &publisher);
         tokio::pin!(watched);
         let mut told = || std::iter::from_fn(|| changes.try_recv().ok()).count();
@@ -222,14 +233,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_job_that_is_cancelled_cancels_it_once() {
         let (publisher, _changes) = publish::channel();
-        let jobs = Jobs::new(publisher.clone());
-        let name = MachineName::new("vm").unwrap();
-        let job = jobs.begin(Kind::Migrate, &name).unwrap();
-        let core = Core {
-            begin: Instant::now(),
-            looks: AtomicU64::new(0),
-            cancelled: Notify::new(),
-        };
+        let (job, core) = (job(&publisher), Core::new());
         job.cancel().unwrap();
         let outcome = watch(&core, &job, &publisher).await.unwrap();
         assert_eq!(outcome.result, Verdict::Kept);

@@ -196,18 +196,19 @@ fn a_job_can_be_left_awaited_and_cancelled() {
     assert!(at(&fake, "job list").ok().ends_with("\n3 jobs\n"));
 }
 
+/// Waits until a job has joined the one that the machine came with.
+fn await_two_jobs(fake: &Fake) {
+    eventually("the job is there", || {
+        let jobs = at(fake, "job list --json").json();
+        jobs.as_array().unwrap().len() == 2
+    });
+}
+
 #[test]
 fn a_job_is_awaited_until_it_ends() {
     let fake = with_machine();
     let mut waiting = godwit(&fake.bus, "stop vm1").spawn().unwrap();
-    eventually("the job is there", || {
-        at(&fake, "job list --json")
-            .json()
-            .as_array()
-            .unwrap()
-            .len()
-            == 2
-    });
+    await_two_jobs(&fake);
     assert!(waiting.try_wait().unwrap().is_none());
     fake.end_job(2, JobState::Done);
     assert!(waiting.wait().unwrap().success());
@@ -218,14 +219,7 @@ fn a_job_that_changes_faster_than_it_is_read_is_awaited_too() {
     let fake = with_machine();
     let waiting = godwit(&fake.bus, "stop vm1").stderr(Stdio::piped()).spawn();
     let waiting = waiting.unwrap();
-    eventually("the job is there", || {
-        at(&fake, "job list --json")
-            .json()
-            .as_array()
-            .unwrap()
-            .len()
-            == 2
-    });
+    await_two_jobs(&fake);
     // Many times what a connection keeps, and less than the bus keeps for a client.
     fake.hurry(2, 600);
     fake.end_job(2, JobState::Done);
