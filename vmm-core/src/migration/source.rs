@@ -296,6 +296,11 @@ impl Source {
     }
 
     fn round(&mut self, memory: &mut MovingMemory, first: bool) -> Result<(), MigrationError> {
+        // A moment in which this host was busy must not count for all that come. Not between the last
+        // look at what is dirty and the stop.
+        if !first {
+            self.around.wake = wake_up().map_err(system("a pair of sockets"))?;
+        }
         self.find_free_pages(&mut memory.tracker, first)?;
         let begin = Instant::now();
         let pages = memory.tracker.pending_bytes() / super::ram::PAGE;
@@ -390,6 +395,7 @@ impl Source {
         let slowest = |time: fn(&Forecast) -> Duration| forecasts.iter().map(time).max();
         let stop = slowest(|forecast| forecast.stop).unwrap_or_default();
         let start = slowest(|forecast| forecast.start).unwrap_or_default();
+        self.around.wake = wake_up().map_err(system("a pair of sockets"))?;
         self.around.processors = std::thread::available_parallelism()
             .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX));
         self.around.copies_memory = !self.options.shared_memory;
@@ -447,10 +453,8 @@ impl Source {
         }
     }
 
-    /// Says how devices are wired, if that has changed; and finds out how busy this host is now: a
-    /// moment in which it was busy must not count for all that come.
+    /// Says how devices are wired, if that has changed.
     fn tell_wiring(&mut self) -> Result<(), MigrationError> {
-        self.around.wake = wake_up().map_err(system("a pair of sockets"))?;
         let device = |unit: &Arc<Unit>| {
             Ok(DeviceWiring {
                 id: unit.id.clone(),
