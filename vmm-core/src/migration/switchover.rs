@@ -17,7 +17,7 @@ use migration::report::{Recorder, Report, micros};
 use migration::wire::{ToDestination, ToSource};
 use tokio::sync::watch;
 
-use super::barrier::{self, Barrier};
+use super::barrier::Barrier;
 use super::error::system;
 use super::free_pages::FreePages;
 use super::saved_state::{CoreState, DeviceWiring, to_blob};
@@ -147,15 +147,8 @@ impl Switchover {
             return Err(MigrationError::Guest(what));
         }
         self.quiet_peers();
-        let (stopped, saved) = self.states.stop_and_save(&self.crew, true);
-        let devices = barrier::wait(
-            Barrier::D,
-            "stop",
-            self.crew.names(),
-            &stopped,
-            self.left(),
-            &mut self.recorder,
-        )?;
+        let leaving = self.states.leave(&self.crew, true, self.left());
+        let devices = leaving.stopped(self.left(), &mut self.recorder)?;
         self.send_dirty(|memory| Ok(memory.tracker.collect()?))?;
         let begin = Instant::now();
         let mut core = host.save_core(devices)?;
@@ -164,14 +157,7 @@ impl Switchover {
         let bytes = core.payload.len() as u64;
         self.say(&ToDestination::Core(core))?;
         self.recorder.note("core", "save", begin, bytes);
-        barrier::wait(
-            Barrier::E,
-            "save",
-            self.crew.names(),
-            &saved,
-            self.left(),
-            &mut self.recorder,
-        )?;
+        leaving.saved(self.left(), &mut self.recorder)?;
         self.send_dirty(|memory| {
             memory.tracker.collect_from_devices();
             Ok(())
@@ -266,8 +252,7 @@ impl Switchover {
         self.states.cut();
         let running = host.ran();
         // In line behind whatever each device still does.
-        let started = self.crew.each(move |_, unit| unit.take_up(running));
-        let started = self.crew.meet_again("start", &started, &mut self.recorder);
+        let started = self.crew.take_up(running, &mut self.recorder);
         if started.is_ok() {
             host.run();
         } else if running {

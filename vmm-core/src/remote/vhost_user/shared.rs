@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError, Weak,
 };
+use std::time::Instant;
 
 use nix::sys::eventfd::EventFd;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
@@ -14,7 +15,6 @@ use vm_memory::{Bytes, GuestAddress};
 use super::connection::Connection;
 use super::inflight::Inflight;
 use super::queues::QueuePlan;
-use super::rings::Leaving;
 use super::session::{Session, Surroundings, Wanted};
 use super::{DirtyLog, VhostUserConfig, VhostUserError, Watchdog, device_config};
 use crate::memory::{Memory, Region};
@@ -31,8 +31,8 @@ pub(super) struct State {
     pub(super) phase: Phase,
     pub(super) regions: Vec<Region>,
     pub(super) wanted: Option<Wanted>,
-    /// What a back-end of ours does when it has stopped.
-    pub(super) leaving: Option<Leaving>,
+    /// A back-end of ours was ordered to stop, and has done so by then.
+    pub(super) stops_by: Option<Instant>,
     pub(super) inflight: Option<Inflight>,
     pub(super) log: Option<Arc<DirtyLog>>,
     /// What a driver wrote to the configuration while the back-end was away, by offset.
@@ -148,6 +148,7 @@ impl Shared {
             },
         };
         state.phase = phase;
+        state.stops_by = None;
         *self.standing() = standing;
     }
 
@@ -263,6 +264,9 @@ impl Shared {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return,
         };
+        if matches!(&state.phase, Phase::Connected(session) if session.connection.is_owed()) {
+            return;
+        }
         self.config_stale.store(false, Ordering::Release);
         match self.fetch_config(&mut state) {
             Ok(Some(bytes)) => self.change_config(bytes),
