@@ -20,7 +20,7 @@ pub enum Change {
     Machine(MachineName),
     /// Properties of a device.
     Device(MachineName, DeviceId),
-    /// The size of a balloon, as it is now.
+    /// A balloon, as it is now.
     Balloon(MachineName, DeviceId, Status),
     /// A machine that is forgotten when it has ended has ended.
     Ended(MachineName),

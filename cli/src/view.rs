@@ -44,6 +44,8 @@ pub struct Balloon {
     pub target_bytes: u64,
     /// Bytes that the guest has given.
     pub actual_bytes: u64,
+    /// Seconds between two questions for what the guest says; 0: none is asked.
+    pub statistics_interval_s: u32,
     /// What the guest says of its memory.
     pub guest: Counters,
 }

@@ -4,6 +4,8 @@
 use clap::Args;
 use device_kit::QueueIndex;
 
+use crate::statistics::MAX_INTERVAL;
+
 /// Bytes of a page of the protocol, whatever the guest's or the host's pages are.
 pub(crate) const PAGE: u64 = 4096;
 /// Queues, when every feature is in force.
@@ -19,7 +21,7 @@ pub(crate) struct Options {
     pub(crate) target: u32,
 
     /// Ask the guest for its memory statistics every SECONDS; 0: never
-    #[arg(long, default_value_t = 5, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 5, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=i64::from(MAX_INTERVAL)))]
     pub(crate) statistics_interval: u32,
 }
 

@@ -16,14 +16,10 @@ use crate::saved_state::SavedState;
 use crate::shared::Shared;
 use crate::worker::BalloonWorker;
 
-/// Pages of a MiB.
-const MIB_PAGES: u32 = 256;
-
 /// A virtio memory balloon.
 #[derive(Debug)]
 pub(crate) struct BalloonDevice {
     shared: Arc<Shared>,
-    interval: Duration,
 }
 
 impl Device for BalloonDevice {
@@ -41,17 +37,21 @@ impl Device for BalloonDevice {
 
     fn open(options: Options, kit: &mut Kit<'_>) -> Result<Self, OptionError> {
         let metrics = Metrics::register(kit.registry);
-        let target = options.target * MIB_PAGES;
         let (health, change) = (kit.health.clone(), kit.config_change.clone());
+        let shared = Shared::new(&options, metrics, health, change);
+        let shared = shared.map_err(|error| OptionError {
+            option: "--statistics-interval",
+            value: options.statistics_interval.to_string(),
+            problem: format!("there is no timer for it: {error}"),
+        })?;
         Ok(BalloonDevice {
-            shared: Arc::new(Shared::new(target, metrics, health, change)),
-            interval: Duration::from_secs(options.statistics_interval.into()),
+            shared: Arc::new(shared),
         })
     }
 
     fn workers(&self) -> Result<Vec<Assignment<BalloonWorker>>, HostError> {
         Ok(vec![Assignment {
-            worker: BalloonWorker::new(Arc::clone(&self.shared), self.interval)?,
+            worker: BalloonWorker::new(Arc::clone(&self.shared)),
             queues: (0..QUEUES).map(QueueIndex::new).collect(),
         }])
     }

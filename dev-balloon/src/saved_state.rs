@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteArray;
 
 use crate::page_set::{BLOCK_PAGES, PageSet};
-use crate::statistics;
+use crate::statistics::{self, MAX_INTERVAL};
 
 /// Pages beyond this have no address in the protocol.
 const MAX_PAGE: u64 = 1 << 32;
@@ -29,6 +29,9 @@ pub(crate) struct SavedState {
     pub(crate) last_round: u32,
     /// What the guest said of its memory last.
     pub(crate) statistics: Vec<(u16, u64)>,
+    /// Seconds between two questions for that, when they are others than the options say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) statistics_interval: Option<u32>,
     /// The pages in the balloon.
     pub(crate) pages: SavedPages,
 }
@@ -120,6 +123,9 @@ impl SavedState {
         {
             return Err(format!("statistic {tag} is unknown"));
         }
+        if let Some(seconds) = self.statistics_interval.filter(|s| *s > MAX_INTERVAL) {
+            return Err(format!("statistics every {seconds} s"));
+        }
         PageSet::try_from(&self.pages)
     }
 }
@@ -138,6 +144,7 @@ mod tests {
             poison: 0xaaaa_aaaa,
             last_round: 5,
             statistics: vec![(4, 1 << 40)],
+            statistics_interval: None,
             pages: SavedPages::from(&set),
         }
     }
@@ -156,6 +163,16 @@ mod tests {
         assert_eq!(decoded, state());
         assert_eq!(decoded.check().unwrap().runs(), [(7, 1), (512, 1024)]);
         assert!(SavedState::decode(2, &golden).is_err());
+    }
+
+    #[test]
+    fn an_interval_is_there_when_it_was_set() {
+        let state = SavedState {
+            statistics_interval: Some(60),
+            ..state()
+        };
+        let written = state.encode().unwrap();
+        assert_eq!(SavedState::decode(1, &written).unwrap(), state);
     }
 
     #[test]
@@ -198,5 +215,10 @@ mod tests {
             ..state()
         };
         assert_eq!(unknown.check().unwrap_err(), "statistic 99 is unknown");
+        let seldom = SavedState {
+            statistics_interval: Some(3601),
+            ..state()
+        };
+        assert_eq!(seldom.check().unwrap_err(), "statistics every 3601 s");
     }
 }

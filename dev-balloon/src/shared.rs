@@ -8,21 +8,25 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use device_kit::{BalloonProcess, BalloonStatus, ConfigChange, Health, Keepsake, Kept, LinkError};
 
-use crate::config::{PAGE, Space, feature};
+use crate::config::{Options, PAGE, Space, feature};
 use crate::hinting::Hinting;
 use crate::metrics::Metrics;
 use crate::page_set::PageSet;
 use crate::saved_state::{SavedPages, SavedState};
-use crate::statistics;
+use crate::statistics::{self, MAX_INTERVAL, Timer};
+
+/// Pages of a MiB.
+const MIB_PAGES: u32 = 256;
 
 /// What outlives the process: which layout, target and actual size, poison and the last round of
-/// hints. Which pages are in the balloon is not kept: they are holes, wherever that is asked.
+/// hints, how often the guest is asked if the link has said so. Which pages are in the balloon is not kept: they are holes, wherever that is asked.
 mod kept {
-    pub(super) const WORDS: usize = 3;
+    pub(super) const WORDS: usize = 4;
     pub(super) const LAYOUT: u64 = u64::from_le_bytes(*b"balloon1");
     pub(super) const LAYOUT_AT: usize = 0;
     pub(super) const SIZES_AT: usize = 1;
     pub(super) const MEMORY_AT: usize = 2;
+    pub(super) const INTERVAL_AT: usize = 3;
 }
 
 /// What changes.
@@ -35,6 +39,8 @@ pub(crate) struct State {
     pub(crate) hinting: Hinting,
     /// What the guest said of its memory last.
     pub(crate) statistics: Vec<(u16, u64)>,
+    /// Seconds between two questions for that, when they are others than the options say.
+    interval: Option<u32>,
     kept: Option<Kept>,
     /// It is more than what the options say: its own past, or that of a process before it.
     has_past: bool,
@@ -48,6 +54,8 @@ impl State {
             let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
             kept.set(kept::SIZES_AT, pair(self.target, self.actual));
             kept.set(kept::MEMORY_AT, pair(self.poison, self.hinting.last()));
+            let interval = self.interval.map_or((0, 0), |seconds| (seconds, 1));
+            kept.set(kept::INTERVAL_AT, pair(interval.0, interval.1));
             kept.set(kept::LAYOUT_AT, kept::LAYOUT);
         }
     }
@@ -66,6 +74,8 @@ impl State {
         (self.target, self.actual) = pair(kept::SIZES_AT);
         let (poison, last) = pair(kept::MEMORY_AT);
         self.poison = poison;
+        let (seconds, is_set) = pair(kept::INTERVAL_AT);
+        self.interval = (is_set == 1 && seconds <= MAX_INTERVAL).then_some(seconds);
         // A round that ran has ended with its process, and its number is never used again.
         self.hinting = Hinting::after(last);
         true
@@ -77,6 +87,9 @@ impl State {
 pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
     pub(crate) health: Health,
+    pub(crate) timer: Timer,
+    /// Seconds between two questions for statistics, as the options say.
+    interval: u32,
     config_change: ConfigChange,
     features: AtomicU64,
     /// It has moved in, and its rings have not run since.
@@ -86,22 +99,26 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new(
-        target: u32,
+        options: &Options,
         metrics: Metrics,
         health: Health,
         config_change: ConfigChange,
-    ) -> Self {
-        Shared {
+    ) -> nix::Result<Self> {
+        let timer = Timer::new()?;
+        timer.set(options.statistics_interval)?;
+        Ok(Shared {
             metrics,
             health,
+            timer,
+            interval: options.statistics_interval,
             config_change,
             features: AtomicU64::new(0),
             arrived: AtomicBool::new(false),
             state: Mutex::new(State {
-                target,
+                target: options.target * MIB_PAGES,
                 ..State::default()
             }),
-        }
+        })
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -157,6 +174,7 @@ impl Shared {
             poison: state.poison,
             last_round: state.hinting.last(),
             statistics: state.statistics.clone(),
+            statistics_interval: state.interval,
             pages: SavedPages::from(&state.ballooned),
         }
     }
@@ -174,12 +192,22 @@ impl Shared {
             ballooned,
             hinting: Hinting::after(saved.last_round),
             statistics: saved.statistics,
+            interval: saved.statistics_interval,
         };
         state.remember();
+        self.set_timer(&state);
         drop(state);
         self.arrived.store(true, Ordering::Release);
         self.health.touch();
         Ok(())
+    }
+
+    /// Lets the timer run as the state says.
+    fn set_timer(&self, state: &State) {
+        if let Err(error) = self.timer.set(state.interval.unwrap_or(self.interval)) {
+            let what = format!("the guest is not asked for statistics: no timer: {error}");
+            self.health.error(&what);
+        }
     }
 
     /// Whether it has just moved in: then the guest is told to look at its configuration.
@@ -200,6 +228,7 @@ impl Shared {
         let hinting = std::mem::take(&mut state.hinting);
         *state = State {
             target: state.target,
+            interval: state.interval,
             hinting,
             kept: state.kept.take(),
             ..State::default()
@@ -221,6 +250,7 @@ impl Keepsake for Shared {
         state.kept = Some(kept);
         let recalled = state.recall();
         state.remember();
+        self.set_timer(&state);
         drop(state);
         if recalled {
             self.arrived.store(true, Ordering::Release);
@@ -235,6 +265,7 @@ impl BalloonProcess for Shared {
         BalloonStatus {
             target: u64::from(state.target) * PAGE,
             actual: u64::from(state.actual) * PAGE,
+            statistics_interval: state.interval.unwrap_or(self.interval),
         }
     }
 
@@ -252,6 +283,21 @@ impl BalloonProcess for Shared {
         state.remember();
         drop(state);
         self.config_change.notify();
+        self.health.touch();
+        Ok(())
+    }
+
+    fn set_statistics_interval(&self, seconds: u32) -> Result<(), LinkError> {
+        if seconds > MAX_INTERVAL {
+            return Err(LinkError::InvalidArgs(format!(
+                "statistics every {seconds} s are not possible: give 0 to {MAX_INTERVAL}"
+            )));
+        }
+        let mut state = self.state();
+        state.interval = Some(seconds);
+        state.remember();
+        self.set_timer(&state);
+        drop(state);
         self.health.touch();
         Ok(())
     }

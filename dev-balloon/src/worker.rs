@@ -3,14 +3,11 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use device_kit::memory::Memory;
 use device_kit::{
     Chain, HostError, Interest, Progress, Queue, QueueFault, Queues, Source, Worker, WorkerError,
 };
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::config::{PAGE, Role, feature};
@@ -26,7 +23,6 @@ const TIMER: Source = Source(0);
 #[derive(Debug)]
 pub(crate) struct BalloonWorker {
     shared: Arc<Shared>,
-    timer: Option<TimerFd>,
     /// Statistics are to be asked for.
     wants_statistics: bool,
     /// The report that the statistics queue holds was read.
@@ -40,22 +36,16 @@ pub(crate) struct BalloonWorker {
 }
 
 impl BalloonWorker {
-    /// A worker that asks for statistics so often; never, for no time.
-    pub(crate) fn new(shared: Arc<Shared>, interval: Duration) -> Result<Self, HostError> {
-        let timer = (!interval.is_zero()).then(|| timer(interval));
-        let timer = timer
-            .transpose()
-            .map_err(|error| HostError::new("cannot make a timer for statistics", error))?;
-        Ok(Self {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self {
             shared,
-            timer,
             wants_statistics: false,
             has_statistics: false,
             chain: Chain::default(),
             served: Vec::new(),
             numbers: Vec::new(),
             has_complained: false,
-        })
+        }
     }
 
     /// Carries out all requests that there are; their heads are then in `served`.
@@ -292,33 +282,18 @@ fn is_memory(memory: &Memory, first: u64, pages: u64) -> bool {
     memory.guest().check_range(GuestAddress(first * PAGE), len)
 }
 
-fn timer(interval: Duration) -> nix::Result<TimerFd> {
-    let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
-    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
-    let every = Expiration::Interval(TimeSpec::from_duration(interval));
-    timer.set(every, TimerSetTimeFlags::empty())?;
-    Ok(timer)
-}
-
 impl Worker for BalloonWorker {
     fn start(&mut self) -> Result<(), HostError> {
         Ok(())
     }
 
     fn wait_for(&self, interest: &mut Interest<'_>) {
-        if let Some(timer) = &self.timer {
-            interest.readable(TIMER, timer.as_fd());
-        }
+        interest.readable(TIMER, self.shared.timer.as_fd());
     }
 
     fn ready(&mut self, _source: Source, _queues: &mut Queues<'_>) -> Result<(), WorkerError> {
-        let mut count = [0; 8];
-        let read = self
-            .timer
-            .as_ref()
-            .map(|timer| nix::unistd::read(timer, &mut count));
         // The queue is looked at next.
-        self.wants_statistics |= matches!(read, Some(Ok(8)));
+        self.wants_statistics |= self.shared.timer.has_run_out();
         Ok(())
     }
 

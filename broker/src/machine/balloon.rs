@@ -44,7 +44,31 @@ impl Machine {
             .await
     }
 
-    /// Tells the bus each size of the balloon at place `at`, for as long as its core is there.
+    /// Seconds between two questions for the guest's statistics.
+    ///
+    /// # Errors
+    /// As [`Self::balloon`].
+    pub(crate) async fn balloon_statistics_interval(&self, at: usize) -> Result<u32, Error> {
+        let (core, id) = (self.core("asked for its balloon")?, self.balloon_id(at)?);
+        self.in_time(core.balloon_statistics_interval(id.as_str()))
+            .await
+    }
+
+    /// Has the guest asked as often.
+    ///
+    /// # Errors
+    /// As [`Self::balloon`], or it is too seldom.
+    pub(crate) async fn set_balloon_statistics_interval(
+        &self,
+        at: usize,
+        seconds: u32,
+    ) -> Result<(), Error> {
+        let (core, id) = (self.core("asked for statistics")?, self.balloon_id(at)?);
+        self.in_time(core.set_balloon_statistics_interval(id.as_str(), seconds))
+            .await
+    }
+
+    /// Tells the bus each status of the balloon at place `at`, for as long as its core is there.
     pub(super) async fn follow_balloon(
         &self,
         at: usize,
@@ -57,11 +81,17 @@ impl Machine {
         let mine = [(0, id.as_str())];
         let mut changes = core.receive_device_changed_with_args(&mine).await?;
         loop {
-            // One that does not answer has no size; the next change may be that it does.
-            if let Ok((target, actual, _)) = self.balloon(at).await {
-                let size = Status { target, actual };
+            // One that does not answer has none; the next change may be that it does.
+            if let Ok((target, actual, _)) = self.balloon(at).await
+                && let Ok(statistics_interval) = self.balloon_statistics_interval(at).await
+            {
+                let status = Status {
+                    target,
+                    actual,
+                    statistics_interval,
+                };
                 self.publisher
-                    .send(Change::Balloon(self.name.clone(), id.clone(), size));
+                    .send(Change::Balloon(self.name.clone(), id.clone(), status));
             }
             if api::next(&mut changes).await.is_none() {
                 return Ok(());

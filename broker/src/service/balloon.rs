@@ -41,4 +41,23 @@ impl OneBalloon for BalloonObject {
             .await?;
         self.machine.set_balloon_target(self.at, bytes).await
     }
+
+    async fn statistics_interval(&self) -> Result<u32, Error> {
+        self.machine.balloon_statistics_interval(self.at).await
+    }
+
+    async fn set_statistics_interval(&self, caller: Caller, seconds: u32) -> Result<(), Error> {
+        let name = self.machine.name().as_str();
+        self.broker
+            .permit(
+                &caller,
+                Action::Manage,
+                name,
+                "set-balloon-statistics-interval",
+            )
+            .await?;
+        self.machine
+            .set_balloon_statistics_interval(self.at, seconds)
+            .await
+    }
 }

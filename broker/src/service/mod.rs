@@ -213,16 +213,16 @@ impl Published {
         Ok(())
     }
 
-    async fn balloon(&mut self, name: MachineName, id: DeviceId, size: Status) -> zbus::Result<()> {
+    async fn balloon(&mut self, name: MachineName, id: DeviceId, now: Status) -> zbus::Result<()> {
         let at = path::device(name.as_str(), id.as_str());
         let key = (name, id);
         // One that is gone already is not told of.
         if !self.devices.contains_key(&key) {
             return Ok(());
         }
-        let told = self.balloons.insert(key, size).unwrap_or_default();
+        let told = self.balloons.insert(key, now).unwrap_or_default();
         let emitter = SignalEmitter::new(&self.connection, at)?;
-        api::balloon::tell_changes(&emitter, told, size).await
+        api::balloon::tell_changes(&emitter, told, now).await
     }
 
     async fn remove(&mut self, name: &MachineName) -> zbus::Result<()> {

@@ -30,6 +30,9 @@ pub struct Balloon {
     pub name: String,
     /// How much memory the guest shall give to the host, with K, M, G or T
     pub size: Option<Size>,
+    /// Seconds after which the guest is asked for its statistics again, up to 3600; 0: never
+    #[arg(long, value_name = "SECONDS")]
+    pub statistics_interval: Option<u32>,
 }
 
 /// Prints what a machine's processes said.

@@ -179,6 +179,11 @@ pub fn balloon(balloon: &Balloon) -> String {
     ] {
         text.push_str(&format!("  {label:>LABEL$}: {}\n", Size(bytes)));
     }
+    let asked = match balloon.statistics_interval_s {
+        0 => "never".to_owned(),
+        seconds => format!("every {seconds} s"),
+    };
+    text.push_str(&format!("  {:>LABEL$}: {asked}\n", "Asked"));
     let width = balloon
         .guest
         .keys()

@@ -34,9 +34,13 @@ pub async fn run(broker: &Broker, output: Output, verb: Verb) -> Result<()> {
     if let Some(size) = verb.size {
         proxy.set_target(size.0).await.what(&what)?;
     }
+    if let Some(seconds) = verb.statistics_interval {
+        proxy.set_statistics_interval(seconds).await.what(&what)?;
+    }
     let shown = view::Balloon {
         target_bytes: proxy.target().await.what(&what)?,
         actual_bytes: proxy.actual().await.what(&what)?,
+        statistics_interval_s: proxy.statistics_interval().await.what(&what)?,
         guest: proxy.statistics().await.what(&what)?,
         machine: verb.name,
         device: device.id.clone(),

@@ -24,6 +24,14 @@ pub trait OneBalloon: Send + Sync + 'static {
         caller: Caller,
         bytes: u64,
     ) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`BalloonProxy::statistics_interval`].
+    fn statistics_interval(&self) -> impl Future<Output = Result<u32, Error>> + Send;
+    /// See [`BalloonProxy::set_statistics_interval`].
+    fn set_statistics_interval(
+        &self,
+        caller: Caller,
+        seconds: u32,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
 /// The interface on [`OneBalloon`].
@@ -31,8 +39,8 @@ pub trait OneBalloon: Send + Sync + 'static {
 pub struct Balloon<B>(pub B);
 
 /// The memory balloon of a machine that runs: memory that its guest gives to the host. The guest
-/// follows a new target by and by, as far as it can spare memory; changes of `Target` and `Actual`
-/// are signalled, at most four times a second.
+/// follows a new target by and by, as far as it can spare memory; changes of what it is, other than
+/// `Statistics`, are signalled, at most four times a second.
 #[zbus::interface(
     name = "org.godwit.Vmm1.Balloon",
     proxy(default_service = "org.godwit.Vmm1")
@@ -68,6 +76,24 @@ impl<B: OneBalloon> Balloon<B> {
     async fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
         Ok(self.0.look().await?.2)
     }
+
+    /// Seconds between two questions for `Statistics`, at most 3600; 0: none is asked. It counts
+    /// until the machine ends.
+    #[zbus(property)]
+    async fn statistics_interval(&self) -> Result<u32, Error> {
+        self.0.statistics_interval().await
+    }
+
+    /// Asks as often from now on.
+    #[zbus(property)]
+    async fn set_statistics_interval(
+        &self,
+        #[zbus(header)] header: Option<Header<'_>>,
+        seconds: u32,
+    ) -> Result<(), Error> {
+        let caller = Caller::of_property(header.as_ref())?;
+        self.0.set_statistics_interval(caller, seconds).await
+    }
 }
 
 /// Tells in one PropertiesChanged what is different in `now`, if anything is.
@@ -79,5 +105,5 @@ pub async fn tell_changes(
     told: Status,
     now: Status,
 ) -> zbus::Result<()> {
-    crate::balloon1::tell_sizes(emitter, INTERFACE, told, now).await
+    crate::balloon1::tell_status(emitter, INTERFACE, told, now).await
 }

@@ -22,6 +22,8 @@ pub struct Status {
     pub target: u64,
     /// Bytes that the guest says it has given.
     pub actual: u64,
+    /// Seconds between two questions for the guest's statistics; 0: none is asked.
+    pub statistics_interval: u32,
 }
 
 /// What a balloon tells and does. No method may block.
@@ -30,6 +32,8 @@ pub trait BalloonProcess: Send + Sync + 'static {
     fn status(&self) -> Status;
     /// See [`Balloon1Proxy::set_target`].
     fn set_target(&self, bytes: u64) -> Result<(), Error>;
+    /// See [`Balloon1Proxy::set_statistics_interval`].
+    fn set_statistics_interval(&self, seconds: u32) -> Result<(), Error>;
     /// See [`Balloon1Proxy::guest_statistics`].
     fn guest_statistics(&self) -> BTreeMap<String, u64>;
     /// See [`Balloon1Proxy::start_hints`].
@@ -49,11 +53,11 @@ pub async fn tell_changes(
     told: Status,
     now: Status,
 ) -> zbus::Result<()> {
-    tell_sizes(emitter, INTERFACE, told, now).await
+    tell_status(emitter, INTERFACE, told, now).await
 }
 
 /// The same, of either interface of a balloon.
-pub(crate) async fn tell_sizes(
+pub(crate) async fn tell_status(
     emitter: &SignalEmitter<'_>,
     interface: &'static str,
     told: Status,
@@ -65,6 +69,9 @@ pub(crate) async fn tell_sizes(
     }
     if now.actual != told.actual {
         changed.insert("Actual", now.actual.into());
+    }
+    if now.statistics_interval != told.statistics_interval {
+        changed.insert("StatisticsInterval", now.statistics_interval.into());
     }
     if changed.is_empty() {
         return Ok(());
@@ -102,6 +109,19 @@ impl Balloon1 {
     async fn set_target(&self, bytes: u64) -> Result<(), zbus::fdo::Error> {
         let refuse = |error: Error| fdo::Error::InvalidArgs(error.to_string());
         self.0.set_target(bytes).map_err(refuse)
+    }
+
+    /// Seconds between two questions for the guest's statistics, at most 3600; 0: none is asked.
+    #[zbus(property)]
+    async fn statistics_interval(&self) -> u32 {
+        self.0.status().statistics_interval
+    }
+
+    /// Asks as often from now on.
+    #[zbus(property)]
+    async fn set_statistics_interval(&self, seconds: u32) -> Result<(), zbus::fdo::Error> {
+        let refuse = |error: Error| fdo::Error::InvalidArgs(error.to_string());
+        self.0.set_statistics_interval(seconds).map_err(refuse)
     }
 
     /// Bytes that the guest has given, as it says.

@@ -118,6 +118,17 @@ pub trait Control: Send + Sync + 'static {
         device: &str,
         bytes: u64,
     ) -> impl Future<Output = Result<(), Error>> + Send;
+    /// See [`CoreProxy::balloon_statistics_interval`].
+    fn balloon_statistics_interval(
+        &self,
+        device: &str,
+    ) -> impl Future<Output = Result<u32, Error>> + Send;
+    /// See [`CoreProxy::set_balloon_statistics_interval`].
+    fn set_balloon_statistics_interval(
+        &self,
+        device: &str,
+        seconds: u32,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
     /// See [`CoreProxy::devices`]. Must not block.
     fn devices(&self) -> Vec<String>;
     /// See [`CoreProxy::attach_console`].
@@ -194,6 +205,24 @@ impl<C: Control> Core<C> {
     /// at most a second; the guest gives them by and by.
     async fn set_balloon_target(&self, device: &str, bytes: u64) -> Result<(), Error> {
         self.0.set_balloon_target(device, bytes).await
+    }
+
+    /// Seconds between two questions of a balloon for what its guest says of its memory; 0: none is
+    /// asked. Takes at most a second.
+    #[zbus(out_args("seconds"))]
+    async fn balloon_statistics_interval(&self, device: &str) -> Result<u32, Error> {
+        self.0.balloon_statistics_interval(device).await
+    }
+
+    /// Has a balloon ask as often from now on, at most every 3600 seconds. Takes at most a second.
+    async fn set_balloon_statistics_interval(
+        &self,
+        device: &str,
+        seconds: u32,
+    ) -> Result<(), Error> {
+        self.0
+            .set_balloon_statistics_interval(device, seconds)
+            .await
     }
 
     /// Something in [`CoreProxy::device_status`] is new, other than counters; at most four times

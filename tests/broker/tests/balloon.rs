@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use anyhow::Result;
 use api::balloon::BalloonProxy;
+use api::machine::State;
 use test_broker::*;
 use test_guest::{BalloonMode, Workload};
 use zbus::Variant;
@@ -58,4 +59,63 @@ async fn a_target_is_followed_and_a_size_that_is_none_is_refused() -> Result<()>
     assert!(refused.contains("it cannot give 68157440"), "{refused}");
     assert_eq!(balloon.target().await?, 0);
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn how_often_a_guest_is_asked_is_changed_while_it_runs() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    let mut definition = definition(&Workload {
+        balloon: BalloonMode::Follow,
+        balloon_mib: 16,
+        ..Workload::default()
+    });
+    let balloon = HashMap::from([
+        ("target".to_owned(), Variant::from("4M")),
+        ("statistics-interval".to_owned(), Variant::from(0u32)),
+    ]);
+    definition.insert("balloon".into(), value(vec![balloon]));
+    let vm = running(&bus, "vm", definition).await?;
+    let device = device(&bus, "vm", "balloon0").await?;
+    let builder = || BalloonProxy::builder(&bus).path(api::path::device("vm", "balloon0"));
+    let balloon = builder().cache_properties(CacheProperties::No).build();
+    let balloon = balloon.await?;
+    let seen = builder().cache_properties(CacheProperties::Yes).build();
+    let seen = seen.await?;
+    assert_eq!(seen.statistics_interval().await?, 0);
+    balloon.set_statistics_interval(60).await?;
+    until("another client is told", async || {
+        Ok(seen.cached_statistics_interval()? == Some(60))
+    })
+    .await?;
+    let refused = balloon.set_statistics_interval(3601).await;
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("give 0 to 3600"), "{refused}");
+    // It is the machine's, and not one process's, once it has a driver.
+    until("the size of the definition", async || {
+        Ok(balloon.actual().await? == 4 * MIB)
+    })
+    .await?;
+    kill_process(device.process().await?)?;
+    until("another process", async || {
+        Ok(device.reconnects().await? == 1)
+    })
+    .await?;
+    until("it answers", async || {
+        Ok(balloon.statistics_interval().await.is_ok())
+    })
+    .await?;
+    assert_eq!(balloon.statistics_interval().await?, 60);
+    let job = vm.migrate("local:", HashMap::new(), 0).await?;
+    done(&bus, job).await?;
+    assert_eq!(balloon.statistics_interval().await?, 60);
+    // The next start is as the definition says.
+    vm.terminate(0).await?;
+    becomes(&vm, State::Off).await?;
+    let job = vm.start(0).await?;
+    done(&bus, job).await?;
+    until("the interval of the definition", async || {
+        Ok(seen.cached_statistics_interval()? == Some(0))
+    })
+    .await
 }

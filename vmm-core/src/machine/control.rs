@@ -127,6 +127,18 @@ impl Control for Service {
     async fn set_balloon_target(&self, device: &str, bytes: u64) -> Result<(), Error> {
         self.devices.set_balloon_target(device, bytes).await
     }
+    async fn balloon_statistics_interval(&self, device: &str) -> Result<u32, Error> {
+        self.devices.balloon_statistics_interval(device).await
+    }
+    async fn set_balloon_statistics_interval(
+        &self,
+        device: &str,
+        seconds: u32,
+    ) -> Result<(), Error> {
+        self.devices
+            .set_balloon_statistics_interval(device, seconds)
+            .await
+    }
     fn devices(&self) -> Vec<String> {
         self.devices.names()
     }

@@ -87,6 +87,20 @@ impl Devices {
         self.balloon(id)?.set_target(bytes).await
     }
 
+    /// Seconds between two questions for statistics of one of them, which must be a balloon.
+    pub async fn balloon_statistics_interval(&self, id: &str) -> Result<u32, Error> {
+        self.balloon(id)?.statistics_interval().await
+    }
+
+    /// Has one of them, which must be a balloon, ask as often.
+    pub async fn set_balloon_statistics_interval(
+        &self,
+        id: &str,
+        seconds: u32,
+    ) -> Result<(), Error> {
+        self.balloon(id)?.set_statistics_interval(seconds).await
+    }
+
     fn balloon(&self, id: &str) -> Result<Balloon, Error> {
         if self.find(id)?.kind != DeviceKind::BALLOON.to_string() {
             return Err(Error::InvalidArgs(format!("device {id} is no balloon")));

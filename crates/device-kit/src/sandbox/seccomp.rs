@@ -36,6 +36,7 @@ const ANY: &[i64] = &[
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_eventfd2,
+    libc::SYS_timerfd_settime,
     // what is waited for by instances that were made before
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_wait,

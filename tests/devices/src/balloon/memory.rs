@@ -168,37 +168,71 @@ fn a_target_is_told_to_the_guest_and_its_answer_to_the_core() -> Result<()> {
     Ok(())
 }
 
+/// The queue of statistics, where they are in force.
+const STATISTICS: usize = 2;
+
+/// Makes a report available that says so many bytes are free, and waits until it is read.
+fn report_free(machine: &mut Machine, core: &Core, bytes: u64) -> Result<()> {
+    let mut report = Vec::new();
+    for (tag, value) in [(4u16, bytes), (999, 1)] {
+        report.extend(tag.to_le_bytes());
+        report.extend(value.to_le_bytes());
+    }
+    let Machine { rings, ram, .. } = machine;
+    let address = ram.allocate(report.len(), 8)?;
+    ram.write(address, &report)?;
+    let buffer = Buffer {
+        address,
+        len: u32::try_from(report.len())?,
+        writable: false,
+    };
+    rings[STATISTICS].add(ram, &[buffer])?;
+    rings[STATISTICS].kick()?;
+    wait_for("the report is read", || {
+        let known = ask(core, async |b| Ok(b.guest_statistics().await?)).ok()?;
+        let expected = [("free_bytes".to_owned(), bytes)].into();
+        (known == expected).then_some(())
+    })
+}
+
 #[test]
 fn statistics_are_asked_for_again_and_again() -> Result<()> {
-    const STATISTICS: usize = 2;
     let (mut machine, core) = linked(FEATURES | STATS_VQ, 5)?;
-    let address = machine.ram.allocate(20, 8)?;
     for round in 1..4u64 {
-        let mut report = Vec::new();
-        for (tag, value) in [(4u16, round << 20), (999, 1)] {
-            report.extend(tag.to_le_bytes());
-            report.extend(value.to_le_bytes());
-        }
-        machine.ram.write(address, &report)?;
-        let buffer = Buffer {
-            address,
-            len: 20,
-            writable: false,
-        };
-        let Machine { rings, ram, .. } = &mut machine;
-        rings[STATISTICS].add(ram, &[buffer])?;
-        rings[STATISTICS].kick()?;
-        wait_for("the report is read", || {
-            let known = ask(&core, async |b| Ok(b.guest_statistics().await?)).ok()?;
-            let expected = [("free_bytes".to_owned(), round << 20)].into();
-            (known == expected).then_some(())
-        })?;
+        report_free(&mut machine, &core, round << 20)?;
         // It hangs in the queue, and neither a stop nor a move waits for it.
         machine.stop_rings()?;
         machine.start_rings()?;
         let Machine { rings, ram, .. } = &mut machine;
         rings[STATISTICS].wait_used(ram, PATIENCE)?;
     }
+    Ok(())
+}
+
+#[test]
+fn who_is_asked_seldom_can_be_asked_often() -> Result<()> {
+    let (mut machine, core) = linked(FEATURES | STATS_VQ, 5)?;
+    let interval = |seconds| {
+        ask(&core, async |b| {
+            Ok(b.set_statistics_interval(seconds).await?)
+        })
+    };
+    let told = || ask(&core, async |b| Ok(b.statistics_interval().await?));
+    assert_eq!(told()?, 1);
+    for (seconds, bytes) in [(3600, 1 << 20), (0, 2 << 20)] {
+        interval(seconds)?;
+        assert_eq!(told()?, seconds);
+        report_free(&mut machine, &core, bytes)?;
+        interval(1)?;
+        let Machine { rings, ram, .. } = &mut machine;
+        rings[STATISTICS].wait_used(ram, PATIENCE)?;
+    }
+    let refused = interval(3601).map_err(|error| error.to_string());
+    ensure!(refused.is_err_and(|why| why.contains("give 0 to 3600")));
+    // A guest that starts anew is asked as often.
+    interval(2)?;
+    machine.connection.frontend().reset_device()?;
+    assert_eq!(told()?, 2);
     Ok(())
 }
 

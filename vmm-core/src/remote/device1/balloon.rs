@@ -72,6 +72,19 @@ impl Balloon {
         asked.await.unwrap_or_else(|_| Err(gone()))
     }
 
+    /// Seconds between two questions for what the guest says; 0: none is asked.
+    pub async fn statistics_interval(&self) -> Result<u32, Error> {
+        let asked = self.ask(|balloon| async move { Ok(balloon.statistics_interval().await?) });
+        asked.await.unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// Has it ask as often.
+    pub async fn set_statistics_interval(&self, seconds: u32) -> Result<(), Error> {
+        let asked = self
+            .ask(move |balloon| async move { Ok(balloon.set_statistics_interval(seconds).await?) });
+        asked.await.unwrap_or_else(|_| Err(gone()))
+    }
+
     /// Begins a round of free page hints; its number. Waits here for the answer.
     pub fn start_hints(&self, map: BorrowedFd<'_>) -> Result<u32, Error> {
         let no_copy = |error| Error::LimitsExceeded(format!("no descriptor: {error}"));
