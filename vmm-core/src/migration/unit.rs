@@ -1,7 +1,9 @@
 //! The devices of a machine, as its migration sees them, and a thread for each.
 //!
-//! Threads are made before the stop, so that in it nothing has to be started. What is sent to a
-//! device's thread is done in order; what is sent to several is done at once.
+//! A device of ours is told to stop or to start by one message, so one thread tells all of them before
+//! it hears the first: nobody is woken to send or to wait. Whatever takes more goes to the device's
+//! thread. Threads are made before the stop, so that in it nothing has to be started. What is sent to
+//! one is done in order; what is sent to several is done at once.
 
 use std::io;
 use std::sync::Arc;
