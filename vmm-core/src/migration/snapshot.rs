@@ -143,7 +143,7 @@ fn stop(
         return Err(MigrationError::Guest(what));
     }
     let recorder = &mut Recorder::start();
-    let (stopped, saved) = states.stop_and_save(crew);
+    let (stopped, saved) = states.stop_and_save(crew, false);
     let (names, deadline) = (crew.names(), BLACKOUT_DEADLINE);
     let devices = barrier::wait(Barrier::D, "stop", names, &stopped, deadline, recorder)?;
     Ok((to_blob(&host.save_core(devices)?)?, saved))

@@ -1,7 +1,7 @@
 //! The sockets from device to device, and what goes through them.
 //!
 //! ```text
-//! ours     source       socket given with the order to stop ─ stopped ─ saved, by a second answer
+//! ours     source       socket given with the order to stop ─ stopped ─ saved and let go, by a second answer
 //!          destination  socket given before the stop … the twin's state comes ─ CHECK_DEVICE_STATE
 //! others   stopped ─ SET_DEVICE_STATE_FD, on both sides ─ CHECK_DEVICE_STATE
 //! ```
@@ -71,17 +71,19 @@ impl StateSockets {
         self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Stops every device, and lets it save at once; each arrives twice.
+    /// Stops every device, and lets it save at once; each arrives twice. If the machine `goes`, a
+    /// device that has saved gives up what only one process may have.
     pub(super) fn stop_and_save(
         &self,
         crew: &Crew,
+        goes: bool,
     ) -> (Receiver<Arrival<DeviceWiring>>, Receiver<Arrival<()>>) {
         let ((stop, stopped), (save, saved)) = (channel(), channel());
         crew.send(|number| {
             let (stop, save, states) = (stop.clone(), save.clone(), self.clone());
             Box::new(move |unit| {
                 let is_stopped = arrive(&stop, number, || {
-                    states.save_at_stop(number, unit);
+                    states.save_at_stop(number, unit, goes);
                     unit.pci.stop()?;
                     Ok(DeviceWiring {
                         id: unit.id.clone(),
@@ -89,7 +91,7 @@ impl StateSockets {
                     })
                 });
                 if is_stopped {
-                    arrive(&save, number, || states.save(number, unit));
+                    arrive(&save, number, || states.save(number, unit, goes));
                 }
             })
         });
@@ -101,28 +103,34 @@ impl StateSockets {
     }
 
     /// Gives a device of ours its socket with the order to stop.
-    fn save_at_stop(&self, number: usize, unit: &Unit) {
+    fn save_at_stop(&self, number: usize, unit: &Unit, goes: bool) {
         if self.is_ahead(number)
             && let Some(socket) = self.take(number)
         {
-            unit.remote.save_at_stop(socket);
+            unit.remote.save_at_stop(socket, goes);
         }
     }
 
-    /// Lets a stopped device save itself into its socket. Nothing for one without state.
-    fn save(&self, number: usize, unit: &Unit) -> Result<(), MigrationError> {
-        if !self.is_ahead(number) {
-            return self.transfer(number, unit, StateDirection::Save);
-        }
-        let result = match unit.remote.saved(BLACKOUT_DEADLINE) {
-            Ok(None) => Ok(()),
-            Err(error) => Err(error.into()),
+    /// Lets a stopped device save itself into its socket, and let go. Nothing for one without state.
+    fn save(&self, number: usize, unit: &Unit, goes: bool) -> Result<(), MigrationError> {
+        if self.is_ahead(number) {
+            let saved = unit.remote.saved(BLACKOUT_DEADLINE);
+            if !matches!(saved, Ok(Some(_))) {
+                // With the last copy the twin sees the end.
+                self.pairs()[number] = None;
+            }
+            let Some(socket) = saved? else {
+                return Ok(());
+            };
             // It did not run.
-            Ok(Some(socket)) => self.straight(number, unit, StateDirection::Save, socket),
-        };
-        // With the last copy the twin sees the end.
-        self.pairs()[number] = None;
-        result
+            self.straight(number, unit, StateDirection::Save, socket)?;
+        } else {
+            self.transfer(number, unit, StateDirection::Save)?;
+        }
+        match goes {
+            true => unit.let_go(),
+            false => Ok(()),
+        }
     }
 
     /// Lets a device of ours wait for its twin's state before that comes.

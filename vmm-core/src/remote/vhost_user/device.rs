@@ -15,6 +15,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 use super::config::{adopt, connect_to, system};
+use super::rings::Leaving;
 use super::session::{Session, Wanted};
 use super::shared::{Phase, Shared, Standing, State};
 use super::{
@@ -214,19 +215,20 @@ impl VhostUserDevice {
     }
 
     /// The next [`VirtioDevice::stop`] has a back-end of ours save its state into `channel`, by the
-    /// same message. [`Self::saved`] waits for the end.
-    pub fn save_at_stop(&self, channel: OwnedFd) {
+    /// same message; and if the machine `goes`, give up what only one process may have.
+    /// [`Self::saved`] waits for the end.
+    pub fn save_at_stop(&self, channel: OwnedFd, goes: bool) {
         let state = &mut *self.shared.state();
         state.touched = true;
-        state.leaving = Some(channel);
+        state.leaving = Some(Leaving { channel, goes });
     }
 
-    /// Waits until the back-end has saved its state as [`Self::save_at_stop`] said. The channel comes
-    /// back if no ring ran, so that none was stopped, and nothing was saved.
+    /// Waits until the back-end has done what [`Self::save_at_stop`] said. The channel comes back if
+    /// no ring ran, so that none was stopped, and nothing was done.
     pub fn saved(&self, deadline: Duration) -> Result<Option<OwnedFd>, VhostUserError> {
         let state = &mut *self.shared.state();
-        if let Some(channel) = state.leaving.take() {
-            return Ok(Some(channel));
+        if let Some(leaving) = state.leaving.take() {
+            return Ok(Some(leaving.channel));
         }
         let connection = self.shared.stopped_session(state)?;
         let result = rings::saved(connection, deadline);

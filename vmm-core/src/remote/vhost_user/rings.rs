@@ -20,6 +20,14 @@ use crate::costs;
 use crate::memory::Region;
 use crate::transport::{ActivatedQueue, QueueIndex, RingBase, StoppedQueue};
 
+/// What a back-end of ours does when it has stopped.
+pub(super) struct Leaving {
+    /// Its state goes there.
+    pub(super) channel: OwnedFd,
+    /// And what only one process may have is given up.
+    pub(super) goes: bool,
+}
+
 /// VRING_F_LOG: writes to the used ring are logged (VU, «Vring address description»).
 const RING_LOG: u32 = 1;
 /// Where a ring's parts are in this process, which is how back-ends know addresses.
@@ -145,16 +153,18 @@ pub(super) fn forecast(connection: &mut Connection) -> Result<ours::Forecast, Vh
 
 const STOP: &str = "STOP_RINGS";
 
-/// Stops all rings of a back-end of ours, drained; then it saves its state into `channel`, if it
-/// gets one, and [`saved`] must be asked.
+/// Stops all rings of a back-end of ours, drained; one that is `leaving` then saves its state, and
+/// [`saved`] must be asked.
 pub(super) fn stop_wired(
     connection: &mut Connection,
     queues: &[ActivatedQueue],
-    channel: Option<&OwnedFd>,
+    leaving: Option<&Leaving>,
 ) -> Result<Vec<StoppedQueue>, VhostUserError> {
     const NAME: &str = STOP;
-    let channel = channel.map(|channel| channel.as_raw_fd());
-    let answers = connection.exchange(ours::STOP, NAME, &[Vec::new()], channel)?;
+    let channel = leaving.map(|leaving| leaving.channel.as_raw_fd());
+    let goes = leaving.is_some_and(|leaving| leaving.goes);
+    let body = u32::from(goes).to_ne_bytes().to_vec();
+    let answers = connection.exchange(ours::STOP, NAME, &[body], channel)?;
     let rings = answers.first().and_then(|answer| ours::decode(answer));
     let Some(rings) = rings else {
         return Err(connection.nonsense(NAME, "no list of rings"));
@@ -175,7 +185,7 @@ pub(super) fn stop_wired(
     }
 }
 
-/// Waits until a back-end of ours that was stopped has saved its state.
+/// Waits until a back-end of ours that was stopped has left as it was told.
 pub(super) fn saved(connection: &mut Connection, deadline: Duration) -> Result<(), VhostUserError> {
     connection.hear(ours::STOP, STOP, deadline)
 }

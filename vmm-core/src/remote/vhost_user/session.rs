@@ -1,7 +1,6 @@
 //! A session: a connection on which features are agreed, and what the back-end has been
 //! told since.
 
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -17,7 +16,7 @@ use super::connection::Connection;
 use super::inflight::Inflight;
 use super::log::DirtyLog;
 use super::negotiation::{self, LOG_ALL, Negotiated, PROTOCOL_FEATURES, WIRED_RINGS};
-use super::rings::Place;
+use super::rings::{Leaving, Place};
 use super::watchdog::Watchdog;
 use super::{VhostUserConfig, VhostUserError, memory, rings};
 use crate::memory::Region;
@@ -216,14 +215,14 @@ impl Session {
         Ok(())
     }
 
-    /// Stops the rings, drained. A back-end of ours then saves into `channel`.
+    /// Stops the rings, drained. A back-end of ours then leaves, if it is to.
     pub(super) fn stop(
         &mut self,
         wanted: &Wanted,
-        channel: Option<&OwnedFd>,
+        leaving: Option<&Leaving>,
     ) -> Result<Vec<StoppedQueue>, VhostUserError> {
         if self.is_ours() {
-            rings::stop_wired(&mut self.connection, &wanted.queues, channel)
+            rings::stop_wired(&mut self.connection, &wanted.queues, leaving)
         } else {
             rings::stop(&mut self.connection, &wanted.queues)
         }

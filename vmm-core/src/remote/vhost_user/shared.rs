@@ -1,7 +1,6 @@
 //! What a device and its monitor share: what the guest wants, and who serves it.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{
@@ -15,6 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::connection::Connection;
 use super::inflight::Inflight;
 use super::queues::QueuePlan;
+use super::rings::Leaving;
 use super::session::{Session, Surroundings, Wanted};
 use super::{DirtyLog, VhostUserConfig, VhostUserError, Watchdog, device_config};
 use crate::memory::{Memory, Region};
@@ -31,8 +31,8 @@ pub(super) struct State {
     pub(super) phase: Phase,
     pub(super) regions: Vec<Region>,
     pub(super) wanted: Option<Wanted>,
-    /// Where a back-end of ours saves its state when it has stopped.
-    pub(super) leaving: Option<OwnedFd>,
+    /// What a back-end of ours does when it has stopped.
+    pub(super) leaving: Option<Leaving>,
     pub(super) inflight: Option<Inflight>,
     pub(super) log: Option<Arc<DirtyLog>>,
     /// What a driver wrote to the configuration while the back-end was away, by offset.
