@@ -16,9 +16,13 @@ use test_migration::{
 };
 
 #[test]
-fn memory_arrives_page_by_page() -> Result<()> {
-    let spec = Spec::of(busy());
-    let side = at_work(&spec)?.move_on(&spec)?.side;
+fn memory_arrives_page_by_page_over_one_channel_and_over_most() -> Result<()> {
+    let mut spec = Spec::of(busy());
+    let mut side = at_work(&spec)?;
+    for channels in [1, 16] {
+        spec.channels = channels;
+        side = side.move_on(&spec)?.side;
+    }
     assert_eq!(finish(side)?.pages, 8 << 8);
     Ok(())
 }
