@@ -28,6 +28,8 @@ use crate::transport::MAX_QUEUES;
 const VERSION: u32 = 1;
 const REPLY: u32 = 4;
 const HEADER: usize = 12;
+/// An answer that is there is read within this time, on a busy computer, too.
+const MOMENT: Duration = Duration::from_millis(50);
 /// Largest answer that is read: a whole device configuration (VU, «Communication»).
 const MAX_ANSWER: usize = 4096;
 
@@ -187,7 +189,8 @@ impl Connection {
         self.owed > 0
     }
 
-    /// Waits for an answer to what was sent by [`Self::order`].
+    /// Waits for an answer to what was sent by [`Self::order`]; a moment even if the time is over, as
+    /// it may be there, and who is heard late must not be taken for gone.
     pub(super) fn answer(
         &mut self,
         request: u32,
@@ -195,7 +198,9 @@ impl Connection {
         deadline: Duration,
     ) -> Result<Vec<u8>, VhostUserError> {
         self.owed = self.owed.saturating_sub(1);
-        self.within(message, deadline, |socket| receive(socket, request))
+        self.within(message, deadline.max(MOMENT), |socket| {
+            receive(socket, request)
+        })
     }
 
     /// Does something with the socket that ends with it.
@@ -355,4 +360,29 @@ fn receive(mut socket: &UnixStream, request: u32) -> Result<Vec<u8>, ProtocolErr
     let mut body = vec![0; size];
     read(&mut body)?;
     Ok(body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_that_is_there_is_heard_though_the_time_is_over() {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let watchdog = Watchdog::start().unwrap();
+        let minute = Duration::from_secs(60);
+        let mut connection = Connection::new("disk0".into(), here, watchdog, minute).unwrap();
+        connection.order(7, "ASK", &[], None).unwrap();
+        assert!(connection.is_owed());
+        for word in [7, VERSION | REPLY, 0] {
+            there.write_all(&word.to_ne_bytes()).unwrap();
+        }
+        assert!(
+            connection
+                .answer(7, "ASK", Duration::ZERO)
+                .unwrap()
+                .is_empty()
+        );
+        assert!(!connection.is_owed() && !connection.has_hung_up());
+    }
 }
