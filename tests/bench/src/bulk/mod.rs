@@ -14,15 +14,19 @@ use test_guest::{Idle, Workload};
 use test_migration::{Side, Spec};
 
 use crate::report::{Goal, Report};
-use crate::switchover::{gap, godwit};
+use crate::switchover::gap;
 
 /// Channels that are compared.
 const CHANNELS: [usize; 4] = [1, 2, 4, 8];
 /// MiB of a machine's memory, and of those which its guest has written.
 const MEMORY_MIB: u64 = 512;
 const WRITTEN_MIB: u32 = 256;
+/// The same in bytes.
+const SPAN: usize = (WRITTEN_MIB as usize) << 20;
 /// Our part of what plain streams carry.
 const GOAL: f64 = 0.8;
+/// Milliseconds between two heartbeats: seldom, as the guest does nothing else while it prints one.
+const BEAT_MS: u32 = 100;
 /// How long the guest is watched.
 const WATCHED: Duration = Duration::from_secs(1);
 
@@ -42,7 +46,7 @@ impl Bulk {
             // The first run warms up memory and is not counted.
             for run in 0..=self.runs {
                 let moved = copied(channels)?;
-                let (bytes, time) = streams::carry(channels, (WRITTEN_MIB as usize) << 20)?;
+                let (bytes, time) = streams::carry(channels, SPAN)?;
                 let carried = rate(bytes as u64, time);
                 if run == 0 {
                     continue;
@@ -94,15 +98,21 @@ impl Bulk {
 
 /// MiB a second of the round that sends all memory.
 fn copied(channels: usize) -> Result<f64> {
-    // It writes its whole span once a second, and sleeps in between: the streams have all processors.
-    let mut spec = machine(WRITTEN_MIB);
+    // Once its span is written it sleeps nearly all the time: the streams have all processors.
+    let mut spec = machine(1);
     spec.workload.idle = Idle::Halt;
     spec.channels = channels;
-    let moved = godwit::moved(&spec)?;
-    let report = moved.report.context("a move of ours without a report")?;
+    let mut side = Side::boot(&spec)?;
+    gap::fill(&mut side.console, u64::from(WRITTEN_MIB) << 8)?;
+    streams::warm_up(SPAN)?;
+    let _destination = side.begin_move(&spec, None)?;
+    let outcome = side.outcome()?;
+    ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
+    let report: migration::report::Report =
+        serde_json::from_value(outcome["report"].clone()).context("this is no report")?;
     let round = report.rounds.first().context("no memory was copied")?;
     ensure!(
-        round.bytes >= u64::from(WRITTEN_MIB) << 20,
+        round.bytes >= SPAN as u64,
         "only {} bytes were sent",
         round.bytes
     );
@@ -114,8 +124,9 @@ fn copied(channels: usize) -> Result<f64> {
 fn watched() -> Result<(f64, f64)> {
     let spec = machine(0);
     let mut side = Side::boot(&spec)?;
-    gap::warm_up(&mut side.console, u64::from(WRITTEN_MIB) << 8)?;
+    gap::fill(&mut side.console, u64::from(WRITTEN_MIB) << 8)?;
     let alone = writes(&mut side.console)?;
+    streams::warm_up(SPAN)?;
     let mut destination = side.begin_move(&spec, None)?;
     let deadline = Instant::now() + DEADLINE;
     while side.progress()?["phase"] != "copying" {
@@ -149,7 +160,7 @@ fn written(console: &mut Console) -> Result<(Instant, u64)> {
 /// A machine that dirties so many MiB a second, or as fast as it can, and has no devices.
 fn machine(dirty: u32) -> Spec {
     let mut spec = Spec::of(Workload {
-        heartbeat: 10,
+        heartbeat: BEAT_MS,
         span: WRITTEN_MIB,
         dirty,
         ..Workload::default()

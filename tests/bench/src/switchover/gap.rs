@@ -18,22 +18,27 @@ const BEATS_AFTER: u32 = 2;
 /// Waits until the guest has set up its devices, has written its whole span (of `pages`), and beats.
 pub(crate) fn warm_up(console: &mut Console, pages: u64) -> Result<()> {
     if pages > 0 {
-        // What is typed before the guest has a UART is lost.
-        beats(console, 1)?;
-        loop {
-            console.send(test_guest::command::REPORT)?;
-            let written = console.report("its span", DEADLINE, |report| match *report {
-                Report::Dirty { pages, .. } => Some(pages),
-                _ => None,
-            });
-            if written?.1 >= pages {
-                break;
-            }
-            // A guest that reports writes nothing else.
-            sleep(ASK_EVERY);
-        }
+        fill(console, pages)?;
     }
     beats(console, WARM_BEATS)
+}
+
+/// Waits until the guest has written so many pages.
+pub(crate) fn fill(console: &mut Console, pages: u64) -> Result<()> {
+    // What is typed before the guest has a UART is lost.
+    beats(console, 1)?;
+    loop {
+        console.send(test_guest::command::REPORT)?;
+        let written = console.report("its span", DEADLINE, |report| match *report {
+            Report::Dirty { pages, .. } => Some(pages),
+            _ => None,
+        });
+        if written?.1 >= pages {
+            return Ok(());
+        }
+        // A guest that reports writes nothing else.
+        sleep(ASK_EVERY);
+    }
 }
 
 /// Waits for so many heartbeats more.
