@@ -37,7 +37,7 @@ impl Boot {
             return Ok(Self::Firmware { firmware });
         }
         let kernel = fields.text(keys::KERNEL, values::path)?;
-        let neither = || fields.wrong(keys::KERNEL, None, "it must be given, or firmware");
+        let neither = || fields.wrong(keys::KERNEL, "it must be given, or firmware");
         Ok(Self::Kernel {
             kernel: kernel.ok_or_else(neither)?,
             initrd: fields.text(keys::INITRD, values::path)?,

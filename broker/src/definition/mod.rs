@@ -269,14 +269,14 @@ fn read(
     node: Node,
     new_uuid: impl FnOnce() -> String,
 ) -> Result<(Definition, Option<bool>), DefinitionError> {
-    let mut fields = Fields::of(node, "")?;
+    let mut fields = Fields::of(node, "", known_keys(""))?;
     let boot = Boot::take(&mut fields)?;
     let memory = fields
         .size(keys::MEMORY, values::size)?
         .unwrap_or(DEFAULT_MEMORY);
     if !MEMORY.contains(&memory) {
         let problem = format!("{memory} bytes: give 16M to 1T");
-        return Err(fields.wrong(keys::MEMORY, None, problem));
+        return Err(fields.wrong(keys::MEMORY, problem));
     }
     let autostart = fields.boolean(keys::AUTOSTART)?;
     let uuid = fields.text(keys::UUID, values::uuid)?;
@@ -302,34 +302,36 @@ fn read(
         (keys::BALLOON, balloon),
         (keys::VHOST_USER, vhost_user),
     ] {
-        for (number, mut device) in fields.tables(list)?.into_iter().enumerate() {
+        for (number, mut device) in fields
+            .tables(list, known_keys(list))?
+            .into_iter()
+            .enumerate()
+        {
             let id = device.text(keys::ID, |id| DeviceId::new(id).map_err(|e| e.to_string()))?;
             let id = match id {
                 Some(id) => id,
                 None => DeviceId::new(&format!("{list}{number}"))
-                    .map_err(|error| device.wrong(keys::ID, None, error.to_string()))?,
+                    .map_err(|error| device.wrong(keys::ID, error.to_string()))?,
             };
             if definition.devices.iter().any(|other| other.id == id) {
                 let problem = format!("{id}: two devices have this name");
-                return Err(device.wrong(keys::ID, None, problem));
+                return Err(device.wrong(keys::ID, problem));
             }
             let kind = read(&mut device)?;
-            device.finish(known_keys(list))?;
             definition.devices.push(Device { id, kind });
         }
     }
     let is_balloon = |device: &&Device| matches!(device.kind, DeviceKind::Balloon(_));
     if definition.devices.iter().filter(is_balloon).count() > 1 {
-        return Err(fields.wrong(keys::BALLOON, None, "a machine has one at most"));
+        return Err(fields.wrong(keys::BALLOON, "a machine has one at most"));
     }
     if definition.devices.len() > MAX_DEVICES {
         let problem = format!(
             "{} devices: at most {MAX_DEVICES} are possible",
             definition.devices.len()
         );
-        return Err(fields.wrong("", None, problem));
+        return Err(fields.wrong("", problem));
     }
-    fields.finish(known_keys(""))?;
     definition.fill_in_addresses();
     Ok((definition, autostart))
 }
@@ -394,7 +396,7 @@ fn balloon(fields: &mut Fields) -> Result<DeviceKind, DefinitionError> {
     let target_mib = u32::try_from(target >> 20).ok().filter(|_| whole);
     let problem = || format!("{target} bytes: give whole MiB, 1T at most");
     Ok(DeviceKind::Balloon(Balloon {
-        target_mib: target_mib.ok_or_else(|| fields.wrong(keys::TARGET, None, problem()))?,
+        target_mib: target_mib.ok_or_else(|| fields.wrong(keys::TARGET, problem()))?,
         statistics_interval: fields
             .integer(keys::STATISTICS_INTERVAL, 0, 3600)?
             .unwrap_or_else(statistics_interval),

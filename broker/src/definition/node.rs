@@ -7,6 +7,9 @@ use super::DefinitionError;
 /// Most elements of a list, and most keys of a table.
 const MAX_ELEMENTS: usize = 256;
 
+/// Most characters of a key that a message repeats.
+const MAX_KEY: usize = 64;
+
 /// A value, and the line on which it is in a file.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Node {
@@ -40,59 +43,72 @@ impl Value {
     }
 }
 
-/// The keys of a table, taken one by one. What is left at the end is unknown.
+/// The keys of a table, taken one by one.
 #[derive(Debug)]
 pub(super) struct Fields {
     /// What comes before the keys in messages: empty, or as `disk[0].`.
     prefix: String,
     line: Option<usize>,
+    /// Where each key is, also when it has been taken.
+    lines: BTreeMap<String, usize>,
     rest: BTreeMap<String, Node>,
 }
 
 impl Fields {
-    /// Of `node`, which is called `name`.
-    pub(super) fn of(node: Node, name: &str) -> Result<Self, DefinitionError> {
+    /// Of `node`, which is called `name` and has no other keys than `known` ones. They are looked at
+    /// before any value: a key that seems to be missing may be one that is misspelt.
+    pub(super) fn of(node: Node, name: &str, known: &[&str]) -> Result<Self, DefinitionError> {
         let Node { line, value } = node;
-        match value {
-            Value::Table(rest) if rest.len() > MAX_ELEMENTS => Err(DefinitionError {
-                key: name.to_owned(),
-                line,
-                problem: format!("{} keys, at most {MAX_ELEMENTS} are possible", rest.len()),
-            }),
-            Value::Table(rest) => Ok(Self {
-                prefix: if name.is_empty() {
-                    String::new()
-                } else {
-                    format!("{name}.")
-                },
-                line,
-                rest,
-            }),
-            other => Err(DefinitionError {
-                key: name.to_owned(),
-                line,
-                problem: format!("{} where a dictionary is expected", other.kind()),
-            }),
+        let refused = |problem| DefinitionError {
+            key: name.to_owned(),
+            line,
+            problem,
+        };
+        let rest = match value {
+            Value::Table(rest) if rest.len() <= MAX_ELEMENTS => rest,
+            Value::Table(rest) => {
+                let problem = format!("{} keys, at most {MAX_ELEMENTS} are possible", rest.len());
+                return Err(refused(problem));
+            }
+            other => {
+                let problem = format!("{} where a dictionary is expected", other.kind());
+                return Err(refused(problem));
+            }
+        };
+        let line_of = |(key, node): (&String, &Node)| Some((key.clone(), node.line?));
+        let fields = Self {
+            prefix: if name.is_empty() {
+                String::new()
+            } else {
+                format!("{name}.")
+            },
+            line,
+            lines: rest.iter().filter_map(line_of).collect(),
+            rest,
+        };
+        let mut keys = fields.rest.keys();
+        match keys.find(|key| !known.contains(&key.as_str())) {
+            None => Ok(fields),
+            Some(key) => {
+                let problem = format!("unknown key; there are {}", known.join(", "));
+                Err(fields.wrong(key, problem))
+            }
         }
     }
 
-    /// An error about `key`.
-    pub(super) fn wrong(
-        &self,
-        key: &str,
-        line: Option<usize>,
-        problem: impl Into<String>,
-    ) -> DefinitionError {
+    /// An error about `key`, with its line; about one that is not there, with its table's.
+    pub(super) fn wrong(&self, key: &str, problem: impl Into<String>) -> DefinitionError {
+        let short: String = key.chars().take(MAX_KEY).collect();
         DefinitionError {
-            key: format!("{}{key}", self.prefix),
-            line: line.or(self.line),
+            key: format!("{}{short}", self.prefix),
+            line: self.lines.get(key).copied().or(self.line),
             problem: problem.into(),
         }
     }
 
     fn mistyped(&self, key: &str, node: &Node, expected: &str) -> DefinitionError {
         let problem = format!("{} where {expected} is expected", node.value.kind());
-        self.wrong(key, node.line, problem)
+        self.wrong(key, problem)
     }
 
     /// Takes a string, which `check` makes something of.
@@ -109,7 +125,7 @@ impl Fields {
         };
         check(text)
             .map(Some)
-            .map_err(|problem| self.wrong(key, node.line, problem))
+            .map_err(|problem| self.wrong(key, problem))
     }
 
     /// Takes a boolean.
@@ -139,7 +155,7 @@ impl Fields {
         };
         match u32::try_from(value) {
             Ok(value) if (least..=most).contains(&value) => Ok(Some(value)),
-            _ => Err(self.wrong(key, node.line, format!("{value}: give {least} to {most}"))),
+            _ => Err(self.wrong(key, format!("{value}: give {least} to {most}"))),
         }
     }
 
@@ -157,20 +173,24 @@ impl Fields {
             }) => self.text(key, check),
             Some(Node {
                 value: Value::Integer(bytes),
-                line,
+                ..
             }) => {
-                let (bytes, line) = (*bytes, *line);
+                let bytes = *bytes;
                 self.rest.remove(key);
                 u64::try_from(bytes)
                     .map(Some)
-                    .map_err(|_| self.wrong(key, line, format!("{bytes}: give a number of bytes")))
+                    .map_err(|_| self.wrong(key, format!("{bytes}: give a number of bytes")))
             }
             Some(node) => Err(self.mistyped(key, node, "an integer or a string")),
         }
     }
 
-    /// Takes a list of dictionaries.
-    pub(super) fn tables(&mut self, key: &str) -> Result<Vec<Self>, DefinitionError> {
+    /// Takes a list of dictionaries, which have no other keys than `known` ones.
+    pub(super) fn tables(
+        &mut self,
+        key: &str,
+        known: &[&str],
+    ) -> Result<Vec<Self>, DefinitionError> {
         let Some(node) = self.rest.remove(key) else {
             return Ok(Vec::new());
         };
@@ -182,12 +202,12 @@ impl Fields {
                 "{} elements, at most {MAX_ELEMENTS} are possible",
                 elements.len()
             );
-            return Err(self.wrong(key, node.line, problem));
+            return Err(self.wrong(key, problem));
         }
         elements
             .into_iter()
             .enumerate()
-            .map(|(at, element)| Self::of(element, &format!("{key}[{at}]")))
+            .map(|(at, element)| Self::of(element, &format!("{key}[{at}]"), known))
             .collect()
     }
 
@@ -195,24 +215,12 @@ impl Fields {
     pub(super) fn excluded(&self, key: &str, problem: &str) -> Result<(), DefinitionError> {
         match self.rest.get(key) {
             None => Ok(()),
-            Some(node) => Err(self.wrong(key, node.line, problem)),
+            Some(_) => Err(self.wrong(key, problem)),
         }
     }
 
     /// An error if `value` is none.
     pub(super) fn required<T>(&self, key: &str, value: Option<T>) -> Result<T, DefinitionError> {
-        value.ok_or_else(|| self.wrong(key, None, "it must be given"))
-    }
-
-    /// An error if a key is left.
-    pub(super) fn finish(self, known: &[&str]) -> Result<(), DefinitionError> {
-        match self.rest.first_key_value() {
-            None => Ok(()),
-            Some((key, node)) => {
-                let problem = format!("unknown key; there are {}", known.join(", "));
-                let key: String = key.chars().take(64).collect();
-                Err(self.wrong(&key, node.line, problem))
-            }
-        }
+        value.ok_or_else(|| self.wrong(key, "it must be given"))
     }
 }

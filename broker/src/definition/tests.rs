@@ -101,6 +101,15 @@ fn a_mistake_is_named_with_key_value_and_line() {
             "line 4: disk[0].size: unknown key; there are id, path, read-only, queues, serial",
         ),
         (
+            "vcpus = 1\nkernl = \"/k\"",
+            "line 2: kernl: unknown key; there are kernel, initrd, cmdline, firmware, vcpus, cpu, memory, \
+             hugepages, prefault, uuid, autostart, disk, net, balloon, vhost-user",
+        ),
+        (
+            "kernel = \"/k\"\n[[disk]]\npth = \"/d\"",
+            "line 3: disk[0].pth: unknown key; there are id, path, read-only, queues, serial",
+        ),
+        (
             "kernel = \"/k\"\n[[disk]]\nqueues = 1",
             "line 2: disk[0].path: it must be given",
         ),
@@ -123,11 +132,11 @@ fn a_mistake_is_named_with_key_value_and_line() {
         ),
         (
             "kernel = \"/k\"\nmemory = \"1M\"",
-            "memory: 1048576 bytes: give 16M to 1T",
+            "line 2: memory: 1048576 bytes: give 16M to 1T",
         ),
         (
             "kernel = \"/k\"\n[[disk]]\nid = \"x\"\npath = \"/d\"\n[[net]]\nid = \"x\"\ntap = \"t\"",
-            "line 5: net[0].id: x: two devices have this name",
+            "line 6: net[0].id: x: two devices have this name",
         ),
     ] {
         assert_eq!(refused(text), expected, "{text}");

@@ -35,6 +35,8 @@ use crate::resources::ResourceError;
 const START_DEADLINE: Duration = Duration::from_secs(120);
 /// How long a core that runs may take to answer.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(10);
+/// A core that has hung up may take so long to end.
+const PARTING: Duration = Duration::from_secs(5);
 /// How long a process that was killed may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -224,7 +226,11 @@ impl Plan<'_> {
         let otherwise = tokio::select! {
             connected = tokio::time::timeout(START_DEADLINE, core::connect(&control)) => match connected {
                 Ok(Ok(proxy)) => return Ok(proxy),
-                Ok(Err(error)) => error.to_string(),
+                Ok(Err(error)) => {
+                    // Who hangs up is about to end, and says why before it does.
+                    let _ = tokio::time::timeout(PARTING, core.ended()).await;
+                    error.to_string()
+                }
                 Err(_) => {
                     let seconds = START_DEADLINE.as_secs();
                     return Err(Error::TimedOut(format!(

@@ -10,6 +10,7 @@
 //! serves on. What a peer can do at most is bounded by [`api::peer`].
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,10 +78,17 @@ impl Link {
         spawn("link".to_owned(), STACK, move || {
             match runtime.block_on(serve(connection, View(services))) {
                 Ok(()) => tracing::info!("the control link is over"),
+                Err(error) if is_hang_up(&error) => tracing::info!("the control link is over"),
                 Err(error) => tracing::warn!(%error, "the control link has failed"),
             }
         })
     }
+}
+
+/// Whether the peer has just gone, while something was told to it.
+fn is_hang_up(error: &zbus::Error) -> bool {
+    let gone = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
+    matches!(error, zbus::Error::InputOutput(error) if gone.contains(&error.kind()))
 }
 
 async fn serve<D: Device>(connection: Builder<'static>, view: View<D>) -> zbus::Result<()> {

@@ -1,7 +1,10 @@
 //! Whether a machine can be where another is: everything that two cores compare before anything is
 //! copied.
 
-use crate::wire::{Definition, Unit, same_frequency};
+use crate::wire::{CpuFeatures, Definition, Unit, same_frequency};
+
+/// Features that are named, at most.
+const MOST_NAMED: usize = 32;
 
 fn differs(what: &str, there: &str, here: &str) -> String {
     format!("{what} is {there} at the source and {here} at the destination")
@@ -65,19 +68,27 @@ impl Definition {
                 ));
             }
         }
-        for register in &source.cpu_features {
-            let here = self
-                .cpu_features
-                .iter()
-                .find(|r| (r.leaf, &r.register) == (register.leaf, &register.register));
-            let missing = register.bits & !here.map_or(0, |r| r.bits);
-            if missing != 0 {
-                reasons.push(format!(
-                    "the destination's processor lacks features {missing:#x} of CPUID \
-                     {:#x}.{}:{}",
-                    register.leaf.0, register.leaf.1, register.register
-                ));
-            }
+        let missing = source.cpu_features.iter().flat_map(|there| {
+            let is_it =
+                |here: &&CpuFeatures| (here.leaf, &here.register) == (there.leaf, &there.register);
+            let here = self.cpu_features.iter().find(is_it);
+            let bits = there.bits & !here.map_or(0, |here| here.bits);
+            let missing = CpuFeatures {
+                bits,
+                ..there.clone()
+            };
+            missing.names().collect::<Vec<_>>()
+        });
+        let mut missing: Vec<_> = missing.take(MOST_NAMED + 1).collect();
+        if let Some(more) = missing.get_mut(MOST_NAMED) {
+            *more = "more".into();
+        }
+        if !missing.is_empty() {
+            reasons.push(format!(
+                "the destination's processor, or its KVM, lacks {}: give the machine a cpu that \
+                 both have",
+                missing.join(", ")
+            ));
         }
         if let (Some(there), Some(here)) = (source.tsc, self.tsc)
             && !(here.scales || same_frequency(there.khz, here.khz))
@@ -135,7 +146,7 @@ impl Definition {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{CpuFeatures, Processor, Tsc, Unit};
+    use crate::wire::{Processor, Tsc};
 
     fn definition() -> Definition {
         Definition {
@@ -223,6 +234,26 @@ mod tests {
     }
 
     #[test]
+    fn not_all_of_very_many_features_are_named() {
+        let (mut here, mut there) = (definition(), definition());
+        there.cpu_features[0].bits = !0;
+        here.cpu_features.clear();
+        let [reason] = &here.obstacles(&there)[..] else {
+            panic!("one reason");
+        };
+        assert!(reason.contains(", AVX512VL: give"), "{reason}");
+        there.cpu_features.push(CpuFeatures {
+            leaf: (1, 0),
+            register: "ecx".into(),
+            bits: 1,
+        });
+        let [reason] = &here.obstacles(&there)[..] else {
+            panic!("one reason");
+        };
+        assert!(reason.contains(", AVX512VL, more: give"), "{reason}");
+    }
+
+    #[test]
     fn everything_that_does_not_fit_is_named_at_once() {
         let mut there = definition();
         there.cpus = 3;
@@ -241,7 +272,7 @@ mod tests {
             "memory",
             "core",
             "toaster",
-            "CPUID",
+            "lacks TSC_ADJUST: give",
             "type",
             "number of queues",
             "queue size",

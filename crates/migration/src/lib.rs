@@ -13,6 +13,7 @@
 
 pub mod channel;
 pub mod commit;
+mod cpu_names;
 mod fit;
 pub mod frame;
 pub mod free_pages;

@@ -8,7 +8,7 @@
 //! | request | body | answer |
 //! |---|---|---|
 //! | [`START`] | for each ring its index and base, u32 each | nothing, or why not, as text |
-//! | [`STOP`] | | for each ring that ran its index and base; with a descriptor a second one: nothing, or why not, as text |
+//! | [`STOP`] | u32 1 or 0 | for each ring that ran its index and base; with a descriptor a second one: nothing, or why not, as text |
 //! | [`HOLD`] | u32 1 or 0 | nothing, or why not, as text |
 //! | [`FORECAST`] | | bytes, microseconds to stop, microseconds to start, u64 each |
 //! | [`PREFAULT`] | | nothing |
@@ -17,8 +17,9 @@
 //! - START takes what only one process may have, as HOLD 1 does; then it sets the bases, enables the
 //!   rings, and lets them run. If it says why not, nothing runs.
 //! - STOP stops all rings, drained, and leaves them wired. If it comes with a descriptor, the device
-//!   then saves its state into it, as after SET_DEVICE_STATE_FD; the second answer says how that
-//!   ended, as CHECK_DEVICE_STATE would.
+//!   then saves its state into it, as after SET_DEVICE_STATE_FD; with 1, which needs a descriptor, it
+//!   then gives up what only one process may have, as HOLD 0 does. The second answer says how that
+//!   ended.
 //! - HOLD 1 takes what only one process may have (the lock of an image); HOLD 0 gives it up, while
 //!   no ring runs. Asking for what is so already is fine.
 //! - FORECAST says what the device's part in a switchover will take, as far as it is known: bytes of

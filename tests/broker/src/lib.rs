@@ -469,9 +469,14 @@ pub fn lives(pid: u32) -> bool {
 
 /// Sends a process SIGKILL.
 pub fn kill_process(pid: u32) -> Result<()> {
+    signal(pid, Signal::SIGKILL)
+}
+
+/// Sends a process a signal.
+pub fn signal(pid: u32, signal: Signal) -> Result<()> {
     ensure!(pid != 0, "there is no process");
     let pid = i32::try_from(pid).context("a process id is too large")?;
-    kill(Pid::from_raw(pid), Signal::SIGKILL).context("no such process")
+    kill(Pid::from_raw(pid), signal).context("no such process")
 }
 
 /// Breaks every connection that a process has accepted at the Unix socket `path`; how many.

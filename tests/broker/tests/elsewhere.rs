@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use api::Dictionary;
 use api::job::State as JobState;
 use api::machine::{FORCE, MachineProxy, REPLAY, State};
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use test_broker::*;
 use test_framework::console::Console;
@@ -19,9 +20,11 @@ use zbus::Connection;
 
 const KEY: &str = "a secret of two brokers\n";
 
+/// A guest that works, and may stand still for longer than a core waits for another.
 fn work() -> Workload {
     Workload {
         heartbeat: 20,
+        timeout: 300_000,
         blk: BlkMode::Loop,
         depth: 4,
         span: 8,
@@ -185,6 +188,56 @@ async fn until_asked(bus: &Connection, at: &zbus::OwnedObjectPath) -> Result<()>
         Ok(job.phase().await? == "asking the destination")
     })
     .await
+}
+
+/// Gives the machine to a core that stands still and says nothing for as long as the source waits,
+/// until that asks what became of it. The job, and that core.
+async fn given_to_a_silent_core(
+    pair: &Pair,
+    vm: &MachineProxy<'_>,
+) -> Result<(zbus::OwnedObjectPath, u32)> {
+    let relay = Relay::start(pair.folder.path(), &pair.brokers[1].unix())?;
+    relay.hold("Loaded");
+    let long = ("blackout-limit-ms".to_owned(), value(60_000u64));
+    let at = vm.migrate(&relay.uri(), [long].into(), 0).await?;
+    until("a machine that is loaded", async || Ok(relay.holds())).await?;
+    let (core, _) = pair.core_there()?;
+    signal(core, Signal::SIGSTOP)?;
+    relay.open();
+    until_asked(&pair.buses[0], &at).await?;
+    assert_eq!(vm.state().await?, State::Paused);
+    Ok((at, core))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_core_that_is_silent_when_it_is_given_the_machine_is_waited_for() -> Result<()> {
+    let mut pair = Pair::start().await?;
+    let vm = pair.machine().await?;
+    let (at, core) = given_to_a_silent_core(&pair, &vm).await?;
+    job(&pair.buses[0], at.clone()).await?.cancel().await?;
+    let (_, result) = ended(&pair.buses[0], at).await?;
+    assert_eq!(place(&result), "undecided", "{result:?}");
+    ensure!(vm.resume(0).await.is_err(), "it runs by mistake");
+    signal(core, Signal::SIGCONT)?;
+    // One that is started asks at once.
+    pair.kill(&[0]).await?;
+    // It has waited for the word for as long as the source for the answer: one of them has it.
+    let place = pair.settles().await?;
+    let vm = pair.at(place).await?.context("it is gone")?;
+    finish(&mut take_console(&vm).await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_core_that_was_silent_when_it_was_given_the_machine_and_is_killed_has_not_got_it()
+-> Result<()> {
+    let pair = Pair::start().await?;
+    let vm = pair.machine().await?;
+    let (at, core) = given_to_a_silent_core(&pair, &vm).await?;
+    kill_process(core)?;
+    let (state, result) = ended(&pair.buses[0], at).await?;
+    assert_eq!(state, JobState::Failed, "{result:?}");
+    assert_eq!(pair.settles().await?, 0);
+    finish(&mut take_console(&vm).await?)
 }
 
 #[tokio::test(flavor = "multi_thread")]

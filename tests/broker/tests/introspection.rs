@@ -46,7 +46,7 @@ async fn the_shipped_interfaces_are_those_on_the_bus() -> Result<()> {
     definition.insert("balloon".into(), value(vec![Dictionary::new()]));
     let vm = running(&bus, "vm", definition).await?;
     // How it ends is of no interest here.
-    vm.migrate("local:", Dictionary::new(), 0).await?;
+    ended(&bus, vm.migrate("local:", Dictionary::new(), 0).await?).await?;
     for (name, kept, path) in [
         shipped!("Manager", api::path::MANAGER),
         shipped!("Machine", api::path::machine("vm")),

@@ -19,6 +19,8 @@ pub mod command {
     pub const STOP: &str = "stop\n";
     /// Print a report of every work.
     pub const REPORT: &str = "report\n";
+    /// Tell what the processor shows.
+    pub const CPUID: &str = "cpuid\n";
     /// Reboot the machine.
     pub const RESET: &str = "reset\n";
     /// Power off at once.

@@ -139,7 +139,7 @@ fn clients_networks_and_refusals_with_units() -> Result<()> {
 
 #[test]
 fn machines_in_units_move_within_their_host() -> Result<()> {
-    passes("units", &["migration"], "ten_times_within_a_host")
+    passes("units", &["migration"], "many_times_within_a_host")
 }
 
 /// Who may call on the system bus is polkit's to say: see `the_service_of_a_system`.

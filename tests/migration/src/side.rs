@@ -302,7 +302,11 @@ impl Side {
     /// Moves the machine; this side must be left without it in the end.
     pub fn move_on(self, spec: &Spec) -> Result<Moved> {
         let (mut source, destination, outcome) = self.try_move(spec, None)?;
-        ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
+        ensure!(
+            outcome["result"] == "moved",
+            "it did not move: {outcome:#}; the destination said: {}",
+            destination.core.stderr()
+        );
         // Its owner has heard how it ended, so nothing is waited for.
         source.terminate()?;
         Ok(Moved {

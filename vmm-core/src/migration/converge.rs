@@ -9,17 +9,17 @@ use super::setup::{MaxDowntime, MigrateOptions};
 /// Times that the link is crossed and back: the core's state, and the commit.
 const LINK_TURNS: u32 = 2;
 /// Times that all devices are asked and answer, one after the other: stop and save; the end of loading,
-/// start. They give up their locks meanwhile.
+/// start.
 const DEVICE_TURNS: u32 = 1;
 const DEVICE_TURNS_THERE: u32 = 2;
 /// What the rest costs, in times that somebody is woken and wakes in turn, as measured on this host:
 /// the cores' threads one after the other, those of memory if it is copied, the first of the
 /// devices, and each device and each ring on whatever processor is free.
-const CORE_WAKES: u32 = 30;
+const CORE_WAKES: u32 = 36;
 const MEMORY_WAKES: u32 = 60;
 const FIRST_DEVICE_WAKES: u32 = 30;
-const DEVICE_WAKES: u32 = 62;
-const RING_WAKES: u32 = 2;
+const DEVICE_WAKES: u32 = 38;
+const RING_WAKES: u32 = 1;
 /// A rate before anything was measured, in bytes a second: of a link to another host, and within one.
 const FIRST_RATE: u64 = 100 << 20;
 const FIRST_LOCAL_RATE: u64 = 1 << 30;
@@ -271,7 +271,7 @@ mod tests {
         });
         assert_eq!(
             convergence.predict(50 * MIB),
-            Duration::from_micros(600_000 + 400 + 2230 + 200 + 1000 + 4000 + 200_000)
+            Duration::from_micros(600_000 + 400 + 1880 + 200 + 1000 + 4000 + 200_000)
         );
         assert_eq!(
             (convergence.rate(), convergence.dirty_rate()),

@@ -316,8 +316,7 @@ impl Incoming {
     fn start(&mut self, host: &mut impl NewHost) -> Result<(), MigrationError> {
         self.state = self.state.on(DestinationInput::Commit).0;
         let running = self.running;
-        let started = self.crew.each(move |_, unit| unit.take_up(running));
-        let started = self.crew.meet_again("start", &started, &mut self.recorder);
+        let started = self.crew.take_up(running, &mut self.recorder);
         let begin = Instant::now();
         host.run(running && started.is_ok());
         self.recorder.note("core", "run", begin, 0);
@@ -336,13 +335,13 @@ impl Incoming {
         }
         self.recorder.set_costs(costs::now().since(&self.before));
         // Nobody waits for that, and a network that is not told learns from the guest's packets.
-        self.crew.send(|_| {
-            Box::new(|unit| {
+        for number in 0..self.units.len() {
+            self.crew.send(number, |unit| {
                 if let Err(error) = unit.remote.announce() {
                     tracing::warn!(%error, "a network is not told where the guest is");
                 }
-            })
-        });
+            });
+        }
         let timeline = self.recorder.side().clone();
         // The machine is here, whether the source hears it or not; it stays paused if it does not.
         if let Err(error) = self.say(&ToSource::Running { timeline, problem }) {

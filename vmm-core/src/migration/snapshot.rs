@@ -14,7 +14,6 @@ use std::fmt;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
 
 use migration::channel::Cancel;
 use migration::frame::{FrameError, FrameReader, FrameWriter};
@@ -25,13 +24,13 @@ use migration::wire::{Blob, Definition};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::barrier::{self, Arrival, Barrier};
+use super::barrier::{self, Barrier};
 use super::destination::NewHost;
 use super::error::system;
 use super::ram::{DirtyTracker, RamReceiver, RamSender};
 use super::saved_state::{CoreState, from_blob, to_blob};
 use super::setup::Sockets;
-use super::states::StateSockets;
+use super::states::{Leaving, StateSockets};
 use super::status::Status;
 use super::switchover::Host;
 use super::unit::{Crew, Unit};
@@ -104,7 +103,7 @@ pub struct Writing {
     core: Blob,
     /// Its threads save the devices.
     crew: Crew,
-    saved: Receiver<Arrival<()>>,
+    leaving: Leaving,
 }
 
 /// Stops the machine, whose devices begin to save themselves. On a failure it goes on.
@@ -118,13 +117,13 @@ pub fn begin(
         .map_err(system("a thread for a device"))?;
     let begun = stop(&crew, &states, host);
     match begun {
-        Ok((core, saved)) => Ok(Box::new(Writing {
+        Ok((core, leaving)) => Ok(Box::new(Writing {
             subject,
             core_file,
             ram,
             core,
             crew,
-            saved,
+            leaving,
         })),
         Err(error) => {
             go_on(&crew, host)?;
@@ -137,16 +136,15 @@ fn stop(
     crew: &Crew,
     states: &StateSockets,
     host: &mut impl Host,
-) -> Result<(Blob, Receiver<Arrival<()>>), MigrationError> {
+) -> Result<(Blob, Leaving), MigrationError> {
     host.stop_vcpus()?;
     if let Some(what) = host.pending_request() {
         return Err(MigrationError::Guest(what));
     }
     let recorder = &mut Recorder::start();
-    let (stopped, saved) = states.stop_and_save(crew);
-    let (names, deadline) = (crew.names(), BLACKOUT_DEADLINE);
-    let devices = barrier::wait(Barrier::D, "stop", names, &stopped, deadline, recorder)?;
-    Ok((to_blob(&host.save_core(devices)?)?, saved))
+    let leaving = states.leave(crew, false, BLACKOUT_DEADLINE);
+    let devices = leaving.stopped(BLACKOUT_DEADLINE, recorder)?;
+    Ok((to_blob(&host.save_core(devices)?)?, leaving))
 }
 
 /// Lets devices and vCPUs run if they did before.
@@ -154,7 +152,10 @@ fn go_on(crew: &Crew, host: &mut impl Host) -> Result<(), MigrationError> {
     if !host.ran() {
         return Ok(());
     }
-    let resumed = crew.each(|_, unit| Ok(unit.pci.resume()?));
+    let resumed = crew.each(|_, unit| {
+        unit.stays();
+        Ok(unit.pci.resume()?)
+    });
     let recorder = &mut Recorder::start();
     let (names, deadline) = (crew.names(), BLACKOUT_DEADLINE);
     let resumed = barrier::wait(Barrier::F, "resume", names, &resumed, deadline, recorder);
@@ -178,12 +179,10 @@ impl Writing {
             ram,
             core,
             crew,
-            saved,
+            leaving,
         } = self;
         let result = write(&subject, ram, cancel, status).and_then(|channels| {
-            let (names, deadline) = (crew.names(), BLACKOUT_DEADLINE);
-            let recorder = &mut Recorder::start();
-            barrier::wait(Barrier::E, "save", names, &saved, deadline, recorder)?;
+            leaving.saved(BLACKOUT_DEADLINE, &mut Recorder::start())?;
             let state = SnapshotState {
                 definition: subject.definition,
                 channels,

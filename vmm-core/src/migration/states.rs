@@ -1,7 +1,7 @@
 //! The sockets from device to device, and what goes through them.
 //!
 //! ```text
-//! ours     source       socket given with the order to stop ─ stopped ─ saved, by a second answer
+//! ours     source       socket given with the order to stop ─ stopped ─ saved and let go, by a second answer
 //!          destination  socket given before the stop … the twin's state comes ─ CHECK_DEVICE_STATE
 //! others   stopped ─ SET_DEVICE_STATE_FD, on both sides ─ CHECK_DEVICE_STATE
 //! ```
@@ -11,13 +11,15 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use migration::channel::{Cancel, StateChannel};
+use migration::report::Recorder;
 use nix::sys::socket::{Shutdown as SocketShutdown, shutdown};
 
-use super::barrier::Arrival;
+use super::barrier::{self, Arrival, Barrier};
 use super::error::system;
 use super::saved_state::DeviceWiring;
 use super::unit::{Crew, Unit, arrive};
@@ -71,29 +73,39 @@ impl StateSockets {
         self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Stops every device, and lets it save at once; each arrives twice.
-    pub(super) fn stop_and_save(
-        &self,
-        crew: &Crew,
-    ) -> (Receiver<Arrival<DeviceWiring>>, Receiver<Arrival<()>>) {
+    /// Tells every device to stop, save and, if the machine `goes`, give up what only one process may
+    /// have. One of ours that runs is only told: all of them work while the first is heard. `within`
+    /// that time they have stopped.
+    pub(super) fn leave(&self, crew: &Crew, goes: bool, within: Duration) -> Leaving {
         let ((stop, stopped), (save, saved)) = (channel(), channel());
-        crew.send(|number| {
+        let mut told = Vec::new();
+        for (number, unit) in crew.units().iter().enumerate() {
+            let begin = Instant::now();
+            if crew.is_parallel() && self.order_stop(number, unit, goes, within) {
+                told.push((number, Arc::clone(unit), begin));
+                continue;
+            }
             let (stop, save, states) = (stop.clone(), save.clone(), self.clone());
-            Box::new(move |unit| {
-                let is_stopped = arrive(&stop, number, || {
-                    states.save_at_stop(number, unit);
-                    unit.pci.stop()?;
-                    Ok(DeviceWiring {
-                        id: unit.id.clone(),
-                        state: unit.pci.save()?,
-                    })
-                });
-                if is_stopped {
-                    arrive(&save, number, || states.save(number, unit));
+            crew.send(number, move |unit| {
+                let begin = Instant::now();
+                let told = states.order_stop(number, unit, goes, within);
+                if arrive(&stop, number, begin, || stopped_device(unit)) {
+                    arrive(&save, number, Instant::now(), || match told {
+                        true => states.saved(number, unit, BLACKOUT_DEADLINE),
+                        false => states.save(number, unit, goes),
+                    });
                 }
-            })
-        });
-        (stopped, saved)
+            });
+        }
+        Leaving {
+            states: self.clone(),
+            names: crew.names().to_vec(),
+            told,
+            stop,
+            stopped,
+            save,
+            saved,
+        }
     }
 
     fn is_ahead(&self, number: usize) -> bool {
@@ -101,28 +113,32 @@ impl StateSockets {
     }
 
     /// Gives a device of ours its socket with the order to stop.
-    fn save_at_stop(&self, number: usize, unit: &Unit) {
-        if self.is_ahead(number)
-            && let Some(socket) = self.take(number)
-        {
-            unit.remote.save_at_stop(socket);
-        }
+    fn order_stop(&self, number: usize, unit: &Unit, goes: bool, within: Duration) -> bool {
+        let mut pairs = self.pairs();
+        let Some(pair) = pairs[number].as_mut().filter(|pair| pair.ahead) else {
+            return false;
+        };
+        let channel = pair
+            .given
+            .take_if(|channel| unit.remote.order_stop(channel, goes, within));
+        channel.is_some()
     }
 
-    /// Lets a stopped device save itself into its socket. Nothing for one without state.
-    fn save(&self, number: usize, unit: &Unit) -> Result<(), MigrationError> {
-        if !self.is_ahead(number) {
-            return self.transfer(number, unit, StateDirection::Save);
-        }
-        let result = match unit.remote.saved(BLACKOUT_DEADLINE) {
-            Ok(None) => Ok(()),
-            Err(error) => Err(error.into()),
-            // It did not run.
-            Ok(Some(socket)) => self.straight(number, unit, StateDirection::Save, socket),
-        };
+    /// Waits until a device has saved and let go that was told to.
+    fn saved(&self, number: usize, unit: &Unit, within: Duration) -> Result<(), MigrationError> {
+        let saved = unit.remote.saved(within);
         // With the last copy the twin sees the end.
         self.pairs()[number] = None;
-        result
+        Ok(saved?)
+    }
+
+    /// Lets a stopped device save itself into its socket, if it has state, and let go.
+    fn save(&self, number: usize, unit: &Unit, goes: bool) -> Result<(), MigrationError> {
+        self.transfer(number, unit, StateDirection::Save)?;
+        match goes {
+            true => unit.let_go(),
+            false => Ok(()),
+        }
     }
 
     /// Lets a device of ours wait for its twin's state before that comes.
@@ -231,4 +247,58 @@ impl StateSockets {
             let _ = shutdown(pair.kept.as_raw_fd(), SocketShutdown::Both);
         }
     }
+}
+
+/// Devices that have been told to leave.
+pub(super) struct Leaving {
+    states: StateSockets,
+    names: Vec<String>,
+    /// Who is heard here: its number, and when it was told.
+    told: Vec<(usize, Arc<Unit>, Instant)>,
+    stop: Sender<Arrival<DeviceWiring>>,
+    stopped: Receiver<Arrival<DeviceWiring>>,
+    save: Sender<Arrival<()>>,
+    saved: Receiver<Arrival<()>>,
+}
+
+impl Leaving {
+    /// Barrier D: waits until all have stopped.
+    pub(super) fn stopped(
+        &self,
+        within: Duration,
+        recorder: &mut Recorder,
+    ) -> Result<Vec<DeviceWiring>, MigrationError> {
+        for (number, unit, begin) in &self.told {
+            arrive(&self.stop, *number, *begin, || stopped_device(unit));
+        }
+        let (names, arrivals) = (&self.names, &self.stopped);
+        barrier::wait(Barrier::D, "stop", names, arrivals, within, recorder)
+    }
+
+    /// The devices' part of barrier E: waits until all have saved, and let go.
+    pub(super) fn saved(
+        &self,
+        within: Duration,
+        recorder: &mut Recorder,
+    ) -> Result<(), MigrationError> {
+        let end = Instant::now() + within;
+        for (number, unit, begin) in &self.told {
+            arrive(&self.save, *number, *begin, || {
+                let left = end.saturating_duration_since(Instant::now());
+                self.states.saved(*number, unit, left)
+            });
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        let (names, arrivals) = (&self.names, &self.saved);
+        barrier::wait(Barrier::E, "save", names, arrivals, left, recorder).map(drop)
+    }
+}
+
+/// Waits until a device has stopped: what it is now.
+fn stopped_device(unit: &Unit) -> Result<DeviceWiring, MigrationError> {
+    unit.pci.stop()?;
+    Ok(DeviceWiring {
+        id: unit.id.clone(),
+        state: unit.pci.save()?,
+    })
 }

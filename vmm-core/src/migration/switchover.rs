@@ -2,13 +2,12 @@
 //!
 //! ```text
 //!  main     Stopping ▮B vCPUs ▮C     ▮D ─ last pages ─ core ─ rest of the pages … ▮E Commit … Running
-//!  devices                    stop ─┘└─ save, each to its twin ─┘           locks ─┘
+//!  devices                    stop ─┘└─ save, each to its twin, locks ─┘
 //! ```
 //! Until *Commit* is sent every failure goes back: devices with their locks, then vCPUs, as before;
 //! without its locks the machine stays paused. Afterwards
 //! only the other side's word, or a person's, does: see [`migration::commit`].
 
-use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use migration::channel::Cancel;
@@ -18,7 +17,7 @@ use migration::report::{Recorder, Report, micros};
 use migration::wire::{ToDestination, ToSource};
 use tokio::sync::watch;
 
-use super::barrier::{self, Arrival, Barrier};
+use super::barrier::Barrier;
 use super::error::system;
 use super::free_pages::FreePages;
 use super::saved_state::{CoreState, DeviceWiring, to_blob};
@@ -148,15 +147,8 @@ impl Switchover {
             return Err(MigrationError::Guest(what));
         }
         self.quiet_peers();
-        let (stopped, saved) = self.states.stop_and_save(&self.crew);
-        let devices = barrier::wait(
-            Barrier::D,
-            "stop",
-            self.crew.names(),
-            &stopped,
-            self.left(),
-            &mut self.recorder,
-        )?;
+        let leaving = self.states.leave(&self.crew, true, self.left());
+        let devices = leaving.stopped(self.left(), &mut self.recorder)?;
         self.send_dirty(|memory| Ok(memory.tracker.collect()?))?;
         let begin = Instant::now();
         let mut core = host.save_core(devices)?;
@@ -165,14 +157,7 @@ impl Switchover {
         let bytes = core.payload.len() as u64;
         self.say(&ToDestination::Core(core))?;
         self.recorder.note("core", "save", begin, bytes);
-        barrier::wait(
-            Barrier::E,
-            "save",
-            self.crew.names(),
-            &saved,
-            self.left(),
-            &mut self.recorder,
-        )?;
+        leaving.saved(self.left(), &mut self.recorder)?;
         self.send_dirty(|memory| {
             memory.tracker.collect_from_devices();
             Ok(())
@@ -183,10 +168,7 @@ impl Switchover {
             self.recorder
                 .note("core", "memory", begin, self.report.memory_bytes);
         }
-        // What was saved is on its way, so locks are given up while the other side loads it.
-        let released = self.crew.each(|_, unit| unit.let_go());
         self.await_loaded()?;
-        self.await_released(&released)?;
         self.decide(state)?;
         self.commit(state)
     }
@@ -223,14 +205,6 @@ impl Switchover {
             other => return Err(unexpected(other, "that it has loaded everything")),
         }
         self.recorder.note("core", Barrier::E.name(), begin, 0);
-        Ok(())
-    }
-
-    /// Devices have given up what only one process may have.
-    fn await_released(&mut self, released: &Receiver<Arrival<()>>) -> Result<(), MigrationError> {
-        let (names, within) = (self.crew.names(), self.left());
-        let recorder = &mut self.recorder;
-        barrier::wait(Barrier::E, "release", names, released, within, recorder)?;
         Ok(())
     }
 
@@ -278,8 +252,7 @@ impl Switchover {
         self.states.cut();
         let running = host.ran();
         // In line behind whatever each device still does.
-        let started = self.crew.each(move |_, unit| unit.take_up(running));
-        let started = self.crew.meet_again("start", &started, &mut self.recorder);
+        let started = self.crew.take_up(running, &mut self.recorder);
         if started.is_ok() {
             host.run();
         } else if running {

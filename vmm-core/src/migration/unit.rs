@@ -1,7 +1,9 @@
 //! The devices of a machine, as its migration sees them, and a thread for each.
 //!
-//! Threads are made before the stop, so that in it nothing has to be started. What is sent to a
-//! device's thread is done in order; what is sent to several is done at once.
+//! A device of ours is told to stop or to start by one message, so one thread tells all of them before
+//! it hears the first: nobody is woken to send or to wait. Whatever takes more goes to the device's
+//! thread. Threads are made before the stop, so that in it nothing has to be started. What is sent to
+//! one is done in order; what is sent to several is done at once.
 
 use std::io;
 use std::sync::Arc;
@@ -66,6 +68,32 @@ impl Unit {
         tracing::error!(device, error, "it does not start; restart its process");
     }
 
+    /// Tells the device to go on, if it can be told so now; [`Self::goes_on`] awaits it. What goes
+    /// wrong in it does so again in [`Self::take_up`].
+    fn is_told_to_go_on(&self) -> bool {
+        !self.remote.is_leaving() && self.pci.order_resume().unwrap_or(false)
+    }
+
+    /// The device goes on that was told to; as [`Self::take_up`].
+    fn goes_on(&self, within: Duration) -> Result<(), MigrationError> {
+        match self.pci.resumed(within).map_err(MigrationError::from) {
+            Err(error) if !error.is_declined() => {
+                self.log(&error);
+                self.take_up(true)
+            }
+            result => result,
+        }
+    }
+
+    /// Hears whatever a device has still to say that was told to leave, which is not wanted any more.
+    pub fn stays(&self) {
+        if self.remote.is_leaving() {
+            // What it did not do is seen when it goes on.
+            let _ = self.pci.stop();
+            let _ = self.remote.saved(BLACKOUT_DEADLINE);
+        }
+    }
+
     /// The machine goes: what only one process may have is given up.
     pub fn let_go(&self) -> Result<(), MigrationError> {
         Ok(self.remote.hold(false)?)
@@ -84,6 +112,7 @@ pub struct Crew {
     names: Vec<String>,
     units: Vec<Arc<Unit>>,
     workers: Vec<Worker>,
+    parallel: bool,
 }
 
 impl Crew {
@@ -99,10 +128,11 @@ impl Crew {
                 thread: Some(thread),
             })
         };
-        let threads = if without.has(Mechanism::Parallel) {
-            units.len().min(1)
-        } else {
+        let parallel = !without.has(Mechanism::Parallel);
+        let threads = if parallel {
             units.len()
+        } else {
+            units.len().min(1)
         };
         Ok(Self {
             names: units.iter().map(|unit| unit.id.clone()).collect(),
@@ -111,6 +141,7 @@ impl Crew {
                 .iter()
                 .map(start)
                 .collect::<io::Result<_>>()?,
+            parallel,
         })
     }
 
@@ -119,13 +150,23 @@ impl Crew {
         &self.names
     }
 
-    /// Lets the thread of each device do what `job` makes for its number, all at once.
-    pub fn send(&self, mut job: impl FnMut(usize) -> Job) {
-        let workers = self.workers.iter().cycle();
-        for ((number, unit), worker) in self.units.iter().enumerate().zip(workers) {
-            // A thread that is gone shows as a device that does not arrive.
-            let _ = worker.jobs.send((Arc::clone(unit), job(number)));
-        }
+    /// The devices, in order.
+    pub fn units(&self) -> &[Arc<Unit>] {
+        &self.units
+    }
+
+    /// Whether devices work at the same time.
+    pub fn is_parallel(&self) -> bool {
+        self.parallel
+    }
+
+    /// Lets the thread of a device do `job`.
+    pub fn send(&self, number: usize, job: impl FnOnce(&Unit) + Send + 'static) {
+        let (unit, worker) = (&self.units[number], number % self.workers.len());
+        // A thread that is gone shows as a device that does not arrive.
+        let _ = self.workers[worker]
+            .jobs
+            .send((Arc::clone(unit), Box::new(job)));
     }
 
     /// Lets each device do `work`, all at once; each arrives at what is returned.
@@ -136,12 +177,12 @@ impl Crew {
     {
         let (sender, arrivals) = channel();
         let work = Arc::new(work);
-        self.send(|number| {
+        for number in 0..self.units.len() {
             let (sender, work) = (sender.clone(), Arc::clone(&work));
-            Box::new(move |unit| {
-                arrive(&sender, number, || work(number, unit));
-            })
-        });
+            self.send(number, move |unit| {
+                arrive(&sender, number, Instant::now(), || work(number, unit));
+            });
+        }
         arrivals
     }
 
@@ -161,6 +202,31 @@ impl Crew {
             shortest = shortest.min(begin.elapsed());
         }
         Ok((answers, shortest))
+    }
+
+    /// The machine is here: [`Unit::take_up`] for each device. One of ours that goes on is only told
+    /// to: all of them start while the first is heard.
+    pub fn take_up(&self, running: bool, recorder: &mut Recorder) -> Result<(), MigrationError> {
+        let (sender, arrivals) = channel();
+        let begin = Instant::now();
+        let mut told = Vec::new();
+        for (number, unit) in self.units.iter().enumerate() {
+            let start = Instant::now();
+            if running && self.parallel && unit.is_told_to_go_on() {
+                told.push((number, unit, start));
+                continue;
+            }
+            let sender = sender.clone();
+            self.send(number, move |unit| {
+                unit.stays();
+                arrive(&sender, number, Instant::now(), || unit.take_up(running));
+            });
+        }
+        for (number, unit, start) in told {
+            let left = STUCK.saturating_sub(begin.elapsed());
+            arrive(&sender, number, start, || unit.goes_on(left));
+        }
+        self.meet_again("start", &arrivals, recorder)
     }
 
     /// Barrier F: waits until all devices have gone on. The guest waits no longer for one that is
@@ -192,13 +258,13 @@ impl Crew {
     }
 }
 
-/// Does `work`, and says so.
+/// Does `work`, which began at `start`, and says so.
 pub fn arrive<T>(
     sender: &Sender<Arrival<T>>,
     unit: usize,
+    start: Instant,
     work: impl FnOnce() -> Result<T, MigrationError>,
 ) -> bool {
-    let start = Instant::now();
     let result = work();
     let is_ok = result.is_ok();
     // Nobody waits any more only after a deadline or another's failure.

@@ -77,7 +77,7 @@ struct Vector {
 }
 
 struct Source {
-    event: EventFd,
+    event: Arc<EventFd>,
     vector: u16,
     attached: Option<Gsi>,
 }
@@ -124,7 +124,7 @@ impl Msix {
         let sources = (0..sources)
             .map(|_| {
                 Ok(Source {
-                    event: EventFd::new(EFD_NONBLOCK).map_err(MsixError::Event)?,
+                    event: Arc::new(EventFd::new(EFD_NONBLOCK).map_err(MsixError::Event)?),
                     vector: NO_VECTOR,
                     attached: None,
                 })
@@ -179,10 +179,10 @@ impl Msix {
     }
 
     /// A copy of the eventfd with which a source is signalled.
-    pub fn event(&self, source: SourceIndex) -> Result<EventFd, MsixError> {
+    pub fn event(&self, source: SourceIndex) -> Result<Arc<EventFd>, MsixError> {
         let gone = || MsixError::Event(io::ErrorKind::NotFound.into());
         let source = self.sources.get(source.0).ok_or_else(gone)?;
-        source.event.try_clone().map_err(MsixError::Event)
+        Ok(Arc::clone(&source.event))
     }
 
     /// The vector of a source, or [`NO_VECTOR`].

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -314,7 +315,7 @@ impl Common {
                 driver: queue.driver,
                 device: queue.device,
                 base: queue.base,
-                kick: queue.kick.try_clone().map_err(DeviceError::new)?,
+                kick: Arc::clone(&queue.kick),
                 call: msix
                     .event(queue_source(index.0.into()))
                     .map_err(DeviceError::new)?,
@@ -344,6 +345,34 @@ impl Common {
             return Ok(());
         }
         self.activate(msix)?;
+        self.catch_up(msix)
+    }
+
+    /// Has the device go on as [`Self::resume`] does, if it can be ordered to; then
+    /// [`Self::resumed`] must be asked.
+    pub(super) fn order_resume(&mut self, msix: &Msix) -> Result<bool, DeviceError> {
+        if self.life != Life::Stopped {
+            return Ok(false);
+        }
+        let queues = self.enabled_queues(msix)?;
+        let ordered = self.device.order_activate(self.driver_features, queues)?;
+        if ordered {
+            self.life = Life::Running;
+        }
+        Ok(ordered)
+    }
+
+    /// Waits until the device goes on.
+    pub(super) fn resumed(&mut self, msix: &Msix, within: Duration) -> Result<(), DeviceError> {
+        if let Err(error) = self.device.activated(within) {
+            self.life = Life::Stopped;
+            return Err(error);
+        }
+        self.catch_up(msix)
+    }
+
+    /// What may have been missed while the device was stopped.
+    fn catch_up(&self, msix: &Msix) -> Result<(), DeviceError> {
         let unseen = !self.device.looks_at_rings();
         let queues = self.queues.iter().enumerate();
         for (i, queue) in queues.filter(|(_, q)| q.enabled && unseen) {

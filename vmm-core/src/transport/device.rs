@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
@@ -40,9 +41,9 @@ pub struct ActivatedQueue {
     /// Where to go on.
     pub base: RingBase,
     /// Signalled when the guest has made buffers available.
-    pub kick: EventFd,
+    pub kick: Arc<EventFd>,
     /// To be signalled when buffers were used.
-    pub call: EventFd,
+    pub call: Arc<EventFd>,
 }
 
 /// A queue that was stopped, and where it goes on.
@@ -113,6 +114,19 @@ pub trait VirtioDevice: Send + Sync {
     fn wire(&self, features: u64, queues: Vec<ActivatedQueue>) -> Result<(), DeviceError>;
     /// Starts the queues that the driver has enabled, with the features it accepted.
     fn activate(&self, features: u64, queues: Vec<ActivatedQueue>) -> Result<(), DeviceError>;
+    /// As [`Self::activate`], but nothing is awaited: [`Self::activated`] must be asked next. Whether
+    /// it was ordered; a device that starts in its own way says no.
+    fn order_activate(
+        &self,
+        _features: u64,
+        _queues: Vec<ActivatedQueue>,
+    ) -> Result<bool, DeviceError> {
+        Ok(false)
+    }
+    /// Waits until queues run whose start was ordered.
+    fn activated(&self, _within: Duration) -> Result<(), DeviceError> {
+        Ok(())
+    }
     /// Whether queues that start are looked at, and their driver called, without a kick.
     fn looks_at_rings(&self) -> bool;
     /// Stops every activated queue, drained, and says where each goes on.

@@ -14,7 +14,7 @@ pub(super) struct Notifier {
     name: String,
     sink: Arc<dyn TroubleSink>,
     /// The configuration change's interrupt source.
-    event: EventFd,
+    event: Arc<EventFd>,
     /// Locked while the configuration changes, so that nobody reads new bytes and then
     /// the old generation.
     generation: RwLock<u8>,
@@ -24,7 +24,7 @@ pub(super) struct Notifier {
 }
 
 impl Notifier {
-    pub(super) fn new(name: String, sink: Arc<dyn TroubleSink>, event: EventFd) -> Self {
+    pub(super) fn new(name: String, sink: Arc<dyn TroubleSink>, event: Arc<EventFd>) -> Self {
         Self {
             name,
             sink,

@@ -13,6 +13,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -246,6 +247,18 @@ impl VirtioPciDevice {
     pub fn resume(&self) -> Result<(), TransportError> {
         let registers = &mut *self.registers();
         Ok(registers.common.resume(&registers.msix)?)
+    }
+
+    /// Has the device go on, if it can be ordered to: then [`Self::resumed`] awaits it.
+    pub fn order_resume(&self) -> Result<bool, TransportError> {
+        let registers = &mut *self.registers();
+        Ok(registers.common.order_resume(&registers.msix)?)
+    }
+
+    /// Waits until the device goes on that was ordered to. If it does not, it is stopped.
+    pub fn resumed(&self, within: Duration) -> Result<(), TransportError> {
+        let registers = &mut *self.registers();
+        Ok(registers.common.resumed(&registers.msix, within)?)
     }
 
     /// Prepares the device to resume after [`Self::restore`], as far as it can be done ahead.

@@ -1,6 +1,7 @@
 //! The registers of one queue.
 
 use std::io;
+use std::sync::Arc;
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -39,7 +40,7 @@ pub(super) struct Queue {
     pub(super) device: u64,
     pub(super) base: RingBase,
     /// Rung by the guest; the same for the life of the device.
-    pub(super) kick: EventFd,
+    pub(super) kick: Arc<EventFd>,
 }
 
 impl Queue {
@@ -52,7 +53,7 @@ impl Queue {
             driver: 0,
             device: 0,
             base: RingBase(0),
-            kick: EventFd::new(EFD_NONBLOCK)?,
+            kick: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
     }
 

@@ -28,6 +28,7 @@ use thiserror::Error;
 use super::QueueIndex;
 use crate::memory::SharedMapping;
 
+const PAGE: usize = 4096;
 /// Bytes of a word that is kept.
 const WORD: usize = 8;
 const HEADER: usize = 16;
@@ -85,6 +86,15 @@ impl InflightFile {
         InflightFile {
             mapping: Arc::new(mapping),
             queue_size,
+        }
+    }
+
+    /// Has the pages of `queues` queues there: a ring that starts must not wait for them.
+    pub(crate) fn touch(&self, queues: u16) {
+        let bytes = self.mapping.bytes();
+        let end = usize::from(queues) * part_len(self.queue_size);
+        for page in bytes[..end.min(bytes.len())].chunks(PAGE) {
+            page[0].fetch_or(0, Ordering::Relaxed);
         }
     }
 

@@ -354,6 +354,7 @@ impl<D: Device> VhostUserBackendReqHandler for Session<D> {
             },
         )?;
         let file = InflightFile::new(mapping, size);
+        file.touch(queues.min(self.services.device.queue_count()));
         if let Some(keepsake) = self.services.device.keepsake()
             && let Some(kept) = file.kept(queues, keepsake.words().min(MAX_KEPT))
         {

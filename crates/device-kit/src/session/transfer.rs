@@ -3,7 +3,7 @@
 //! ```text
 //! SET_DEVICE_STATE_FD, save ─▶ answered ─▶ saved ─▶ CHECK_DEVICE_STATE asks how it ended
 //! SET_DEVICE_STATE_FD, load ─▶ answered ─▶ other messages … the first byte ─▶ loaded ─▶ as above
-//! STOP with a channel       ─▶ answered ─▶ saved ─▶ answered
+//! STOP with a channel       ─▶ answered ─▶ saved, what only one may have given up ─▶ answered
 //! ```
 //! A device that is to load may wait for its twin to stop, as long as that takes: only from the first
 //! byte on, or from CHECK_DEVICE_STATE, there is a deadline. The end of the session ends a transfer.

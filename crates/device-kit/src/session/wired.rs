@@ -14,7 +14,7 @@ use crate::device::{Device, OptionError};
 #[derive(Debug, PartialEq, Eq)]
 enum Request {
     Start(Vec<RingBase>),
-    Stop,
+    Stop { leaves: bool },
     Hold(bool),
     Forecast,
     Prefault,
@@ -48,9 +48,14 @@ impl<D: Device> Session<D> {
         if self.protocol_features() & rings::FEATURE == 0 {
             return Err(SessionError::WiredRings("was not negotiated"));
         }
-        let body = match parse(request, &body)? {
+        let asked = parse(request, &body)?;
+        let leaves = asked == Request::Stop { leaves: true };
+        if leaves && channel.is_none() {
+            return Err(SessionError::WiredRings("has no descriptor"));
+        }
+        let body = match asked {
             Request::Start(rings) => self.start_wired(&rings)?,
-            Request::Stop => rings::encode(&self.stop_wired()?),
+            Request::Stop { .. } => rings::encode(&self.stop_wired()?),
             Request::Hold(hold) => self.hold(hold)?,
             Request::Forecast => self.services.device.forecast().encode(),
             Request::Prefault => {
@@ -62,11 +67,15 @@ impl<D: Device> Session<D> {
         let Some(channel) = channel else {
             return Ok(());
         };
-        let saved = self.save_now(channel);
-        if let Err(reason) = &saved {
-            self.transfer_failed(reason);
-        }
-        answer(stream, request, saved.map_or_else(cut, |()| Vec::new()))
+        let problem = match self.save_now(channel) {
+            Err(reason) => {
+                self.transfer_failed(&reason);
+                cut(reason)
+            }
+            Ok(()) if leaves => self.hold(false)?,
+            Ok(()) => Vec::new(),
+        };
+        answer(stream, request, problem)
     }
 
     /// Why not, or nothing.
@@ -149,17 +158,21 @@ fn answer(mut stream: &UnixStream, request: u32, body: Vec<u8>) -> Result<(), Se
 fn parse(request: u32, body: &[u8]) -> Result<Request, SessionError> {
     let parsed = match (request, body) {
         (rings::START, body) => rings::decode(body).map(Request::Start),
-        (rings::STOP, []) => Some(Request::Stop),
+        (rings::STOP, body) => yes_or_no(body).map(|leaves| Request::Stop { leaves }),
         (rings::FORECAST, []) => Some(Request::Forecast),
         (rings::PREFAULT, []) => Some(Request::Prefault),
-        (rings::HOLD, body) => match body.try_into().map(u32::from_ne_bytes) {
-            Ok(0) => Some(Request::Hold(false)),
-            Ok(1) => Some(Request::Hold(true)),
-            _ => None,
-        },
+        (rings::HOLD, body) => yes_or_no(body).map(Request::Hold),
         _ => None,
     };
     parsed.ok_or(SessionError::WiredRings("has an impossible body"))
+}
+
+fn yes_or_no(body: &[u8]) -> Option<bool> {
+    match u32::from_ne_bytes(body.try_into().ok()?) {
+        0 => Some(false),
+        1 => Some(true),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -171,13 +184,14 @@ mod tests {
         let ring = RingBase { index: 3, base: 9 };
         let start = parse(rings::START, &rings::encode(&[ring])).unwrap();
         assert_eq!(start, Request::Start(vec![ring]));
-        assert_eq!(parse(rings::STOP, &[]).unwrap(), Request::Stop);
         assert_eq!(parse(rings::FORECAST, &[]).unwrap(), Request::Forecast);
         let one = 1u32.to_ne_bytes();
         assert_eq!(parse(rings::HOLD, &one).unwrap(), Request::Hold(true));
+        let leaves = true;
+        assert_eq!(parse(rings::STOP, &one).unwrap(), Request::Stop { leaves });
         for (request, body) in [
             (rings::START, &one[..]),
-            (rings::STOP, &one),
+            (rings::STOP, &[]),
             (rings::HOLD, &[]),
             (rings::HOLD, &2u32.to_ne_bytes()),
             (0, &[]),

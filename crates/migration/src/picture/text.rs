@@ -33,16 +33,18 @@ pub fn text(report: &Report, width: usize) -> String {
     let rows = rows(&timeline);
     let ends = rows.iter().map(|row| row.end);
     let end = ends.max().unwrap_or(0).clamp(1, timeline.blackout.max(1));
-    let label = |row: &Row| format!("{:<11} {:<7} {}", row.host, row.who, row.what);
-    let longest = rows.iter().map(|row| label(row).chars().count()).max();
+    let widest = |column: fn(&Row) -> &str| {
+        let widths = rows.iter().map(|row| column(row).chars().count());
+        widths.max().unwrap_or(0)
+    };
+    let (who, what) = (widest(|row| &row.who), widest(|row| &row.what));
     for row in &rows {
         let bar = bar(row, end, width);
         let took = Ms(row.end - row.start);
         let _ = writeln!(
             out,
-            "{:<longest$} ▏{bar}▕ {took:>9}",
-            label(row),
-            longest = longest.unwrap_or(0)
+            "{:<11} {:<who$} {:<what$} ▏{bar}▕ {took:>9}",
+            row.host, row.who, row.what
         );
     }
     out
@@ -121,7 +123,7 @@ mod tests {
         );
         assert_eq!(
             lines[1],
-            "source      core    barrier B ▏█                   ▕   0.20 ms"
+            "source      core   barrier B ▏█                   ▕   0.20 ms"
         );
         let commit = lines.iter().find(|line| line.contains("commit")).unwrap();
         assert!(
@@ -142,6 +144,19 @@ mod tests {
         let stops: Vec<_> = drawn.lines().filter(|line| line.contains("stop")).collect();
         assert_eq!(stops.len(), 1, "{drawn}");
         assert!(stops[0].contains("devices stop") && stops[0].ends_with("0.55 ms"));
+    }
+
+    #[test]
+    fn long_names_move_all_lines() {
+        let mut report = report(0);
+        let stop = span("balloon0", "stop", 1300, 1400);
+        report.source.spans.push(stop);
+        let drawn = text(&report, 40);
+        let phase = |line: &str| line.chars().nth("destination balloon0 ".len());
+        assert!(
+            drawn.lines().skip(1).all(|line| phase(line) != Some(' ')),
+            "{drawn}"
+        );
     }
 
     #[test]

@@ -57,10 +57,12 @@ pub(crate) fn state_moves_between_stop_and_start<S: Subject>() -> Result<()> {
 pub(crate) fn one_message_stops_and_saves<S: Subject>() -> Result<()> {
     let (mut subject, mut machine) = running::<S>()?;
     subject.change_state(&mut machine)?;
-    let (stopped, state) = machine.stop_and_save()?;
-    ensure!(stopped == S::QUEUES, "not all rings ran");
-    machine.connection.load(&state)?;
-    machine.start_wired()?;
+    for leaves in [false, true] {
+        let (stopped, state) = machine.stop_and_save(leaves)?;
+        ensure!(stopped == S::QUEUES, "not all rings ran");
+        machine.connection.load(&state)?;
+        machine.start_wired()?;
+    }
     subject.verify_state(&mut machine)?;
     subject.exchange(&mut machine)
 }
@@ -106,7 +108,12 @@ pub(crate) fn impossible_wishes_end_the_session_only<S: Subject>() -> Result<()>
             start(200),
         ),
         ("to start half a ring", rings::START, start(0)[..5].to_vec()),
-        ("to stop something", rings::STOP, vec![0; 4]),
+        ("to stop something", rings::STOP, vec![0; 8]),
+        (
+            "to leave without its state",
+            rings::STOP,
+            1u32.to_ne_bytes().to_vec(),
+        ),
         ("to give up what rings need", rings::HOLD, vec![0; 4]),
         ("to hold two", rings::HOLD, 2u32.to_ne_bytes().to_vec()),
     ];

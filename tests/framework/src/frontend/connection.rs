@@ -216,10 +216,11 @@ impl Connection {
     }
 
     /// Has the device stop and save by one message: the answer to STOP, and the state.
-    pub fn stop_and_save(&self) -> Result<(Vec<u8>, Vec<u8>)> {
+    pub fn stop_and_save(&self, leaves: bool) -> Result<(Vec<u8>, Vec<u8>)> {
         let (mut reader, writer) = UnixStream::pair()?;
         reader.set_read_timeout(Some(PATIENCE))?;
-        self.send_wired(rings::STOP, &[], &[writer.as_raw_fd()])?;
+        let body = u32::from(leaves).to_ne_bytes();
+        self.send_wired(rings::STOP, &body, &[writer.as_raw_fd()])?;
         drop(writer);
         let stopped = self.hear_wired(rings::STOP)?;
         let mut state = Vec::new();

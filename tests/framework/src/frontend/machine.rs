@@ -134,13 +134,14 @@ impl Machine {
 
     /// Stops all rings by one message, which leaves them wired; how many ran.
     pub fn stop_wired(&mut self) -> Result<usize> {
-        let answer = self.connection.wired(rings::STOP, &[])?;
+        let answer = self.connection.wired(rings::STOP, &0u32.to_ne_bytes())?;
         self.note_bases(&answer)
     }
 
-    /// As [`Self::stop_wired`], and the device saves its state at once, by the same message.
-    pub fn stop_and_save(&mut self) -> Result<(usize, Vec<u8>)> {
-        let (answer, state) = self.connection.stop_and_save()?;
+    /// As [`Self::stop_wired`], and the device saves its state at once, by the same message; and gives
+    /// up what only one process may have, if it `leaves`.
+    pub fn stop_and_save(&mut self, leaves: bool) -> Result<(usize, Vec<u8>)> {
+        let (answer, state) = self.connection.stop_and_save(leaves)?;
         Ok((self.note_bases(&answer)?, state))
     }
 

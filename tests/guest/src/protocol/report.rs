@@ -268,6 +268,17 @@ reports! {
         /// What was there.
         got: u64,
     }
+    /// What the processor shows, as the hypervisor has it: registers of CPUID.
+    Cpuid = "cpuid" {
+        /// ECX of leaf 1.
+        one_ecx: u32,
+        /// EDX of leaf 1.
+        one_edx: u32,
+        /// EBX of leaf 7.
+        seven_ebx: u32,
+        /// ECX of leaf 0x8000_0001.
+        extended_ecx: u32,
+    }
     /// All work is done.
     Done = "done" {
         /// Whether nothing was wrong.

@@ -28,6 +28,8 @@ use crate::transport::MAX_QUEUES;
 const VERSION: u32 = 1;
 const REPLY: u32 = 4;
 const HEADER: usize = 12;
+/// An answer that is there is read within this time, on a busy computer, too.
+const MOMENT: Duration = Duration::from_millis(50);
 /// Largest answer that is read: a whole device configuration (VU, «Communication»).
 const MAX_ANSWER: usize = 4096;
 
@@ -39,6 +41,8 @@ pub(super) struct Connection {
     watchdog: Arc<Watchdog>,
     deadline: Duration,
     reply_ack: bool,
+    /// Answers to come.
+    owed: u32,
 }
 
 impl Connection {
@@ -58,6 +62,7 @@ impl Connection {
             watchdog,
             deadline,
             reply_ack: false,
+            owed: 0,
         })
     }
 
@@ -132,13 +137,8 @@ impl Connection {
         let message = "SEND_RARP";
         let [a, b, c, d, e, f] = mac;
         let body = [a, b, c, d, e, f, 0, 0];
-        let guard = self.watchdog.guard(&self.socket, self.deadline);
-        let result = send(&self.socket, FrontendReq::SEND_RARP as u32, &body, None);
-        let late = guard.has_fired();
-        drop(guard);
-        result.map_err(|error| {
-            let error = ProtocolError::SocketError(error);
-            self.explain(message, self.deadline, late, error.into())
+        self.within(message, self.deadline, |socket| {
+            send(socket, FrontendReq::SEND_RARP as u32, &body, None)
         })
     }
 
@@ -153,24 +153,68 @@ impl Connection {
         request: u32,
         message: &'static str,
         bodies: &[Vec<u8>],
-        fd: Option<RawFd>,
     ) -> Result<Vec<Vec<u8>>, VhostUserError> {
-        let guard = self.watchdog.guard(&self.socket, self.deadline);
-        let mut send = |body: &Vec<u8>| {
-            costs::MESSAGES.add();
-            send(&self.socket, request, body, fd)
-        };
-        let result = bodies
-            .iter()
-            .try_for_each(&mut send)
-            .map_err(ProtocolError::SocketError)
-            .and_then(|()| {
-                let answers = bodies.iter().map(|_| receive(&self.socket, request));
-                answers.collect()
-            });
+        self.within(message, self.deadline, |socket| {
+            for body in bodies {
+                costs::MESSAGES.add();
+                send(socket, request, body, None)?;
+            }
+            bodies.iter().map(|_| receive(socket, request)).collect()
+        })
+    }
+
+    /// Sends a message, perhaps with a descriptor. [`Self::answer`] must be asked before any other
+    /// message is sent that has an answer.
+    pub(super) fn order(
+        &mut self,
+        request: u32,
+        message: &'static str,
+        body: &[u8],
+        fd: Option<RawFd>,
+    ) -> Result<(), VhostUserError> {
+        costs::MESSAGES.add();
+        self.owed += 1;
+        self.within(message, self.deadline, |socket| {
+            send(socket, request, body, fd)
+        })
+    }
+
+    /// The message that was sent last has one answer more.
+    pub(super) fn expect_another(&mut self) {
+        self.owed += 1;
+    }
+
+    /// Whether there are answers to come, so that no other message may be sent.
+    pub(super) fn is_owed(&self) -> bool {
+        self.owed > 0
+    }
+
+    /// Waits for an answer to what was sent by [`Self::order`]; a moment even if the time is over, as
+    /// it may be there, and who is heard late must not be taken for gone.
+    pub(super) fn answer(
+        &mut self,
+        request: u32,
+        message: &'static str,
+        deadline: Duration,
+    ) -> Result<Vec<u8>, VhostUserError> {
+        self.owed = self.owed.saturating_sub(1);
+        self.within(message, deadline.max(MOMENT), |socket| {
+            receive(socket, request)
+        })
+    }
+
+    /// Does something with the socket that ends with it.
+    fn within<T>(
+        &self,
+        message: &'static str,
+        deadline: Duration,
+        work: impl FnOnce(&UnixStream) -> Result<T, ProtocolError>,
+    ) -> Result<T, VhostUserError> {
+        let guard = self.watchdog.guard(&self.socket, deadline);
+        let result = work(&self.socket);
         let late = guard.has_fired();
         drop(guard);
-        result.map_err(|error| self.explain(message, self.deadline, late, error.into()))
+        result.map_err(|error| self.explain(message, deadline, late, error.into()))
     }
 
     /// Sends one of our own requests, whose answer is nothing, or why not.
@@ -181,10 +225,7 @@ impl Connection {
         body: &[u8],
         deadline: Duration,
     ) -> Result<(), VhostUserError> {
-        costs::MESSAGES.add();
-        let sent = send(&self.socket, request, body, None);
-        let sent = sent.map_err(|error| ProtocolError::SocketError(error).into());
-        sent.map_err(|error| self.explain(message, deadline, false, error))?;
+        self.order(request, message, body, None)?;
         self.hear(request, message, deadline)
     }
 
@@ -195,11 +236,7 @@ impl Connection {
         message: &'static str,
         deadline: Duration,
     ) -> Result<(), VhostUserError> {
-        let guard = self.watchdog.guard(&self.socket, deadline);
-        let result = receive(&self.socket, request);
-        let late = guard.has_fired();
-        drop(guard);
-        let why = result.map_err(|error| self.explain(message, deadline, late, error.into()))?;
+        let why = self.answer(request, message, deadline)?;
         if why.is_empty() {
             return Ok(());
         }
@@ -279,8 +316,13 @@ impl Drop for Connection {
     }
 }
 
-fn send(mut socket: &UnixStream, request: u32, body: &[u8], fd: Option<RawFd>) -> io::Result<()> {
-    let size = u32::try_from(body.len()).map_err(io::Error::other)?;
+fn send(
+    mut socket: &UnixStream,
+    request: u32,
+    body: &[u8],
+    fd: Option<RawFd>,
+) -> Result<(), ProtocolError> {
+    let size = u32::try_from(body.len()).map_err(|_| ProtocolError::OversizedMsg)?;
     let mut message = Vec::with_capacity(HEADER + body.len());
     for word in [request, VERSION, size] {
         message.extend(word.to_ne_bytes());
@@ -290,10 +332,12 @@ fn send(mut socket: &UnixStream, request: u32, body: &[u8], fd: Option<RawFd>) -
     let sent = match fd {
         Some(fd) => socket
             .send_with_fds(&[message.as_slice()], &[fd])
-            .map_err(io::Error::from)?,
+            .map_err(|error| ProtocolError::SocketError(error.into()))?,
         None => 0,
     };
-    socket.write_all(&message[sent..])
+    socket
+        .write_all(&message[sent..])
+        .map_err(ProtocolError::SocketError)
 }
 
 fn receive(mut socket: &UnixStream, request: u32) -> Result<Vec<u8>, ProtocolError> {
@@ -316,4 +360,29 @@ fn receive(mut socket: &UnixStream, request: u32) -> Result<Vec<u8>, ProtocolErr
     let mut body = vec![0; size];
     read(&mut body)?;
     Ok(body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_that_is_there_is_heard_though_the_time_is_over() {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let watchdog = Watchdog::start().unwrap();
+        let minute = Duration::from_secs(60);
+        let mut connection = Connection::new("disk0".into(), here, watchdog, minute).unwrap();
+        connection.order(7, "ASK", &[], None).unwrap();
+        assert!(connection.is_owed());
+        for word in [7, VERSION | REPLY, 0] {
+            there.write_all(&word.to_ne_bytes()).unwrap();
+        }
+        assert!(
+            connection
+                .answer(7, "ASK", Duration::ZERO)
+                .unwrap()
+                .is_empty()
+        );
+        assert!(!connection.is_owed() && !connection.has_hung_up());
+    }
 }

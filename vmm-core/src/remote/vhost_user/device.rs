@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration::rings::Forecast;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -74,7 +74,7 @@ impl VhostUserDevice {
                 phase: Phase::Connected(Box::new(session)),
                 regions: Vec::new(),
                 wanted: None,
-                leaving: None,
+                stops_by: None,
                 inflight: None,
                 log: None,
                 unwritten: BTreeMap::new(),
@@ -213,25 +213,39 @@ impl VhostUserDevice {
         result
     }
 
-    /// The next [`VirtioDevice::stop`] has a back-end of ours save its state into `channel`, by the
-    /// same message. [`Self::saved`] waits for the end.
-    pub fn save_at_stop(&self, channel: OwnedFd) {
+    /// Has a back-end of ours that runs stop, and then save its state into `channel`; and if the
+    /// machine `goes`, give up what only one process may have. Whether that was ordered; then
+    /// [`VirtioDevice::stop`] waits for the first, `within` that time, and [`Self::saved`] for the
+    /// rest, and nobody may ask for anything else meanwhile.
+    pub fn order_stop(&self, channel: &OwnedFd, goes: bool, within: Duration) -> bool {
         let state = &mut *self.shared.state();
+        let Phase::Connected(session) = &mut state.phase else {
+            return false;
+        };
+        if state.wanted.is_none() || !session.is_ours() {
+            return false;
+        }
         state.touched = true;
-        state.leaving = Some(channel);
+        let result = session.order_stop(channel, goes);
+        // Who is gone is noticed by who waits.
+        self.shared.note(state, &result);
+        state.stops_by = Some(Instant::now() + within);
+        true
     }
 
-    /// Waits until the back-end has saved its state as [`Self::save_at_stop`] said. The channel comes
-    /// back if no ring ran, so that none was stopped, and nothing was saved.
-    pub fn saved(&self, deadline: Duration) -> Result<Option<OwnedFd>, VhostUserError> {
+    /// Whether it was ordered to stop and save, and that was not awaited.
+    pub fn is_leaving(&self) -> bool {
+        matches!(&self.shared.state().phase, Phase::Connected(session) if session.connection.is_owed())
+    }
+
+    /// Waits until the back-end has saved its state, and given up what it must, as
+    /// [`Self::order_stop`] said.
+    pub fn saved(&self, deadline: Duration) -> Result<(), VhostUserError> {
         let state = &mut *self.shared.state();
-        if let Some(channel) = state.leaving.take() {
-            return Ok(Some(channel));
-        }
         let connection = self.shared.stopped_session(state)?;
         let result = rings::saved(connection, deadline);
         self.shared.note(state, &result);
-        result.map(|()| None)
+        result
     }
 
     /// Lets the back-end save its state into `fd`, or load it from there, while no ring
@@ -390,6 +404,37 @@ impl VirtioDevice for VhostUserDevice {
         })
     }
 
+    fn order_activate(
+        &self,
+        features: u64,
+        mut queues: Vec<ActivatedQueue>,
+    ) -> Result<bool, DeviceError> {
+        queues.retain(|queue| queue.index.0 < self.shared.plan.served);
+        let state = &mut *self.shared.state();
+        if !matches!(&state.phase, Phase::Connected(session) if session.is_ours()) {
+            return Ok(false);
+        }
+        let wanted = Wanted { features, queues };
+        state.touched = true;
+        let result = self.shared.with_session(state, |session, around| {
+            session.order_start(&wanted, around)
+        });
+        let result = self.shared.settle(state, result).map_err(DeviceError::new);
+        state.wanted = result.is_ok().then_some(wanted);
+        result.map(|()| true)
+    }
+
+    fn activated(&self, within: Duration) -> Result<(), DeviceError> {
+        let state = &mut *self.shared.state();
+        let result = self
+            .shared
+            .with_session(state, |session, _| session.started(within));
+        self.shared.settle(state, result).map_err(|error| {
+            state.wanted = None;
+            DeviceError::new(error)
+        })
+    }
+
     fn looks_at_rings(&self) -> bool {
         self.is_ours()
     }
@@ -399,9 +444,10 @@ impl VirtioDevice for VhostUserDevice {
         let Some(wanted) = state.wanted.take() else {
             return Ok(Vec::new());
         };
-        let leaving = state.leaving.take();
+        let left = |end: Instant| end.saturating_duration_since(Instant::now());
+        let ordered = state.stops_by.take().map(left);
         let result = match &mut state.phase {
-            Phase::Connected(session) => session.stop(&wanted, leaving.as_ref()),
+            Phase::Connected(session) => session.stop(&wanted, ordered),
             _ => Err(self.shared.away()),
         };
         self.shared.note(state, &result);

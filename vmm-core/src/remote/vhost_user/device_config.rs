@@ -92,8 +92,7 @@ fn fetch(connection: &mut Connection, length: u16) -> Result<Vec<u8>, VhostUserE
     }
     let length = usize::from(length);
     request.resize(MESSAGE + length, 0);
-    let mut answers =
-        connection.exchange(FrontendReq::GET_CONFIG as u32, NAME, &[request], None)?;
+    let mut answers = connection.exchange(FrontendReq::GET_CONFIG as u32, NAME, &[request])?;
     let answer = answers.pop().unwrap_or_default();
     let Some((header, bytes)) = answer.split_at_checked(MESSAGE) else {
         return Err(connection.refused(NAME));

@@ -85,14 +85,11 @@ impl DirtyLog {
         let mut body = self.size().to_ne_bytes().to_vec();
         body.extend(0u64.to_ne_bytes());
         let fd = Some(self.file.as_raw_fd());
+        let (request, name) = (FrontendReq::SET_LOG_BASE as u32, "SET_LOG_BASE");
+        connection.order(request, name, &body, fd)?;
         connection
-            .exchange(
-                FrontendReq::SET_LOG_BASE as u32,
-                "SET_LOG_BASE",
-                &[body],
-                fd,
-            )
-            .map(|_| ())
+            .answer(request, name, connection.deadline())
+            .map(drop)
     }
 }
 

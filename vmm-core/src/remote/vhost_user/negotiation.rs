@@ -106,7 +106,7 @@ pub(super) fn negotiate(connection: &mut Connection) -> Result<Negotiated, Vhost
 fn offered(connection: &mut Connection) -> Result<Protocol, VhostUserError> {
     const NAME: &str = "GET_PROTOCOL_FEATURES";
     let request = FrontendReq::GET_PROTOCOL_FEATURES as u32;
-    let answers = connection.exchange(request, NAME, &[Vec::new()], None)?;
+    let answers = connection.exchange(request, NAME, &[Vec::new()])?;
     let bits = answers.first().and_then(|a| a.as_slice().try_into().ok());
     bits.map(|bits| Protocol::from_bits_retain(u64::from_ne_bytes(bits)))
         .ok_or_else(|| connection.nonsense(NAME, "it has not 8 bytes"))

@@ -108,8 +108,8 @@ pub(super) fn wire(
         .try_for_each(|(queue, place)| set_up(connection, queue, place, None))
 }
 
-/// Lets wired rings run.
-pub(super) fn start_wired(
+/// Lets wired rings run. [`started`] awaits it.
+pub(super) fn order_start(
     connection: &mut Connection,
     queues: &[ActivatedQueue],
 ) -> Result<(), VhostUserError> {
@@ -118,7 +118,15 @@ pub(super) fn start_wired(
         base: queue.base.0,
     });
     let body = ours::encode(&bases.collect::<Vec<_>>());
-    connection.ask(ours::START, "START_RINGS", &body, connection.deadline())
+    connection.order(ours::START, START, &body, None)
+}
+
+/// Waits until a back-end of ours has started its rings.
+pub(super) fn started(
+    connection: &mut Connection,
+    deadline: Duration,
+) -> Result<(), VhostUserError> {
+    connection.hear(ours::START, START, deadline)
 }
 
 /// Has a back-end of ours take what only one process may have, or give it up.
@@ -138,24 +146,38 @@ pub(super) fn prefault(
 /// Asks a back-end of ours what a switchover will take.
 pub(super) fn forecast(connection: &mut Connection) -> Result<ours::Forecast, VhostUserError> {
     const NAME: &str = "FORECAST";
-    let answers = connection.exchange(ours::FORECAST, NAME, &[Vec::new()], None)?;
+    let answers = connection.exchange(ours::FORECAST, NAME, &[Vec::new()])?;
     let forecast = answers.first().and_then(|a| ours::Forecast::decode(a));
     forecast.ok_or_else(|| connection.nonsense(NAME, "it has not 24 bytes"))
 }
 
+const START: &str = "START_RINGS";
 const STOP: &str = "STOP_RINGS";
 
-/// Stops all rings of a back-end of ours, drained; then it saves its state into `channel`, if it
-/// gets one, and [`saved`] must be asked.
-pub(super) fn stop_wired(
+/// Has a back-end of ours stop all rings, drained; [`stopped`] awaits it. With a channel it then saves
+/// its state there, and if it `goes` gives up what only one process may have; [`saved`] awaits that.
+pub(super) fn order_stop(
+    connection: &mut Connection,
+    channel: Option<&OwnedFd>,
+    goes: bool,
+) -> Result<(), VhostUserError> {
+    let channel = channel.map(|channel| channel.as_raw_fd());
+    connection.order(ours::STOP, STOP, &u32::from(goes).to_ne_bytes(), channel)?;
+    if channel.is_some() {
+        connection.expect_another();
+    }
+    Ok(())
+}
+
+/// Waits until a back-end of ours has stopped `queues`.
+pub(super) fn stopped(
     connection: &mut Connection,
     queues: &[ActivatedQueue],
-    channel: Option<&OwnedFd>,
+    deadline: Duration,
 ) -> Result<Vec<StoppedQueue>, VhostUserError> {
     const NAME: &str = STOP;
-    let channel = channel.map(|channel| channel.as_raw_fd());
-    let answers = connection.exchange(ours::STOP, NAME, &[Vec::new()], channel)?;
-    let rings = answers.first().and_then(|answer| ours::decode(answer));
+    let answer = connection.answer(ours::STOP, NAME, deadline)?;
+    let rings = ours::decode(&answer);
     let Some(rings) = rings else {
         return Err(connection.nonsense(NAME, "no list of rings"));
     };
@@ -175,7 +197,7 @@ pub(super) fn stop_wired(
     }
 }
 
-/// Waits until a back-end of ours that was stopped has saved its state.
+/// Waits until a back-end of ours that was stopped has left as it was told.
 pub(super) fn saved(connection: &mut Connection, deadline: Duration) -> Result<(), VhostUserError> {
     connection.hear(ours::STOP, STOP, deadline)
 }
@@ -222,7 +244,7 @@ pub(super) fn stop(
             body
         })
         .collect();
-    let answers = connection.exchange(FrontendReq::GET_VRING_BASE as u32, NAME, &requests, None)?;
+    let answers = connection.exchange(FrontendReq::GET_VRING_BASE as u32, NAME, &requests)?;
     let mut stopped = Vec::with_capacity(queues.len());
     for (queue, answer) in queues.iter().zip(answers) {
         let &[a, b, c, d, e, f, g, h] = answer.as_slice() else {

@@ -131,6 +131,24 @@ impl Session {
         Ok(())
     }
 
+    /// Has a back-end of ours start its rings; [`Self::started`] awaits it.
+    pub(super) fn order_start(
+        &mut self,
+        wanted: &Wanted,
+        around: Surroundings<'_>,
+    ) -> Result<(), VhostUserError> {
+        self.wire(wanted, around)?;
+        rings::order_start(&mut self.connection, &wanted.queues)
+    }
+
+    /// Waits until rings run whose start was ordered, if one was.
+    pub(super) fn started(&mut self, deadline: Duration) -> Result<(), VhostUserError> {
+        match self.connection.is_owed() {
+            true => rings::started(&mut self.connection, deadline),
+            false => Ok(()),
+        }
+    }
+
     /// Starts the rings; the order is in the module's header.
     pub(super) fn start(
         &mut self,
@@ -138,8 +156,8 @@ impl Session {
         around: Surroundings<'_>,
     ) -> Result<(), VhostUserError> {
         if self.is_ours() {
-            self.wire(wanted, around)?;
-            return rings::start_wired(&mut self.connection, &wanted.queues);
+            self.order_start(wanted, around)?;
+            return self.started(self.connection.deadline());
         }
         let Wired { features, places } = self.place(wanted, &around)?;
         self.prepare(wanted, features, around)?;
@@ -216,17 +234,30 @@ impl Session {
         Ok(())
     }
 
-    /// Stops the rings, drained. A back-end of ours then saves into `channel`.
+    /// Has a back-end of ours stop and save into `channel`; [`Self::stop`] awaits the first.
+    pub(super) fn order_stop(
+        &mut self,
+        channel: &OwnedFd,
+        goes: bool,
+    ) -> Result<(), VhostUserError> {
+        rings::order_stop(&mut self.connection, Some(channel), goes)
+    }
+
+    /// Stops the rings, drained; if that was ordered, by a deadline of its own.
     pub(super) fn stop(
         &mut self,
         wanted: &Wanted,
-        channel: Option<&OwnedFd>,
+        ordered: Option<Duration>,
     ) -> Result<Vec<StoppedQueue>, VhostUserError> {
-        if self.is_ours() {
-            rings::stop_wired(&mut self.connection, &wanted.queues, channel)
-        } else {
-            rings::stop(&mut self.connection, &wanted.queues)
+        let (connection, queues) = (&mut self.connection, &wanted.queues);
+        if !self.negotiated.has(WIRED_RINGS) {
+            return rings::stop(connection, queues);
         }
+        if ordered.is_none() {
+            rings::order_stop(connection, None, false)?;
+        }
+        let deadline = ordered.unwrap_or(connection.deadline());
+        rings::stopped(connection, queues, deadline)
     }
 
     /// RESET_DEVICE, where the back-end has it; its rings are stopped already.

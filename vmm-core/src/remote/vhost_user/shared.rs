@@ -1,12 +1,12 @@
 //! What a device and its monitor share: what the guest wants, and who serves it.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError, Weak,
 };
+use std::time::Instant;
 
 use nix::sys::eventfd::EventFd;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
@@ -31,8 +31,8 @@ pub(super) struct State {
     pub(super) phase: Phase,
     pub(super) regions: Vec<Region>,
     pub(super) wanted: Option<Wanted>,
-    /// Where a back-end of ours saves its state when it has stopped.
-    pub(super) leaving: Option<OwnedFd>,
+    /// A back-end of ours was ordered to stop, and has done so by then.
+    pub(super) stops_by: Option<Instant>,
     pub(super) inflight: Option<Inflight>,
     pub(super) log: Option<Arc<DirtyLog>>,
     /// What a driver wrote to the configuration while the back-end was away, by offset.
@@ -148,6 +148,7 @@ impl Shared {
             },
         };
         state.phase = phase;
+        state.stops_by = None;
         *self.standing() = standing;
     }
 
@@ -263,6 +264,9 @@ impl Shared {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return,
         };
+        if matches!(&state.phase, Phase::Connected(session) if session.connection.is_owed()) {
+            return;
+        }
         self.config_stale.store(false, Ordering::Release);
         match self.fetch_config(&mut state) {
             Ok(Some(bytes)) => self.change_config(bytes),

@@ -135,8 +135,8 @@ impl Machine {
             driver: at + 0x1000,
             device: at + 0x2000,
             base: RingBase(base),
-            kick: self.kicks[usize::from(index)].try_clone().unwrap(),
-            call: self.calls[usize::from(index)].try_clone().unwrap(),
+            kick: Arc::new(self.kicks[usize::from(index)].try_clone().unwrap()),
+            call: Arc::new(self.calls[usize::from(index)].try_clone().unwrap()),
         }
     }
 

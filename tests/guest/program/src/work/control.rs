@@ -72,6 +72,7 @@ impl Control {
                 .progress
                 .iter()
                 .for_each(|account| report(&account.report())),
+            "cpuid" => report(&cpuid()),
             "reset" => power::reset(),
             "poweroff" => power::off(),
             "triple" => cpu::triple_fault(),
@@ -93,6 +94,18 @@ impl Control {
         if self.power_off_when_done {
             power::off();
         }
+    }
+}
+
+fn cpuid() -> Report {
+    let [_, _, one_ecx, one_edx] = cpu::cpuid(1, 0);
+    let [_, seven_ebx, ..] = cpu::cpuid(7, 0);
+    let [_, _, extended_ecx, _] = cpu::cpuid(0x8000_0001, 0);
+    Report::Cpuid {
+        one_ecx,
+        one_edx,
+        seven_ebx,
+        extended_ecx,
     }
 }
 
