@@ -3,12 +3,12 @@ set -u
 
 # within COMMAND...: it succeeds some time; asked rarely, as the guest needs the processors.
 within() {
-    local end=$((SECONDS + 300))
+    local end=$((SECONDS + 240))
     while [ "$SECONDS" -lt "$end" ]; do
         "$@" && return
         sleep 0.5
     done
-    echo "not within five minutes: $*" >&2
+    echo "not within four minutes: $*" >&2
     [ ! -e /run/said ] || tail -n 20 /run/said >&2
     exit 1
 }
@@ -48,18 +48,10 @@ cmdline() { echo "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog $1"; }
 # boot BROKER WORD OPTION...: a stock kernel with its modules, and that word on its command line.
 boot() {
     at "$1" run --detach --keep --name guest --cpus 1 --memory 192M --kernel "$KERNEL" \
-        --initrd "$INITRD" --cmdline "$(cmdline "$2")" --balloon "${@:3}" || exit 1
+        --initrd "$INITRD" --cmdline "$(cmdline "$2")" "${@:3}" || exit 1
     listen "$1"
     within grep -q READY /run/said
 }
-
-# ends BROKER: the guest is no more, nor is who listened to it.
-ends() {
-    at "$1" stop --force guest >&2 && at "$1" remove guest >&2 || exit 1
-    within gone
-    deaf
-}
-gone() { ! pidof godwit-vmm godwit-balloon >/dev/null; }
 
 # boot_qemu MIB WORD: the same in a machine of QEMU's, with our balloon of that size. The generic
 # vhost-user device knows of a balloon no more than its number, its queues and its size.
@@ -80,10 +72,10 @@ boot_qemu() {
     within grep -q READY /run/said
 }
 
-# move BROKER BROKER: the guest goes from one to the other, slowly enough for it to name pages before
-# they are sent; the job.
+# move BROKER BROKER BANDWIDTH: the guest goes from one to the other, slowly enough for it to name
+# pages before they are sent; the job.
 move() {
-    at "$1" --json migrate guest "unix:/run/$2.door" --max-downtime 2s --max-bandwidth 8M || exit 1
+    at "$1" --json migrate guest "unix:/run/$2.door" --max-downtime 2s --max-bandwidth "$3" || exit 1
     within runs_at "$2"
     deaf
     listen "$2"
@@ -125,12 +117,11 @@ spent() {
     local file
     for file in /proc/"$(pidof -s godwit-vmm qemu-system-x86_64)"/fd/*; do
         case $(readlink "$file") in
-            /memfd:guest-ram* | /memfd:memory-backend*) stat -Lc %b "$file" | awk '{ print int($1 / 2048) }' && return ;;
+            /memfd:guest-ram* | /memfd:memory-backend*) echo $(($(stat -Lc %b "$file") / 2048)) && return ;;
         esac
     done
 }
 spent_below() { [ "$(spent)" -lt "$1" ]; }
-spent_above() { [ "$(spent)" -gt "$1" ]; }
 
 # huge_pages NUMBER: has the host keep so many; and those that it has to spare.
 huge_pages() {
@@ -150,6 +141,7 @@ says() { at "$1" --json balloon guest | grep -q "\"$2\""; }
 runs_at() { at "$1" --no-legend list | grep -q "^guest  *running"; }
 # counts BROKER NAME: the value of a counter of the balloon's process.
 counts() { at "$1" --json device list guest | tr -d ' ",' | sed -n "s/^$2://p"; }
+counts_above() { [ "$(counts "$1" "$2")" -gt "$3" ]; }
 
 # measures NAME: the same, of a process that was started by hand.
 measures() {
