@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use anyhow::Result;
+use api::Dictionary;
 use api::balloon::BalloonProxy;
 use api::machine::State;
 use test_broker::*;
@@ -12,18 +13,25 @@ use zbus::proxy::CacheProperties;
 
 const MIB: u64 = 1 << 20;
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_target_is_followed_and_a_size_that_is_none_is_refused() -> Result<()> {
-    let broker = Broker::start()?;
-    let bus = broker.connect().await?;
+/// Of a machine whose guest follows its balloon's target, 4 MiB, with these keys of the balloon besides.
+fn following<const N: usize>(more: [(&'static str, Variant<'static>); N]) -> Dictionary {
     let mut definition = definition(&Workload {
         balloon: BalloonMode::Follow,
         balloon_mib: 16,
         ..Workload::default()
     });
-    let balloon = HashMap::from([("target".to_owned(), Variant::from("4M"))]);
+    let target = ("target", Variant::from("4M"));
+    let keys = [target].into_iter().chain(more);
+    let balloon: HashMap<_, _> = keys.map(|(key, value)| (key.to_owned(), value)).collect();
     definition.insert("balloon".into(), value(vec![balloon]));
-    running(&bus, "vm", definition).await?;
+    definition
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_is_followed_and_a_size_that_is_none_is_refused() -> Result<()> {
+    let broker = Broker::start()?;
+    let bus = broker.connect().await?;
+    running(&bus, "vm", following([])).await?;
     let balloon = BalloonProxy::builder(&bus)
         .path(api::path::device("vm", "balloon0"))
         .cache_properties(CacheProperties::No)
@@ -65,17 +73,12 @@ async fn a_target_is_followed_and_a_size_that_is_none_is_refused() -> Result<()>
 async fn how_often_a_guest_is_asked_is_changed_while_it_runs() -> Result<()> {
     let broker = Broker::start()?;
     let bus = broker.connect().await?;
-    let mut definition = definition(&Workload {
-        balloon: BalloonMode::Follow,
-        balloon_mib: 16,
-        ..Workload::default()
-    });
-    let balloon = HashMap::from([
-        ("target".to_owned(), Variant::from("4M")),
-        ("statistics-interval".to_owned(), Variant::from(0u32)),
-    ]);
-    definition.insert("balloon".into(), value(vec![balloon]));
-    let vm = running(&bus, "vm", definition).await?;
+    let vm = running(
+        &bus,
+        "vm",
+        following([("statistics-interval", Variant::from(0u32))]),
+    )
+    .await?;
     let device = device(&bus, "vm", "balloon0").await?;
     let builder = || BalloonProxy::builder(&bus).path(api::path::device("vm", "balloon0"));
     let balloon = builder().cache_properties(CacheProperties::No).build();
