@@ -3,8 +3,8 @@
 
 use super::Total;
 use crate::memory::{self, PAGE};
-use crate::pvh::Range;
 use crate::protocol::BalloonMode;
+use crate::pvh::Range;
 use crate::virtio::balloon::{Balloon, DONE, FIRST_ROUND, MAX_PAGES, POISONED, STOP};
 use crate::work::{Step, Task, stopping};
 use crate::{clock, mmio};
