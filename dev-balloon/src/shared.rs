@@ -19,7 +19,8 @@ use crate::statistics::{self, MAX_INTERVAL, Timer};
 const MIB_PAGES: u32 = 256;
 
 /// What outlives the process: which layout, target and actual size, poison and the last round of
-/// hints, how often the guest is asked if the link has said so. Which pages are in the balloon is not kept: they are holes, wherever that is asked.
+/// hints, how often the guest is asked if the link has said so. Which pages are in the balloon is not
+/// kept: they are holes, wherever that is asked.
 mod kept {
     pub(super) const WORDS: usize = 4;
     pub(super) const LAYOUT: u64 = u64::from_le_bytes(*b"balloon1");

@@ -31,6 +31,9 @@ const MAC: &str = "52:54:00:08:00:01";
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 systemd.show_status=0 quiet panic=-1 \
     mitigations=off nokaslr audit=0 selinux=0 apparmor=0 intel_iommu=on iommu=pt";
 
+/// Lines of a console that are shown of a host that failed: a panic's first line says what it is.
+const CONSOLE_LINES: usize = 80;
+
 const POLL: Duration = Duration::from_millis(10);
 const SOCKET_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -271,7 +274,7 @@ impl Machine {
                 return Err(Error::Died {
                     name: self.name.clone(),
                     qemu: tail_of(&self.files.qemu_log(), 10),
-                    console: tail_of(&self.files.console(), 20),
+                    console: tail_of(&self.files.console(), CONSOLE_LINES),
                 });
             }
             if start.elapsed() > deadline {
@@ -279,7 +282,7 @@ impl Machine {
                     name: self.name.clone(),
                     what: what.to_owned(),
                     deadline,
-                    console: tail_of(&self.files.console(), 20),
+                    console: tail_of(&self.files.console(), CONSOLE_LINES),
                 });
             }
             std::thread::sleep(POLL);
@@ -323,7 +326,7 @@ impl Machine {
                     name: self.name.clone(),
                     what: "QEMU's end".to_owned(),
                     deadline: SOCKET_DEADLINE,
-                    console: tail_of(&self.files.console(), 20),
+                    console: tail_of(&self.files.console(), CONSOLE_LINES),
                 });
             }
             std::thread::sleep(POLL);

@@ -1,6 +1,6 @@
 //! A machine on one side: a core and its device processes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -409,6 +409,23 @@ impl Side {
             let core = CoreProxy::new(connection).await?;
             let (target, actual, _) = core.balloon("balloon").await?;
             Ok((target, actual))
+        })
+    }
+
+    /// What its guest says of its memory.
+    pub fn balloon_statistics(&self) -> Result<BTreeMap<String, u64>> {
+        self.call(async |connection| {
+            let core = CoreProxy::new(connection).await?;
+            Ok(core.balloon("balloon").await?.2)
+        })
+    }
+
+    /// Has its guest asked for that every so many seconds; 0: never.
+    pub fn set_balloon_statistics_interval(&self, seconds: u32) -> Result<()> {
+        self.call(async |connection| {
+            let core = CoreProxy::new(connection).await?;
+            let set = core.set_balloon_statistics_interval("balloon", seconds);
+            Ok(set.await?)
         })
     }
 

@@ -165,6 +165,71 @@ fn reported_pages_return_to_the_host() -> Result<()> {
     Ok(())
 }
 
+/// Free pages that the guest fills with a poison: it finds none spoilt here, nor there, where the
+/// balloon must know of it as well.
+#[test]
+fn poisoned_pages_stay_and_travel() -> Result<()> {
+    let mut spec = spec(BalloonMode::Poison, 64);
+    spec.memory_mib = 128;
+    let mut side = Side::boot(&spec)?;
+    for _ in 0..2 {
+        beat_on(&mut side)?;
+        let before = spent(&side)?;
+        ensure!(before > 64 * MIB, "{before} bytes are left");
+        let Moved {
+            side: next,
+            outcome,
+        } = side.move_on(&spec)?;
+        side = next;
+        ensure!(sent(&outcome) > 64 * MIB, "{outcome:#}");
+        wait_for("the link is up", || Ok(side.balloon().is_ok()))?;
+    }
+    beat_on(&mut side)?;
+    side.set_balloon_target(16 * MIB)?;
+    wait_for("some is given", || {
+        Ok(side.balloon()? == (16 * MIB, 16 * MIB))
+    })?;
+    side.set_balloon_target(0)?;
+    wait_for("it is taken back", || Ok(side.balloon()?.1 == 0))?;
+    let done = finish(side)?;
+    ensure!(
+        matches!(
+            done.balloon,
+            Some(Report::Balloon {
+                inflated: 0x1000,
+                reported: 0x4000,
+                hinted: 0,
+                rounds: 0,
+                bad: 0,
+                ..
+            })
+        ),
+        "{done:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn what_the_guest_has_said_of_its_memory_moves() -> Result<()> {
+    let spec = spec(BalloonMode::Follow, 16);
+    let mut side = Side::boot(&spec)?;
+    beat_on(&mut side)?;
+    let said =
+        |side: &Side| -> Result<_> { Ok(side.balloon_statistics()?.get("free_bytes").copied()) };
+    wait_for("it is asked again", || Ok(said(&side)? > Some(1)))?;
+    side.set_balloon_statistics_interval(0)?;
+    let before = said(&side)?;
+    let mut side = side.move_on(&spec)?.side;
+    beat_on(&mut side)?;
+    wait_for("the link is up", || Ok(side.balloon().is_ok()))?;
+    assert_eq!(said(&side)?, before);
+    // The question that it had open goes on.
+    side.set_balloon_statistics_interval(1)?;
+    wait_for("it is asked here", || Ok(said(&side)? > before))?;
+    finish(side)?;
+    Ok(())
+}
+
 #[test]
 fn pages_that_were_used_and_freed_are_not_sent() -> Result<()> {
     let mut spec = spec(BalloonMode::Follow, 128);

@@ -117,6 +117,9 @@ words! {
         Follow = "follow",
         /// As `Follow`, and reports the memory as free first.
         Report = "report",
+        /// As `Report`, with memory that keeps its poison while it is free, which is checked in the
+        /// end.
+        Poison = "poison",
         /// Everything that a driver may do, at random and as fast as it goes.
         Random = "random",
     }

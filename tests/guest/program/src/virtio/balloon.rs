@@ -14,10 +14,18 @@ use alloc::vec::Vec;
 const F_MUST_TELL_HOST: u64 = 1 << 0;
 const F_STATS_VQ: u64 = 1 << 1;
 const F_FREE_PAGE_HINT: u64 = 1 << 3;
+const F_PAGE_POISON: u64 = 1 << 4;
 const F_PAGE_REPORTING: u64 = 1 << 5;
 const CONFIG_TARGET: u64 = 0;
 const CONFIG_ACTUAL: u64 = 4;
 const CONFIG_COMMAND: u64 = 8;
+const CONFIG_POISON: u64 = 12;
+/// The statistic that is given: memory that is free, in bytes.
+const FREE: u16 = 4;
+/// What free memory is filled with, when it is poisoned.
+const POISON: u32 = 0xaaaa_aaaa;
+/// The same as a word of memory.
+pub const POISONED: u64 = POISON as u64 | (POISON as u64) << 32;
 /// Most pages of one request to inflate or deflate.
 pub const MAX_PAGES: usize = 256;
 /// The lowest number of a round of hints.
@@ -27,15 +35,20 @@ pub const STOP: u32 = 0;
 /// Says that all pages that were named may be used again.
 pub const DONE: u32 = 1;
 
-/// A balloon that runs. Statistics are not given, and pages not poisoned.
+/// A balloon that runs.
 pub struct Balloon {
     device: Transport,
     inflate: Queue,
     deflate: Queue,
+    statistics: Queue,
     hints: Queue,
     reports: Queue,
     /// A page for the numbers of pages.
     numbers: u64,
+    /// Before eight bytes of value lie two of what it is.
+    statistic: u64,
+    /// How often statistics were given.
+    told: u64,
     /// A command for each entry of the hint queue.
     commands: u64,
     /// Entries of the hint queue that are not in flight.
@@ -46,33 +59,39 @@ pub struct Balloon {
 }
 
 impl Balloon {
-    /// Sets up the device.
+    /// Sets up the device. When the guest `poisons`, free memory keeps what it is filled with.
     pub fn start(
         function: &Function,
         window: &mut Window<'_>,
         setup: Setup,
         spread: &mut Spread,
+        poisons: bool,
     ) -> Self {
-        let needed = F_STATS_VQ | F_FREE_PAGE_HINT | F_PAGE_REPORTING;
+        let poison = if poisons { F_PAGE_POISON } else { 0 };
+        let needed = F_STATS_VQ | F_FREE_PAGE_HINT | F_PAGE_REPORTING | poison;
         let wanted = F_MUST_TELL_HOST | needed;
         let device = Transport::start(function, window, wanted, setup);
         if !device.has(needed) {
             fail("balloon-features", needed, 0, Text::new(""));
         }
         let place = spread.next();
-        // The queue of statistics has its place, whether it is used or not: without the feature
-        // some devices let those behind it move up, and some do not.
-        let [inflate, deflate, hints, reports] =
-            [0, 1, 3, 4].map(|index| device.queue(index, place.vector, place.apic_id()));
+        let [inflate, deflate, statistics, hints, reports] =
+            [0, 1, 2, 3, 4].map(|index| device.queue(index, place.vector, place.apic_id()));
+        if poisons {
+            device.set_config(CONFIG_POISON, POISON);
+        }
         device.driver_ok();
         let free = (0..hints.size()).rev().collect();
         Self {
             device,
             inflate,
             deflate,
+            statistics,
             hints,
             reports,
             numbers: memory::dma(PAGE as usize),
+            statistic: memory::dma(16),
+            told: 0,
             commands: memory::dma(PAGE as usize),
             free,
             timeout_us: setup.timeout_us,
@@ -88,6 +107,19 @@ impl Balloon {
     /// Tells the host how many pages it has.
     pub fn set_actual(&self, pages: u64) {
         self.device.set_config(CONFIG_ACTUAL, pages as u32);
+    }
+
+    /// Gives statistics, at first and whenever the host asks: as the memory that is free, how
+    /// often they were given.
+    pub fn tell(&mut self) {
+        if self.told == 0 || self.statistics.completion().is_some() {
+            self.told += 1;
+            mmio::write(self.statistic + 6, FREE);
+            mmio::write(self.statistic + 8, self.told);
+            self.statistics
+                .submit(0, &[Buffer::readable(self.statistic + 6, 10)]);
+            self.statistics.kick();
+        }
     }
 
     /// The round of hints that the host wants, or that it wants none.

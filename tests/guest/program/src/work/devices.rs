@@ -54,7 +54,9 @@ pub fn set_up(
                 counters.push(Counter::start(function, &mut window, setup, spread));
             }
             Some(Kind::Balloon) if workload.balloon != BalloonMode::Off => {
-                balloons.push(Balloon::start(function, &mut window, setup, spread));
+                let poisons = workload.balloon == BalloonMode::Poison;
+                let balloon = Balloon::start(function, &mut window, setup, spread, poisons);
+                balloons.push(balloon);
             }
             _ => {}
         }

@@ -3,8 +3,9 @@
 
 use super::Total;
 use crate::memory::{self, PAGE};
+use crate::protocol::BalloonMode;
 use crate::pvh::Range;
-use crate::virtio::balloon::{Balloon, DONE, FIRST_ROUND, MAX_PAGES, STOP};
+use crate::virtio::balloon::{Balloon, DONE, FIRST_ROUND, MAX_PAGES, POISONED, STOP};
 use crate::work::{Step, Task, stopping};
 use crate::{clock, mmio};
 use alloc::sync::Arc;
@@ -24,6 +25,8 @@ pub struct Follow {
     /// Pages in the balloon: the first ones.
     given: u64,
     reports: bool,
+    /// What is not given keeps the poison.
+    poisons: bool,
     /// The last round, and the next page to be named in it.
     round: u32,
     next_page: Option<u64>,
@@ -40,18 +43,29 @@ fn pages_of(ranges: &[Range]) -> impl Iterator<Item = u64> + '_ {
 
 impl Follow {
     /// With `bytes` that were used once and are not needed any more, and `kept` that are.
-    pub fn new(balloon: Balloon, bytes: u64, kept: u64, reports: bool, total: Arc<Total>) -> Self {
+    pub fn new(
+        balloon: Balloon,
+        bytes: u64,
+        kept: u64,
+        mode: BalloonMode,
+        total: Arc<Total>,
+    ) -> Self {
+        let poisons = mode == BalloonMode::Poison;
         let (ranges, kept) = (memory::take_pages(bytes), memory::take_pages(kept));
         pages_of(&ranges)
             .chain(pages_of(&kept))
             .for_each(|page| mmio::write(page, page | 1));
+        if poisons {
+            pages_of(&ranges).for_each(|page| mmio::write(page, POISONED));
+        }
         Self {
             balloon,
             total,
             ranges,
             pages: bytes / PAGE,
             given: 0,
-            reports,
+            reports: mode != BalloonMode::Follow,
+            poisons,
             round: 0,
             next_page: None,
             next: 0,
@@ -91,6 +105,9 @@ impl Follow {
         } else {
             self.balloon.deflate(pages.iter().copied());
             pages.iter().for_each(|page| self.total.check_zero(*page));
+            if self.poisons {
+                pages.iter().for_each(|page| mmio::write(*page, POISONED));
+            }
             self.total.deflated.fetch_add(count, Relaxed);
             self.given -= count;
         }
@@ -136,7 +153,11 @@ impl Follow {
             let pages = run.min(PIECE / PAGE);
             self.balloon.report(address, (pages * PAGE) as u32);
             // To look at a page is to have it again.
-            self.total.check_zero(address);
+            if self.poisons {
+                self.total.check_word(address, POISONED);
+            } else {
+                self.total.check_zero(address);
+            }
             page += pages;
         }
         self.total.reported.fetch_add(self.pages, Relaxed);
@@ -148,11 +169,16 @@ impl Task for Follow {
         if core::mem::take(&mut self.reports) {
             self.report_all();
         }
+        self.balloon.tell();
         let now = clock::now();
         if stopping() {
             self.balloon.reap();
             if self.balloon.is_quiet() {
                 pages_of(&self.kept).for_each(|page| self.total.check_word(page, page | 1));
+                if self.poisons {
+                    let free = pages_of(&self.ranges).skip(self.given as usize);
+                    free.for_each(|page| self.total.check_word(page, POISONED));
+                }
                 self.total.finish();
                 return Step::Finished;
             }

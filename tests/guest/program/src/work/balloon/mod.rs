@@ -93,9 +93,8 @@ pub fn assign(balloon: Balloon, workload: &Workload) -> Arc<dyn Account> {
     let task: Box<dyn Task> = match workload.balloon {
         BalloonMode::Random => Box::new(random::Random::new(balloon, bytes, total.clone())),
         _ => {
-            let reports = workload.balloon == BalloonMode::Report;
-            let kept = u64::from(workload.kept_mib) << 20;
-            let follow = follow::Follow::new(balloon, bytes, kept, reports, total.clone());
+            let (mode, kept) = (workload.balloon, u64::from(workload.kept_mib) << 20);
+            let follow = follow::Follow::new(balloon, bytes, kept, mode, total.clone());
             Box::new(follow)
         }
     };

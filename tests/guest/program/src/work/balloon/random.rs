@@ -217,6 +217,7 @@ impl Task for Random {
         }
         self.look_at_command();
         self.balloon.reap();
+        self.balloon.tell();
         for _ in 0..BURST {
             self.act();
         }
