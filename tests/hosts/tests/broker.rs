@@ -58,17 +58,13 @@ fn installed(name: &str) -> Result<Host> {
     Ok(host)
 }
 
-/// The programs of the broker's own tests, built as this one is.
-fn suite() -> Result<Vec<(String, PathBuf)>> {
+/// Programs of the broker's own tests, built with all others, as other features of what they depend on
+/// would have it built anew.
+fn suite(names: &[&str]) -> Result<Vec<(String, PathBuf)>> {
     let output = Command::new(env!("CARGO"))
-        .args([
-            "test",
-            "--no-run",
-            "--quiet",
-            "--message-format=json",
-            "-p",
-            "test-broker",
-        ])
+        .args(["test", "--no-run", "--quiet", "--message-format=json"])
+        .arg("--workspace")
+        .args(names.iter().flat_map(|name| ["--test", name]))
         .current_dir(source())
         .output()
         .context("cargo cannot be run")?;
@@ -80,7 +76,13 @@ fn suite() -> Result<Vec<(String, PathBuf)>> {
     let mut programs = Vec::new();
     for line in String::from_utf8(output.stdout)?.lines() {
         let message: Value = serde_json::from_str(line)?;
-        if let (Some(name), Some(program)) = (
+        let of_broker = || {
+            let source = message["target"]["src_path"].as_str()?;
+            let folder = Path::new(source).parent()?;
+            folder.ends_with("tests/broker/tests").then_some(())
+        };
+        if let (Some(()), Some(name), Some(program)) = (
+            of_broker(),
             message["target"]["name"].as_str(),
             message["executable"].as_str(),
         ) {
@@ -93,7 +95,7 @@ fn suite() -> Result<Vec<(String, PathBuf)>> {
 /// Runs programs of the broker's tests, with options for the harness.
 fn passes(manner: &str, names: &[&str], options: &str) -> Result<()> {
     let mut host = installed(manner)?;
-    let suite = suite()?;
+    let suite = suite(names)?;
     let cycles = std::env::var(CYCLES).unwrap_or_else(|_| FEW_CYCLES.into());
     // The tests start brokers of their own.
     host.run("systemctl mask --runtime --now godwit-broker")?;
@@ -135,6 +137,20 @@ fn machines_in_units_survive_what_is_killed() -> Result<()> {
 fn clients_networks_and_refusals_with_units() -> Result<()> {
     let others = ["clients", "cycles", "network", "refused"];
     passes("units", &others, ELSEWHERE)
+}
+
+#[test]
+fn callers_balloons_and_other_back_ends_with_units() -> Result<()> {
+    let others = ["balloon", "foreign", "hostile", "introspection"];
+    passes("units", &others, ELSEWHERE)
+}
+
+/// Of the moves between brokers those in which it matters who starts processes: each costs a
+/// minute here.
+#[test]
+fn machines_in_units_move_elsewhere() -> Result<()> {
+    let tests = "a_stop_that_may_be_longer a_declared_machine a_word_that_is_lost";
+    passes("units", &["downtime", "elsewhere"], tests)
 }
 
 #[test]
