@@ -227,11 +227,12 @@ impl Broker {
             if machine.job().is_some() {
                 return Err(Error::JobInProgress(format!("a job works on {name}")));
             }
+            // Before another of its name may have them.
+            folder::remove_file(&self.defined_path(name));
+            Departure::forget(&self.host, name);
+            self.host.folder.remove_logs(name);
             machines.remove(name);
         }
-        folder::remove_file(&self.defined_path(name));
-        Departure::forget(&self.host, name);
-        self.host.folder.remove_logs(name);
         self.host
             .publisher
             .tell(|done| Change::Removed(name.clone(), done))

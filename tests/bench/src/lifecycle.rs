@@ -247,9 +247,10 @@ mod tests {
     #[test]
     fn memory_of_ones_own_is_not_what_is_shared() {
         let before = own_mib(std::process::id()).unwrap();
-        let own = vec![1u8; 32 << 20];
+        let own = vec![1u8; 256 << 20];
         let grown = own_mib(std::process::id()).unwrap() - before;
-        assert!((31.0..64.0).contains(&grown), "{grown} MiB");
+        // What this program shares with others that start and end varies by a few MiB.
+        assert!((224.0..288.0).contains(&grown), "{grown} MiB");
         drop(own);
     }
 }
