@@ -145,17 +145,10 @@ fn callers_balloons_and_other_back_ends_with_units() -> Result<()> {
     passes("units", &others, ELSEWHERE)
 }
 
-/// Of the moves between brokers those in which it matters who starts processes: each costs a
-/// minute here.
 #[test]
-fn machines_in_units_move_elsewhere() -> Result<()> {
-    let tests = "a_stop_that_may_be_longer a_declared_machine a_word_that_is_lost";
-    passes("units", &["downtime", "elsewhere"], tests)
-}
-
-#[test]
-fn machines_in_units_move_within_their_host() -> Result<()> {
-    passes("units", &["migration"], "many_times_within_a_host")
+fn machines_in_units_move() -> Result<()> {
+    let tests = "many_times_within_a_host a_declared_machine_that_has_moved";
+    passes("units", &["elsewhere", "migration"], tests)
 }
 
 /// Who may call on the system bus is polkit's to say: see `the_service_of_a_system`.
