@@ -378,6 +378,7 @@ mod tests {
                 there.write_all(&word.to_ne_bytes()).unwrap();
             }
             connection.order(7, "ASK", &[], None).unwrap();
+            there.read_exact(&mut [0; 12]).unwrap();
             assert!(connection.is_owed());
             let answer = connection.answer(7, "ASK", Duration::ZERO).unwrap();
             assert!(answer.is_empty() && !connection.is_owed());
