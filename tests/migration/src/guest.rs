@@ -30,7 +30,22 @@ pub fn beat_on(side: &mut Side) -> Result<u64> {
     }
 }
 
-/// Waits until a guest has done all of its work at least once: it has written its whole span.
+/// Waits until a guest that has a span has written all of it.
+pub fn fill(side: &mut Side) -> Result<()> {
+    loop {
+        side.console.send(test_guest::command::REPORT)?;
+        let is_full = |report: &Report| match *report {
+            Report::Dirty { pages, span, .. } => Some(pages >= span),
+            _ => None,
+        };
+        if side.console.report("its span", DEADLINE, is_full)?.1 {
+            return Ok(());
+        }
+        beat_on(side)?;
+    }
+}
+
+/// Waits until a guest has had time for all of its work.
 pub fn warm_up(side: &mut Side) -> Result<u64> {
     loop {
         let beat = beat_on(side)?;

@@ -6,7 +6,7 @@ use test_framework::machine::make_image;
 use test_guest::{BlkMode, Workload};
 use test_machine::work;
 
-use super::{Side, Spec, warm_up};
+use super::{Side, Spec, fill, warm_up};
 
 /// A guest that dirties memory and says that it lives.
 pub fn busy() -> Workload {
@@ -39,5 +39,8 @@ impl Spec {
 pub fn at_work(spec: &Spec) -> Result<Side> {
     let mut side = Side::boot(spec)?;
     warm_up(&mut side)?;
+    if spec.workload.span > 0 {
+        fill(&mut side)?;
+    }
     Ok(side)
 }

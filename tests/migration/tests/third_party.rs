@@ -25,7 +25,7 @@ fn a_back_end_with_state_moves() -> Result<()> {
             beat_on(&mut side)?;
         }
         let done = finish(side)?;
-        ensure!(done.counts.0 > 100, "{done:?}");
+        ensure!(done.counts.0 > 0, "{done:?}");
         assert_eq!(done.counts.1, 0, "it began anew");
         assert_eq!(done.pages, 8 << 8);
     }
