@@ -21,7 +21,7 @@ use crate::cpu_time::CpuTime;
 use crate::peer::qemu;
 use crate::report::{Goal, Report};
 use crate::switchover::gap;
-use crate::switchover::godwit::{ms, total};
+use crate::switchover::godwit::{ms, report, total};
 
 /// How much memory the machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -267,13 +267,10 @@ fn of_godwit(memory_mib: u32, workload: Workload, freed_mib: u32) -> Result<Vec<
         let in_use = spent(&side)?.saturating_sub(u64::from(freed_mib) << 20);
         let before = cpu_time(&mut side)?;
         let mut destination = side.begin_move(&spec, None)?;
-        let outcome = side.outcome()?;
-        ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
+        let report = report(&mut side)?;
         let source = cpu_time(&mut side)?.since(before);
         let there = cpu_time(&mut destination)?;
         let gap = gap::after(&mut destination.console)?;
-        let report: Moved =
-            serde_json::from_value(outcome["report"].clone()).context("this is no report")?;
         moves.push(Move {
             total_ms: ms(total(&report)),
             sent_mib: mib(report.memory_bytes),

@@ -39,7 +39,6 @@ pub fn works_on(console: &mut Console, number: u32) -> Result<()> {
 
 /// Requests that a disk has completed so far.
 pub fn progress(console: &mut Console, number: u32) -> Result<u64> {
-    console.send(command::REPORT)?;
     let wanted = |report: &Report| match *report {
         Report::Blk {
             dev,
@@ -50,7 +49,7 @@ pub fn progress(console: &mut Console, number: u32) -> Result<u64> {
         } if dev == number => Some(reads + writes),
         _ => None,
     };
-    Ok(console.report("progress", DEADLINE, wanted)?.1)
+    Ok(console.ask("progress", DEADLINE, wanted)?.1)
 }
 
 /// Ends the guest's work, all of which must have been right.

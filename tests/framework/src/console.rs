@@ -6,8 +6,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
-use test_guest::Report;
+use anyhow::{Context as _, Result, bail, ensure};
+use test_guest::{Report, command};
+
+/// How often a guest is asked what it has written.
+const ASK_EVERY: Duration = Duration::from_millis(200);
 
 /// What the guest prints first.
 const FIRST_LINE: &str = "@first";
@@ -94,6 +97,38 @@ impl Console {
             if let Report::Fail { .. } = report {
                 bail!("waiting for {what}, the guest failed: {}", line.text);
             }
+        }
+    }
+
+    /// Asks the guest for its reports, and waits for one that `wanted` picks: see [`Self::report`].
+    pub fn ask<T>(
+        &mut self,
+        what: &str,
+        deadline: Duration,
+        wanted: impl FnMut(&Report) -> Option<T>,
+    ) -> Result<(Instant, T)> {
+        self.send(command::REPORT)?;
+        self.report(what, deadline, wanted)
+    }
+
+    /// Waits until the guest, which has a heartbeat and a span, has written all of the span.
+    pub fn fill(&mut self, deadline: Duration) -> Result<()> {
+        // What is typed before the guest has a UART is lost.
+        self.report("a heartbeat", deadline, |report| {
+            matches!(report, Report::Beat { .. }).then_some(())
+        })?;
+        let end = Instant::now() + deadline;
+        loop {
+            let is_full = |report: &Report| match *report {
+                Report::Dirty { pages, span, .. } => Some(pages >= span),
+                _ => None,
+            };
+            if self.ask("its span", deadline, is_full)?.1 {
+                return Ok(());
+            }
+            ensure!(Instant::now() < end, "the guest does not write its span");
+            // A guest that reports writes nothing else.
+            thread::sleep(ASK_EVERY);
         }
     }
 

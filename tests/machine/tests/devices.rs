@@ -190,10 +190,9 @@ fn works_on(machine: &mut Machine) -> Result<()> {
 
 /// Requests that the disk has completed so far.
 fn progress(machine: &mut Machine) -> Result<u64> {
-    machine.console.send(command::REPORT)?;
     let (_, done) = machine
         .console
-        .report("progress", DEADLINE, |report| match *report {
+        .ask("progress", DEADLINE, |report| match *report {
             Report::Blk { reads, writes, .. } => Some(reads + writes),
             _ => None,
         })?;

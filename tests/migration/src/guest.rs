@@ -30,19 +30,16 @@ pub fn beat_on(side: &mut Side) -> Result<u64> {
     }
 }
 
-/// Waits until a guest that has a span has written all of it.
-pub fn fill(side: &mut Side) -> Result<()> {
-    loop {
-        side.console.send(test_guest::command::REPORT)?;
-        let is_full = |report: &Report| match *report {
-            Report::Dirty { pages, span, .. } => Some(pages >= span),
-            _ => None,
-        };
-        if side.console.report("its span", DEADLINE, is_full)?.1 {
-            return Ok(());
-        }
-        beat_on(side)?;
-    }
+/// Answers that the guest has had of its counting device so far.
+pub fn answers(side: &mut Side) -> Result<u64> {
+    let answers = |report: &Report| match *report {
+        Report::Count { answers, .. } => Some(answers),
+        _ => None,
+    };
+    let found = side.console.ask("counts", DEADLINE, answers);
+    Ok(found
+        .with_context(|| format!("the core said: {}", side.core().stderr()))?
+        .1)
 }
 
 /// Waits until a guest has had time for all of its work.

@@ -8,7 +8,7 @@ mod side;
 mod wires;
 
 pub use devices::{Counter, Foreign};
-pub use guest::{Done, beat_on, fill, finish, warm_up};
+pub use guest::{Done, answers, beat_on, finish, warm_up};
 pub use machines::{at_work, busy};
 pub use side::{Moved, Outcome, Side, Spec};
 pub use wires::{Fault, Gate, Kind, Wires};

@@ -2,11 +2,11 @@
 
 use anyhow::Result;
 use tempfile::TempDir;
-use test_framework::machine::make_image;
+use test_framework::machine::{DEADLINE, make_image};
 use test_guest::{BlkMode, Workload};
 use test_machine::work;
 
-use super::{Side, Spec, fill, warm_up};
+use super::{Side, Spec, warm_up};
 
 /// A guest that dirties memory and says that it lives.
 pub fn busy() -> Workload {
@@ -40,7 +40,7 @@ pub fn at_work(spec: &Spec) -> Result<Side> {
     let mut side = Side::boot(spec)?;
     warm_up(&mut side)?;
     if spec.workload.span > 0 {
-        fill(&mut side)?;
+        side.console.fill(DEADLINE)?;
     }
     Ok(side)
 }

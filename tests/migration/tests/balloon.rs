@@ -44,6 +44,12 @@ fn wait_for(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     Ok(())
 }
 
+/// Has the guest give so many bytes, and no more, and waits until it has.
+fn gives(side: &Side, bytes: u64) -> Result<()> {
+    side.set_balloon_target(bytes)?;
+    wait_for("it is given", || Ok(side.balloon()? == (bytes, bytes)))
+}
+
 fn sent(outcome: &test_migration::Outcome) -> u64 {
     outcome["report"]["memory_bytes"]
         .as_u64()
@@ -109,11 +115,7 @@ fn what_the_guest_gives_returns_to_the_host_here_and_there() -> Result<()> {
     let mut side = Side::boot(&spec)?;
     beat_on(&mut side)?;
     wait_for("memory is used", || Ok(spent(&side)? > 64 * MIB))?;
-    side.set_balloon_target(48 * MIB)?;
-    wait_for(
-        "it is given",
-        || Ok(side.balloon()? == (48 * MIB, 48 * MIB)),
-    )?;
+    gives(&side, 48 * MIB)?;
     let left = spent(&side)?;
     ensure!(left < 32 * MIB, "{left} bytes are left");
     // What it has used and not given is free all the same.
@@ -126,8 +128,7 @@ fn what_the_guest_gives_returns_to_the_host_here_and_there() -> Result<()> {
     let there = spent(&side)?;
     ensure!(there < 32 * MIB, "{there} bytes came");
     // What comes back must be zero, which the guest checks.
-    side.set_balloon_target(0)?;
-    wait_for("it is taken back", || Ok(side.balloon()?.1 == 0))?;
+    gives(&side, 0)?;
     let done = finish(side)?;
     ensure!(
         matches!(
@@ -185,12 +186,8 @@ fn poisoned_pages_stay_and_travel() -> Result<()> {
         wait_for("the link is up", || Ok(side.balloon().is_ok()))?;
     }
     beat_on(&mut side)?;
-    side.set_balloon_target(16 * MIB)?;
-    wait_for("some is given", || {
-        Ok(side.balloon()? == (16 * MIB, 16 * MIB))
-    })?;
-    side.set_balloon_target(0)?;
-    wait_for("it is taken back", || Ok(side.balloon()?.1 == 0))?;
+    gives(&side, 16 * MIB)?;
+    gives(&side, 0)?;
     let done = finish(side)?;
     ensure!(
         matches!(
@@ -281,10 +278,9 @@ fn the_guest_has_its_pages_back_however_a_migration_ends() -> Result<()> {
 fn told(side: &mut Side, times: u64) -> Result<()> {
     let end = Instant::now() + DEADLINE;
     loop {
-        side.console.send(test_guest::command::REPORT)?;
         let said = side
             .console
-            .report("its balloon", DEADLINE, |report| match report {
+            .ask("its balloon", DEADLINE, |report| match report {
                 Report::Balloon { ended, .. } => Some(*ended),
                 _ => None,
             });
@@ -302,9 +298,8 @@ fn a_balloon_whose_process_is_killed_goes_on() -> Result<()> {
     spec.memory_mib = 128;
     let mut side = Side::boot(&spec)?;
     beat_on(&mut side)?;
-    side.set_balloon_target(48 * MIB)?;
+    gives(&side, 48 * MIB)?;
     let given = (48 * MIB, 48 * MIB);
-    wait_for("it is given", || Ok(side.balloon()? == given))?;
     // The last round of hints is one that the next process must not use again.
     let (mut side, _, outcome) = side.try_move(&spec, Some(("ram0", Fault::Cut(1 << 16))))?;
     ensure!(outcome["result"] == "kept", "{outcome:#}");
@@ -316,8 +311,7 @@ fn a_balloon_whose_process_is_killed_goes_on() -> Result<()> {
     let Moved { mut side, outcome } = side.move_on(&spec)?;
     ensure!(sent(&outcome) < 32 * MIB, "{outcome:#}");
     beat_on(&mut side)?;
-    side.set_balloon_target(0)?;
-    wait_for("it is taken back", || Ok(side.balloon()?.1 == 0))?;
+    gives(&side, 0)?;
     let done = finish(side)?;
     let Some(Report::Balloon {
         inflated,

@@ -4,8 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use api::core::State;
 use tempfile::TempDir;
 use test_framework::machine::DEADLINE;
-use test_guest::Report;
-use test_migration::{Counter, Side, Spec, Wires, at_work, beat_on, finish};
+use test_migration::{Counter, Side, Spec, Wires, answers, at_work, beat_on, finish};
 
 /// A machine with a disk and a counting device, both at work.
 fn spec(folder: &TempDir) -> Result<Spec> {
@@ -21,20 +20,6 @@ fn spec(folder: &TempDir) -> Result<Spec> {
 
 /// Place of the counting device among the machine's.
 const COUNTER: usize = 1;
-
-/// Answers that the guest has had of its counting device so far.
-fn answers(side: &mut Side) -> Result<u64> {
-    side.console.send(test_guest::command::REPORT)?;
-    let found = side
-        .console
-        .report("counts", DEADLINE, |report| match *report {
-            Report::Count { answers, .. } => Some(answers),
-            _ => None,
-        });
-    Ok(found
-        .with_context(|| format!("the core said: {}", side.core().stderr()))?
-        .1)
-}
 
 /// The machine runs here, and its counting device works.
 fn works(side: &mut Side) -> Result<()> {

@@ -3,9 +3,10 @@
 
 use anyhow::{Result, ensure};
 use tempfile::TempDir;
+use test_framework::machine::DEADLINE;
 use test_guest::{Activate, BlkMode, Idle, NetMode};
 use test_machine::network;
-use test_migration::{Kind, Side, Spec, beat_on, fill, finish, warm_up};
+use test_migration::{Kind, Side, Spec, beat_on, finish, warm_up};
 
 const MOVES: u64 = 10;
 /// Packets that are under way at most, and lost if they come while nobody has the tap.
@@ -27,7 +28,7 @@ fn moves(kind: Kind, cpus: u32, at_work: bool) -> Result<()> {
         spec.workload.dirty = 1;
     }
     let mut side = Side::boot(&spec)?;
-    fill(&mut side)?;
+    side.console.fill(DEADLINE)?;
     let mut last = warm_up(&mut side)?;
     for _ in 0..MOVES {
         side = side.move_on(&spec)?.side;

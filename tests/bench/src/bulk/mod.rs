@@ -14,7 +14,7 @@ use test_guest::{Idle, Workload};
 use test_migration::{Side, Spec};
 
 use crate::report::{Goal, Report};
-use crate::switchover::gap;
+use crate::switchover::godwit;
 
 /// Channels that are compared.
 const CHANNELS: [usize; 4] = [1, 2, 4, 8];
@@ -103,13 +103,10 @@ fn copied(channels: usize) -> Result<f64> {
     spec.workload.idle = Idle::Halt;
     spec.channels = channels;
     let mut side = Side::boot(&spec)?;
-    gap::fill(&mut side.console, u64::from(WRITTEN_MIB) << 8)?;
+    side.console.fill(DEADLINE)?;
     streams::warm_up(SPAN)?;
     let _destination = side.begin_move(&spec, None)?;
-    let outcome = side.outcome()?;
-    ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
-    let report: migration::report::Report =
-        serde_json::from_value(outcome["report"].clone()).context("this is no report")?;
+    let report = godwit::report(&mut side)?;
     let round = report.rounds.first().context("no memory was copied")?;
     ensure!(
         round.bytes >= SPAN as u64,
@@ -124,7 +121,7 @@ fn copied(channels: usize) -> Result<f64> {
 fn watched() -> Result<(f64, f64)> {
     let spec = machine(0);
     let mut side = Side::boot(&spec)?;
-    gap::fill(&mut side.console, u64::from(WRITTEN_MIB) << 8)?;
+    side.console.fill(DEADLINE)?;
     let alone = writes(&mut side.console)?;
     streams::warm_up(SPAN)?;
     let mut destination = side.begin_move(&spec, None)?;
@@ -134,8 +131,7 @@ fn watched() -> Result<(f64, f64)> {
         sleep(Duration::from_millis(5));
     }
     let (begin, before) = written(&mut side.console)?;
-    let outcome = side.outcome()?;
-    ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
+    godwit::report(&mut side)?;
     let (end, after) = written(&mut destination.console)?;
     Ok((alone, rate((after - before) << 12, end - begin)))
 }
@@ -150,8 +146,7 @@ fn writes(console: &mut Console) -> Result<f64> {
 
 /// Pages that the guest has written, and when it said so.
 fn written(console: &mut Console) -> Result<(Instant, u64)> {
-    console.send(test_guest::command::REPORT)?;
-    console.report("what it wrote", DEADLINE, |report| match *report {
+    console.ask("what it wrote", DEADLINE, |report| match *report {
         test_guest::Report::Dirty { pages, .. } => Some(pages),
         _ => None,
     })

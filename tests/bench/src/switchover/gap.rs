@@ -1,6 +1,5 @@
 //! What a guest says of a move.
 
-use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -10,35 +9,15 @@ use test_guest::Report;
 
 /// Heartbeats by which a guest has come to rest after its start.
 const WARM_BEATS: u64 = 30;
-/// How often a guest is asked what it has written.
-const ASK_EVERY: Duration = Duration::from_millis(200);
 /// A gap is in the heartbeat after it; the stop may fall into one that is just being printed.
 const BEATS_AFTER: u32 = 2;
 
 /// Waits until the guest has set up its devices, has written its whole span (of `pages`), and beats.
 pub(crate) fn warm_up(console: &mut Console, pages: u64) -> Result<()> {
     if pages > 0 {
-        fill(console, pages)?;
+        console.fill(DEADLINE)?;
     }
     beats(console, WARM_BEATS)
-}
-
-/// Waits until the guest has written so many pages.
-pub(crate) fn fill(console: &mut Console, pages: u64) -> Result<()> {
-    // What is typed before the guest has a UART is lost.
-    beats(console, 1)?;
-    loop {
-        console.send(test_guest::command::REPORT)?;
-        let written = console.report("its span", DEADLINE, |report| match *report {
-            Report::Dirty { pages, .. } => Some(pages),
-            _ => None,
-        });
-        if written?.1 >= pages {
-            return Ok(());
-        }
-        // A guest that reports writes nothing else.
-        sleep(ASK_EVERY);
-    }
 }
 
 /// Waits for so many heartbeats more.

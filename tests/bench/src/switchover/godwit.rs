@@ -11,11 +11,8 @@ pub(crate) fn moved(spec: &Spec) -> Result<Move> {
     let mut side = Side::boot(spec)?;
     gap::warm_up(&mut side.console, u64::from(spec.workload.span) << 8)?;
     let mut destination = side.begin_move(spec, None)?;
-    let outcome = side.outcome()?;
-    ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
+    let report = report(&mut side)?;
     let gap = gap::after(&mut destination.console)?;
-    let report: Report =
-        serde_json::from_value(outcome["report"].clone()).context("this is no report")?;
     Ok(Move {
         gap_ms: gap.as_secs_f64() * 1e3,
         said_ms: ms(report.blackout_us),
@@ -23,6 +20,13 @@ pub(crate) fn moved(spec: &Spec) -> Result<Move> {
         bytes: report.memory_bytes,
         report: Some(report),
     })
+}
+
+/// Waits until it has moved; the report of that.
+pub(crate) fn report(side: &mut Side) -> Result<Report> {
+    let outcome = side.outcome()?;
+    ensure!(outcome["result"] == "moved", "it did not move: {outcome:#}");
+    serde_json::from_value(outcome["report"].clone()).context("this is no report")
 }
 
 /// Without the start of the destination's processes, which the source waits for first.
