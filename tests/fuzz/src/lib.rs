@@ -10,6 +10,7 @@ mod mutated;
 mod platform_state;
 mod ram;
 mod state_frame;
+mod vfio_user;
 
 pub use core_state::core_state;
 pub use kernel::kernel;
@@ -18,3 +19,4 @@ pub use mutated::mutated;
 pub use platform_state::{platform_seeds, platform_state};
 pub use ram::ram;
 pub use state_frame::{frame, state_frame};
+pub use vfio_user::{vfio_user_client, vfio_user_replies, vfio_user_requests, vfio_user_server};

@@ -155,6 +155,18 @@ fn state_of_a_platform() -> Result<()> {
 }
 
 #[test]
+fn clients_of_a_device() -> Result<()> {
+    // A server each.
+    let seeds = test_fuzz::vfio_user_requests();
+    some(test_fuzz::vfio_user_server, &seeds, 4)
+}
+
+#[test]
+fn servers_of_a_device() -> Result<()> {
+    hostile(test_fuzz::vfio_user_client, &test_fuzz::vfio_user_replies())
+}
+
+#[test]
 fn kernels() -> Result<()> {
     let guest = fs::read(test_guest::program())?;
     // Its headers alone are refused early.
