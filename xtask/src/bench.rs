@@ -68,6 +68,14 @@ pub enum Bench {
         /// Moves of each.
         #[arg(long, default_value_t = 10)]
         runs: usize,
+        /// Only machines whose names contain this, as "1 GiB".
+        #[arg(
+            long,
+            value_name = "TEXT",
+            default_value = "",
+            hide_default_value = true
+        )]
+        only: String,
         /// Moves each machine also without each of these: early-map, layout, parallel, channels.
         #[arg(long, value_name = "LIST", value_delimiter = ',')]
         without: Vec<String>,
@@ -101,6 +109,7 @@ pub fn bench(bench: Bench) -> Result<()> {
         Bench::Switchover {
             preset,
             runs,
+            only,
             without,
             trace,
             svg,
@@ -110,6 +119,7 @@ pub fn bench(bench: Bench) -> Result<()> {
             let switchover = Switchover {
                 preset,
                 runs,
+                only,
                 without,
                 trace,
                 svg,

@@ -101,6 +101,42 @@ pub struct Round {
     pub us: u64,
 }
 
+/// What a blackout was predicted to consist of, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Prediction {
+    /// Memory that is left, at the rate of the rounds.
+    pub memory_us: u64,
+    /// Devices' states.
+    pub states_us: u64,
+    /// The core's state, as rehearsed.
+    pub core_us: u64,
+    /// Threads and processes that are woken one after the other.
+    pub wakes_us: u64,
+    /// Words of the two sides on their way.
+    pub link_us: u64,
+    /// Devices of either side that are asked and answer.
+    pub devices_us: u64,
+    /// The devices' own time to stop and to start.
+    pub transitions_us: u64,
+}
+
+impl Prediction {
+    /// All of it.
+    pub fn total_us(&self) -> u64 {
+        let parts = [
+            self.memory_us,
+            self.states_us,
+            self.core_us,
+            self.wakes_us,
+            self.link_us,
+            self.devices_us,
+            self.transitions_us,
+        ];
+        parts.into_iter().fold(0, u64::saturating_add)
+    }
+}
+
 /// The whole of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
@@ -110,6 +146,9 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// The blackout as it was predicted when it began, in microseconds.
     pub predicted_us: u64,
+    /// What that consists of.
+    #[serde(default)]
+    pub prediction: Prediction,
     /// From the order to stop to the destination's word that the machine runs, in microseconds on
     /// the source's clock.
     pub blackout_us: u64,

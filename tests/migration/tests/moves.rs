@@ -174,7 +174,7 @@ fn a_machine_that_is_reset_while_it_is_copied_boots_where_it_arrives() -> Result
     let outcome = side.outcome()?;
     ensure!(outcome["result"] == "moved", "{outcome:#}");
     destination.resume()?;
-    warm_up(&mut destination)?;
+    destination.console.fill(DEADLINE)?;
     assert_eq!(finish(destination)?.pages, 8 << 8);
     Ok(())
 }
@@ -216,6 +216,7 @@ fn a_snapshot_is_the_machine_as_it_was() -> Result<()> {
     spec.cpus = 2;
     let mut side = Side::boot(&spec)?;
     let before = warm_up(&mut side)?;
+    side.console.fill(DEADLINE)?;
     side.pause()?;
     side.snapshot(&spec, folder.path())?;
     // Its disk stays as it is, since the first machine does not go on.

@@ -37,7 +37,7 @@ use crate::costs;
 use crate::memory::Memory;
 
 /// The first one finds nothing in the caches, and another may be interrupted: the shortest counts.
-const REHEARSALS: u32 = 3;
+const REHEARSALS: u32 = 8;
 /// How long devices may take to map memory.
 const PREFAULT_DEADLINE: Duration = Duration::from_secs(60);
 /// Messages that are kept meanwhile.

@@ -21,10 +21,12 @@ use crate::transport::TransportError;
 #[derive(Debug, Error)]
 pub enum MigrationError {
     /// A device that cannot move.
-    #[error("device {device} cannot move: its back-end has no dirty log")]
+    #[error("device {device} cannot move: {why}")]
     CannotMove {
         /// Which device.
         device: String,
+        /// What it lacks.
+        why: &'static str,
     },
     /// What was handed over does not fit the machine.
     #[error("{0}")]

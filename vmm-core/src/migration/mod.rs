@@ -39,6 +39,7 @@ pub mod destination;
 mod error;
 pub mod free_pages;
 mod obstacles;
+mod prediction;
 pub mod ram;
 pub mod saved_state;
 pub mod setup;

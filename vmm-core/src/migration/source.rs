@@ -17,10 +17,11 @@ use migration::wire::{Blob, Hello, MemoryTransfer, PROTOCOL, ToDestination, ToSo
 use tokio::sync::watch;
 
 use super::barrier::Barrier;
-use super::converge::{Around, Convergence, Decision, Measured};
+use super::converge::{Convergence, Decision, Measured};
 use super::definition::used;
 use super::error::system;
 use super::free_pages::FreePages;
+use super::prediction::Around;
 use super::ram::{DirtyTracker, Pace, RamSender, WORD_PAGES};
 use super::saved_state::{DeviceWiring, WiringState, to_blob};
 use super::setup::{MaxDowntime, MigrateOptions, Sockets};
@@ -82,6 +83,7 @@ pub fn run(job: Job) -> Result<Box<Switchover>, MigrationError> {
     {
         return Err(MigrationError::CannotMove {
             device: unit.id.clone(),
+            why: "its back-end has no dirty log",
         });
     }
     let states = StateSockets::new(states, &view.units, &without)
@@ -269,8 +271,9 @@ impl Source {
                 self.convergence.decide(remaining, Instant::now())?
             };
             let predicted = self.convergence.predict(remaining);
-            self.report.predicted_us = micros(predicted);
-            self.note_progress(memory.as_ref(), remaining, predicted);
+            self.report.prediction = predicted;
+            self.report.predicted_us = predicted.total_us();
+            self.note_progress(memory.as_ref(), remaining);
             match (decision, memory.as_mut()) {
                 (Decision::Stop, _) | (_, None) if self.unready == 0 => return Ok(()),
                 (Decision::Stop, memory) | (_, memory @ None) => {
@@ -487,25 +490,21 @@ impl Source {
         Ok(self.link.send(message, ANSWER_DEADLINE)?)
     }
 
-    fn note_progress(
-        &mut self,
-        memory: Option<&MovingMemory>,
-        remaining: u64,
-        predicted: Duration,
-    ) {
+    fn note_progress(&mut self, memory: Option<&MovingMemory>, remaining: u64) {
         let sent = memory.map_or(0, |memory| memory.sender.sent());
         let round = self.report.rounds.len() as u64 + 1;
         let throttle = self.view.throttle.percent();
         let convergence = &self.convergence;
         let (rate, dirty_rate) = (convergence.rate(), convergence.dirty_rate());
         let converging = convergence.is_converging();
+        let predicted_us = self.report.predicted_us;
         self.progress("copying", |progress| {
             progress.round = round;
             progress.sent_bytes = sent;
             progress.remaining_bytes = remaining;
             progress.rate = rate;
             progress.dirty_rate = dirty_rate;
-            progress.predicted_us = micros(predicted);
+            progress.predicted_us = predicted_us;
             progress.converging = converging;
             progress.throttle = throttle;
         });

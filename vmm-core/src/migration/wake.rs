@@ -5,11 +5,23 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Turns that are taken; half of them are slower than what is said.
+/// Pairs of threads: it is chance which processors the two of one get. Half of them are slower than
+/// what is said.
+const PAIRS: usize = 7;
+/// Turns that each pair takes; half of them are slower than what counts.
 const TURNS: usize = 9;
 
 /// One turn between two threads over a socket, as it is at the moment.
 pub fn wake_up() -> io::Result<Duration> {
+    let mut pairs = [Duration::ZERO; PAIRS];
+    for pair in &mut pairs {
+        *pair = turn()?;
+    }
+    pairs.sort();
+    Ok(pairs[PAIRS / 2])
+}
+
+fn turn() -> io::Result<Duration> {
     let (mut here, mut there) = UnixStream::pair()?;
     thread::scope(|scope| {
         scope.spawn(move || {

@@ -195,7 +195,7 @@ impl fmt::Display for Ms {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::report::Round;
+    use crate::report::{Prediction, Round};
 
     pub(crate) fn span(track: &str, name: &str, start_us: u64, end_us: u64) -> Span {
         Span {
@@ -220,6 +220,11 @@ pub(crate) mod tests {
                 us: 600,
             }],
             predicted_us: 3900,
+            prediction: Prediction {
+                memory_us: 3000,
+                wakes_us: 900,
+                ..Prediction::default()
+            },
             blackout_us: 4100,
             source: Side {
                 origin_us: 1_000_000,

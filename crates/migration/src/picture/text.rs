@@ -1,9 +1,9 @@
 //! The blackout for a terminal: a line for each span, its bar where it lies.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 use super::{Host, Ms, Placed, Timeline};
-use crate::report::Report;
+use crate::report::{Prediction, Report};
 
 /// More devices than this are drawn as one: their slowest.
 const MOST_DEVICES: usize = 4;
@@ -14,6 +14,30 @@ struct Row {
     what: String,
     start: i64,
     end: i64,
+}
+
+/// What a prediction consists of, on a line of its own, or nothing.
+struct Parts<'a>(&'a Prediction);
+
+impl fmt::Display for Parts<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = self.0;
+        let parts = [
+            ("memory", parts.memory_us),
+            ("states", parts.states_us),
+            ("core", parts.core_us),
+            ("wake-ups", parts.wakes_us),
+            ("link", parts.link_us),
+            ("devices", parts.devices_us),
+            ("transitions", parts.transitions_us),
+        ];
+        let mut before = "predicted: ";
+        for (name, us) in parts.into_iter().filter(|&(_, us)| us > 0) {
+            write!(f, "{before}{name} {}", Ms(super::signed(us)))?;
+            before = ", ";
+        }
+        if before == ", " { writeln!(f) } else { Ok(()) }
+    }
 }
 
 /// What the migration took, with bars `width` columns wide (10 at least).
@@ -29,6 +53,7 @@ pub fn text(report: &Report, width: usize) -> String {
         Ms(timeline.blackout),
         Ms(super::signed(report.predicted_us)),
     );
+    let _ = write!(out, "{}", Parts(&report.prediction));
     let width = width.max(10);
     let rows = rows(&timeline);
     let ends = rows.iter().map(|row| row.end);
@@ -121,8 +146,9 @@ mod tests {
             lines[0],
             "blackout 4.10 ms, predicted 3.90 ms; 3.0 MiB of memory sent, 1 rounds before"
         );
+        assert_eq!(lines[1], "predicted: memory 3.00 ms, wake-ups 0.90 ms");
         assert_eq!(
-            lines[1],
+            lines[2],
             "source      core   barrier B ▏█                   ▕   0.20 ms"
         );
         let commit = lines.iter().find(|line| line.contains("commit")).unwrap();
@@ -154,7 +180,7 @@ mod tests {
         let drawn = text(&report, 40);
         let phase = |line: &str| line.chars().nth("destination balloon0 ".len());
         assert!(
-            drawn.lines().skip(1).all(|line| phase(line) != Some(' ')),
+            drawn.lines().skip(2).all(|line| phase(line) != Some(' ')),
             "{drawn}"
         );
     }

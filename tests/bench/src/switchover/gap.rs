@@ -9,13 +9,15 @@ use test_guest::Report;
 
 /// Heartbeats by which a guest has come to rest after its start.
 const WARM_BEATS: u64 = 30;
+/// GiB of memory that the computer has to find for the guest, a page and an exit at a time.
+const FILL_DEADLINE: Duration = Duration::from_secs(300);
 /// A gap is in the heartbeat after it; the stop may fall into one that is just being printed.
 const BEATS_AFTER: u32 = 2;
 
 /// Waits until the guest has set up its devices, has written its whole span (of `pages`), and beats.
 pub(crate) fn warm_up(console: &mut Console, pages: u64) -> Result<()> {
     if pages > 0 {
-        console.fill(DEADLINE)?;
+        console.fill(FILL_DEADLINE)?;
     }
     beats(console, WARM_BEATS)
 }

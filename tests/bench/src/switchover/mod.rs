@@ -12,7 +12,7 @@ mod presets;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use migration::picture;
 use serde_json::json;
@@ -51,6 +51,8 @@ pub struct Switchover {
     pub preset: SwitchoverPreset,
     /// Moves of each.
     pub runs: usize,
+    /// Part of the names of those that move.
+    pub only: String,
     /// Mechanisms: ours move without each of them, too.
     pub without: Vec<String>,
     /// Where the timeline of a move goes, for Perfetto's viewer.
@@ -78,7 +80,13 @@ impl Switchover {
     pub fn run(&self) -> Result<Report> {
         let folder = TempDir::new()?;
         let Plan { subjects, judge } = presets::plan(self.preset, folder.path())?;
-        let subjects = presets::leave_out(subjects, &self.without);
+        let mut subjects = presets::leave_out(subjects, &self.without);
+        subjects.retain(|subject| subject.name.contains(&self.only));
+        ensure!(
+            !subjects.is_empty(),
+            "no machine of this preset has a name with {:?}",
+            self.only
+        );
         let name = self.preset.to_possible_value();
         let name = name.map_or_else(String::new, |name| name.get_name().to_owned());
         let mut report = Report::new("switchover", name);

@@ -77,6 +77,7 @@ pub(super) fn options(
                     ),
                 ),
             (Device::Foreign { kind, .. }, _) => bail!("QEMU has no {kind} of its own to compare"),
+            (Device::Copier, _) => bail!("QEMU has no device that copies memory to compare"),
         };
     }
     Ok(launch)
