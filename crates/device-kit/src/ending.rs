@@ -52,7 +52,7 @@ impl AsFd for Ending {
 }
 
 /// An error and its causes, on one line.
-pub(crate) fn chain(error: &dyn Error) -> String {
+pub fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {

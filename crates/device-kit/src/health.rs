@@ -24,13 +24,15 @@ struct Inner {
 
 /// What is known at the moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Standing {
-    pub(crate) state: DeviceState,
-    pub(crate) connected: bool,
+pub struct Standing {
+    /// Where the device is in its life.
+    pub state: DeviceState,
+    /// Whether it is served to a front-end.
+    pub connected: bool,
     /// What went wrong last, or empty.
-    pub(crate) last_error: String,
+    pub last_error: String,
     /// How many errors there were.
-    pub(crate) errors: u64,
+    pub errors: u64,
 }
 
 impl Default for Standing {
@@ -56,13 +58,13 @@ impl Health {
     }
 
     /// The device is in another state of its life.
-    pub(crate) fn set_state(&self, state: DeviceState) {
+    pub fn set_state(&self, state: DeviceState) {
         self.lock().state = state;
         self.touch();
     }
 
     /// A front-end came or went.
-    pub(crate) fn set_connected(&self, connected: bool) {
+    pub fn set_connected(&self, connected: bool) {
         self.lock().connected = connected;
         self.touch();
     }
@@ -73,7 +75,7 @@ impl Health {
     }
 
     /// What is known now.
-    pub(crate) fn standing(&self) -> Standing {
+    pub fn standing(&self) -> Standing {
         self.lock().clone()
     }
 

@@ -9,23 +9,21 @@
 //! nonsense, costs nobody but itself; when the link is over, for whatever reason, the device
 //! serves on. What a peer can do at most is bounded by [`api::peer`].
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use api::balloon1::{self, Balloon1, BalloonProcess};
-use api::device1::{self, Device1, DeviceProcess, Identity, PATH, Status};
-use migration::schema::Schema;
+use api::device1::{self, Device1, DeviceProcess as _, PATH};
 use tokio::runtime::Runtime;
 use zbus::connection::Builder;
 
-use crate::device::{Device, HostError, OptionError};
+use crate::device::{HostError, OptionError};
+use crate::health::Health;
 use crate::listen::{self, Front};
-use crate::memory::PrefaultMode;
 use crate::program::spawn;
-use crate::session::Services;
+use crate::server::Server;
 
 /// Shortest time between two signals.
 const SIGNAL_INTERVAL: Duration = Duration::from_millis(250);
@@ -70,13 +68,13 @@ impl Link {
     }
 
     /// Serves it on a thread of its own until it is over.
-    pub(crate) fn start<D: Device>(self, services: Arc<Services<D>>) -> Result<(), HostError> {
+    pub(crate) fn start<S: Server>(self, server: Arc<S>, health: Health) -> Result<(), HostError> {
         let Link {
             runtime,
             connection,
         } = self;
         spawn("link".to_owned(), STACK, move || {
-            match runtime.block_on(serve(connection, View(services))) {
+            match runtime.block_on(serve(connection, server, health)) {
                 Ok(()) => tracing::info!("the control link is over"),
                 Err(error) if is_hang_up(&error) => tracing::info!("the control link is over"),
                 Err(error) => tracing::warn!(%error, "the control link has failed"),
@@ -91,9 +89,13 @@ fn is_hang_up(error: &zbus::Error) -> bool {
     matches!(error, zbus::Error::InputOutput(error) if gone.contains(&error.kind()))
 }
 
-async fn serve<D: Device>(connection: Builder<'static>, view: View<D>) -> zbus::Result<()> {
-    let balloon = view.0.device.balloon();
-    let served = tell(connection, &view, balloon.as_ref()).await;
+async fn serve<S: Server>(
+    connection: Builder<'static>,
+    server: Arc<S>,
+    health: Health,
+) -> zbus::Result<()> {
+    let balloon = server.balloon();
+    let served = tell(connection, &server, &health, balloon.as_ref()).await;
     if let Some(balloon) = balloon {
         // Nobody is left who wants them.
         balloon.end_hints();
@@ -102,88 +104,32 @@ async fn serve<D: Device>(connection: Builder<'static>, view: View<D>) -> zbus::
 }
 
 /// Serves, and tells what changes, until the link is over.
-async fn tell<D: Device>(
+async fn tell<S: Server>(
     mut connection: Builder<'static>,
-    view: &View<D>,
+    server: &Arc<S>,
+    health: &Health,
     balloon: Option<&Arc<dyn BalloonProcess>>,
 ) -> zbus::Result<()> {
     let size = || balloon.map(|balloon| balloon.status()).unwrap_or_default();
-    let mut told = (view.status(), size());
-    connection = connection.serve_at(PATH, Device1(view.clone()));
+    let mut told = (server.status(), size());
+    connection = connection.serve_at(PATH, Device1(Arc::clone(server)));
     if let Some(balloon) = balloon {
         connection = connection.serve_at(PATH, Balloon1(Arc::clone(balloon)));
     }
     let connection = connection.build().await?;
     let interface = connection
         .object_server()
-        .interface::<_, Device1<View<D>>>(PATH)
+        .interface::<_, Device1<Arc<S>>>(PATH)
         .await?;
     loop {
         tokio::select! {
             () = connection.closed() => return Ok(()),
-            () = view.0.health.changed() => {}
+            () = health.changed() => {}
         }
-        let now = (view.status(), size());
+        let now = (server.status(), size());
         device1::tell_changes(interface.signal_emitter(), &told.0, &now.0).await?;
         balloon1::tell_changes(interface.signal_emitter(), told.1, now.1).await?;
         told = now;
         tokio::time::sleep(SIGNAL_INTERVAL).await;
-    }
-}
-
-/// The process as the link's peer sees it.
-#[derive(Debug)]
-struct View<D>(Arc<Services<D>>);
-
-impl<D> Clone for View<D> {
-    fn clone(&self) -> Self {
-        View(Arc::clone(&self.0))
-    }
-}
-
-impl<D: Device> DeviceProcess for View<D> {
-    fn identity(&self) -> Identity {
-        Identity {
-            kind: <D::SavedState as Schema>::KIND.to_owned(),
-            unit: self.0.unit.to_string(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        }
-    }
-
-    fn status(&self) -> Status {
-        let standing = self.0.health.standing();
-        let prefault = self.0.prefault.progress();
-        Status {
-            state: standing.state.to_string(),
-            connected: standing.connected,
-            last_error: standing.last_error,
-            mapped: prefault.mapped,
-            prefaulted: prefault.done,
-            prefaulting: prefault.running,
-        }
-    }
-
-    fn statistics(&self) -> BTreeMap<String, u64> {
-        let own = self.0.metrics.totals(self.0.device.queue_count());
-        let errors = ("errors", self.0.health.standing().errors);
-        let device = self.0.device.statistics();
-        own.into_iter()
-            .chain([errors])
-            .chain(device)
-            .map(|(name, count)| (name.to_owned(), count))
-            .collect()
-    }
-
-    fn prefault(&self, mode: device1::Prefault) -> Result<(), api::Error> {
-        self.0.prefault.set_mode(match mode {
-            device1::Prefault::Off => PrefaultMode::Off,
-            device1::Prefault::Data => PrefaultMode::Data,
-            device1::Prefault::All => PrefaultMode::All,
-        });
-        Ok(())
-    }
-
-    fn cancel_prefault(&self) {
-        self.0.prefault.cancel();
     }
 }

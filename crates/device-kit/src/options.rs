@@ -7,19 +7,19 @@ use migration::schema::UnitId;
 
 use crate::memory::PrefaultMode;
 
-/// The kit's options and the device's.
+/// The options of every device process, and the device's.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub(crate) struct CommandLine<O: Args> {
     #[command(flatten)]
-    pub(crate) kit: KitOptions,
+    pub(crate) process: ProcessOptions,
     #[command(flatten)]
     pub(crate) device: O,
 }
 
 /// Options of every device process.
 #[derive(Debug, Args)]
-pub(crate) struct KitOptions {
+pub(crate) struct ProcessOptions {
     #[command(flatten)]
     pub(crate) socket: SocketOptions,
 
@@ -30,11 +30,6 @@ pub(crate) struct KitOptions {
     /// Give up all rights that serving a guest does not need
     #[arg(long, value_enum, default_value_t = Switch::On, value_name = "on|off")]
     pub(crate) sandbox: Switch,
-
-    /// A machine moves in: what only one process may have, the lock of an image, is taken when the
-    /// machine starts here and not before
-    #[arg(long)]
-    pub(crate) incoming: bool,
 
     /// Serve org.godwit.Device1 (D-Bus, peer to peer) on the connected Unix socket that was handed
     /// over as descriptor N
@@ -48,10 +43,22 @@ pub(crate) struct KitOptions {
     /// Name of this unit, as it is called on the other host too [default: the device's kind]
     #[arg(long, value_name = "NAME")]
     pub(crate) unit: Option<UnitId>,
+}
+
+/// Options of every vhost-user back-end, and the device's.
+#[derive(Debug, Args)]
+pub struct VhostUserOptions<O: Args> {
+    /// A machine moves in: what only one process may have, the lock of an image, is taken when the
+    /// machine starts here and not before
+    #[arg(long)]
+    pub(crate) incoming: bool,
 
     /// Map guest memory ahead of its first use
     #[arg(long, value_enum, default_value_t, value_name = "off|data|all")]
     pub(crate) prefault: PrefaultMode,
+
+    #[command(flatten)]
+    pub(crate) device: O,
 }
 
 /// Where the front-end comes from.
@@ -100,8 +107,8 @@ mod tests {
     fn one_socket_is_needed_and_one_only() {
         assert!(parse("").is_err());
         assert!(parse("--fd 3 --socket-path /x").is_err());
-        assert_eq!(parse("--fd 3").unwrap().kit.socket.fd, Some(3));
-        let options = parse("--socket-path /x").unwrap().kit;
+        assert_eq!(parse("--fd 3").unwrap().process.socket.fd, Some(3));
+        let options = parse("--socket-path /x").unwrap().process;
         assert_eq!(options.sandbox, Switch::On);
         assert_eq!(options.socket.socket_path, Some(PathBuf::from("/x")));
     }

@@ -1,26 +1,25 @@
 //! A device process from its start to its end.
 //!
 //! ```text
-//! options → device, workers, sockets (everything that is opened) → sandbox → threads → READY
+//! options → sockets handed over → server, own sockets (all is open) → sandbox → threads → READY
 //!   main thread     waits for SIGTERM, SIGINT, a failed thread, and feeds the watchdog
 //!   control thread  serves one front-end after the other
 //!   link thread     with --control-fd: answers the core
-//!   queue threads   one for each worker
+//!   threads of the server's own, as one for each worker of queues
 //! ```
 //! SIGTERM ends the connection, gives requests in flight a moment to end, and ends the process
 //! whether they did or not: what is left is in the in-flight record, for whoever comes next.
 
-use std::collections::BTreeSet;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches};
-use migration::schema::{Schema, UnitId, UnitIdError};
+use migration::schema::{UnitId, UnitIdError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -29,36 +28,30 @@ use prometheus_client::registry::Registry;
 use thiserror::Error;
 use tracing_subscriber::EnvFilter;
 
-use crate::device::{
-    Assignment, Capabilities, Device, HostError, Kit, MAX_QUEUE_SIZE, MAX_QUEUES, OptionError,
-};
+use crate::device::{Capabilities, HostError, OptionError};
 use crate::ending::{Ending, chain};
+use crate::front::{self, Connection};
 use crate::health::Health;
 use crate::link::Link;
-use crate::listen::{self, Front};
-use crate::memory::Prefaulter;
-use crate::metrics::Metrics;
+use crate::listen;
 use crate::metrics_server;
-use crate::options::{CommandLine, KitOptions, Switch, one_line};
-use crate::queue::QueueIndex;
-use crate::queue_thread::{QueueThread, Rings};
-use crate::queue_threads::QueueThreads;
+use crate::options::{CommandLine, ProcessOptions, Switch, one_line};
 use crate::readiness::Readiness;
 use crate::sandbox::{self, SandboxError};
-use crate::session::{ConfigChange, Connection, Services, serve};
+use crate::server::{Lent, OpenError, Server};
 
 /// Requests in flight at SIGTERM have this long to end.
 const LAST_REQUESTS: Duration = Duration::from_secs(1);
-/// A predecessor of this process that was killed may still have what only one process may have.
-const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(5);
-/// A queue thread needs little; the address space of 64 of them is kept small.
-const STACK: usize = 256 << 10;
+/// Address space of the control thread's stack.
+const STACK: usize = 1 << 20;
 /// The environment variable with the log level, in `tracing`'s syntax.
 const LOG_ENV: &str = "GODWIT_LOG";
 
 /// Why the process could not start.
 #[derive(Debug, Error)]
 enum StartError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
     #[error(transparent)]
     Option(#[from] OptionError),
     #[error(transparent)]
@@ -70,18 +63,16 @@ enum StartError {
          the guest is trusted"
     )]
     Sandbox(#[from] SandboxError),
-    #[error("device: {0}")]
-    Device(String),
 }
 
-/// The whole of a device program's `main`.
-pub fn run<D: Device>() -> ExitCode {
+/// The whole of the `main` of a program that serves in its own way.
+pub fn run_server<S: Server>() -> ExitCode {
     // Before anything else: it needs none of the options that are otherwise required.
     if std::env::args_os().any(|argument| argument == "--print-capabilities") {
-        return print_capabilities(&D::CAPABILITIES);
+        return print_capabilities(&S::CAPABILITIES);
     }
-    let name = D::CAPABILITIES.program;
-    let options = match parse::<D>() {
+    let name = S::CAPABILITIES.program;
+    let options = match parse::<S>() {
         Ok(options) => options,
         Err(error) if !error.use_stderr() => {
             // Help or version was asked for.
@@ -98,7 +89,7 @@ pub fn run<D: Device>() -> ExitCode {
     };
     log_to_stderr();
     end_with_panics();
-    match start::<D>(options.kit, options.device) {
+    match start::<S>(options.process, options.device) {
         Ok(running) => running.wait(),
         Err(error) => {
             eprintln!("{name}: {}", chain(&error));
@@ -107,10 +98,10 @@ pub fn run<D: Device>() -> ExitCode {
     }
 }
 
-fn parse<D: Device>() -> Result<CommandLine<D::Options>, clap::Error> {
-    let matches = CommandLine::<D::Options>::command()
-        .name(D::CAPABILITIES.program)
-        .about(D::CAPABILITIES.about)
+fn parse<S: Server>() -> Result<CommandLine<S::Options>, clap::Error> {
+    let matches = CommandLine::<S::Options>::command()
+        .name(S::CAPABILITIES.program)
+        .about(S::CAPABILITIES.about)
         .after_help(
             "Environment:\n  GODWIT_LOG     log level: error, warn, info, debug, trace [default: info]\n  \
              NOTIFY_SOCKET, WATCHDOG_USEC\n                 set by systemd",
@@ -158,43 +149,35 @@ struct Running {
     readiness: Readiness,
 }
 
-fn start<D: Device>(
-    options: KitOptions,
-    device_options: D::Options,
+fn start<S: Server>(
+    options: ProcessOptions,
+    device_options: S::Options,
 ) -> Result<Running, StartError> {
     migration::frame::warm_up();
+    let inherited = front::inherit(&options)?;
+    let link = options.control_fd.map(Link::new).transpose()?;
     let host = |what: &str, error: Errno| HostError::new(what, error);
     let signals = block_signals().map_err(|error| host("signals cannot be received", error))?;
     let ending = Ending::new().map_err(|error| host("cannot make an eventfd", error))?;
     let unit = options
         .unit
         .clone()
-        .map_or_else(|| UnitId::new(<D::SavedState as Schema>::KIND), Ok)?;
-    let config_change = ConfigChange::default();
+        .map_or_else(|| UnitId::new(S::KIND), Ok)?;
     let health = Health::default();
     let mut registry = Registry::with_prefix("godwit");
-    let metrics = Metrics::register(&mut registry);
-    let device = D::open(
+    let server = S::open(
         device_options,
-        &mut Kit {
-            registry: registry.sub_registry_with_prefix(<D::SavedState as Schema>::KIND),
-            config_change: config_change.clone(),
+        Lent {
+            registry: &mut registry,
             health: health.clone(),
+            unit,
+            ending: ending.clone(),
         },
     )?;
-    check_queues(&device)?;
-    if !options.incoming {
-        device.acquire(PREDECESSOR_PATIENCE)?;
-    }
-    let workers = device.workers()?;
-    let thread_of = threads_of_queues(&device, &workers)?;
-    let mut threads = Vec::new();
-    for Assignment { worker, queues } in workers {
-        let thread = QueueThread::new(worker, &queues, ending.clone(), health.clone())?;
-        threads.push((thread, queues));
-    }
-    let front = open_front(&options)?;
-    let link = options.control_fd.map(Link::new).transpose()?;
+    let front = match inherited {
+        Some(front) => front,
+        None => front::bind(&options)?,
+    };
     let metrics_listener = options
         .metrics_socket
         .as_deref()
@@ -204,32 +187,18 @@ fn start<D: Device>(
         .map_err(|error| HostError::new("cannot reach the socket in NOTIFY_SOCKET", error))?;
 
     match options.sandbox {
-        Switch::On => sandbox::enter(D::IOCTLS)?,
+        Switch::On => sandbox::enter(S::IOCTLS)?,
         Switch::Off => tracing::warn!("running without sandbox"),
     }
 
-    let mut rings: Vec<Arc<dyn Rings>> = Vec::new();
-    for (thread, queues) in threads {
-        rings.push(Arc::clone(&thread) as Arc<dyn Rings>);
-        let name = format!("queue-{}", queues.first().map_or(0, |queue| queue.get()));
-        spawn(name, STACK, move || thread.run())?;
-    }
+    let server = Arc::new(server);
+    server.start()?;
     if let Some(listener) = metrics_listener {
         metrics_server::start(listener, registry)
             .map_err(|error| HostError::new("cannot start the metrics thread", error))?;
     }
-    let services = Arc::new(Services {
-        device: Arc::new(device),
-        held: Mutex::new(!options.incoming),
-        queues: QueueThreads::new(rings, thread_of),
-        unit,
-        prefault: Prefaulter::new(options.prefault, health.clone()),
-        metrics,
-        config_change,
-        health,
-    });
     if let Some(link) = link {
-        link.start(Arc::clone(&services))?;
+        link.start(Arc::clone(&server), health)?;
     }
     let running = Running {
         signals,
@@ -240,8 +209,8 @@ fn start<D: Device>(
     };
     let connection = running.connection.clone();
     let stopping = Arc::clone(&running.stopping);
-    spawn("control".to_owned(), 4 * STACK, move || {
-        match serve_front(front, &services, &connection, &stopping) {
+    spawn("control".to_owned(), STACK, move || {
+        match front::serve(front, &server, &connection, &stopping) {
             Ok(()) => ending.finish(),
             Err(error) => ending.fail(&*error),
         }
@@ -265,99 +234,12 @@ pub(crate) fn spawn(
     Ok(())
 }
 
-fn open_front(options: &KitOptions) -> Result<Front, OptionError> {
-    if options.socket.fd.is_some() && options.socket.fd == options.control_fd {
-        return Err(OptionError {
-            option: "--control-fd",
-            value: options.control_fd.unwrap_or(-1).to_string(),
-            problem: "is the descriptor of --fd too; hand over two sockets".to_owned(),
-        });
-    }
-    match (&options.socket.socket_path, options.socket.fd) {
-        (Some(path), _) => listen::bind("--socket-path", path).map(Front::Listening),
-        // The command line has one of the two.
-        (None, fd) => listen::inherit("--fd", fd.unwrap_or(-1)),
-    }
-}
-
 fn block_signals() -> Result<SignalFd, Errno> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
     SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-}
-
-fn check_queues<D: Device>(device: &D) -> Result<(), StartError> {
-    let (count, size) = (device.queue_count(), device.max_queue_size());
-    if count == 0 || count > MAX_QUEUES {
-        return Err(StartError::Device(format!(
-            "{count} queues, possible are 1 to {MAX_QUEUES}"
-        )));
-    }
-    if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
-        return Err(StartError::Device(format!(
-            "queue size {size} is no power of two up to {MAX_QUEUE_SIZE}"
-        )));
-    }
-    Ok(())
-}
-
-/// For each queue the number of its worker; each queue has exactly one.
-fn threads_of_queues<D: Device>(
-    device: &D,
-    workers: &[Assignment<D::Worker>],
-) -> Result<Vec<usize>, StartError> {
-    let assigned: Vec<(QueueIndex, usize)> = workers
-        .iter()
-        .enumerate()
-        .flat_map(|(at, worker)| worker.queues.iter().map(move |queue| (*queue, at)))
-        .collect();
-    let distinct: BTreeSet<u16> = assigned.iter().map(|(queue, _)| queue.get()).collect();
-    let all: BTreeSet<u16> = (0..device.queue_count()).collect();
-    if distinct != all || assigned.len() != all.len() {
-        return Err(StartError::Device(
-            "every queue must have one worker".to_owned(),
-        ));
-    }
-    let mut thread_of = vec![0; all.len()];
-    for (queue, worker) in assigned {
-        thread_of[usize::from(queue.get())] = worker;
-    }
-    Ok(thread_of)
-}
-
-type ServeResult = Result<(), Box<dyn std::error::Error + Send + Sync>>;
-
-fn serve_front<D: Device>(
-    front: Front,
-    services: &Arc<Services<D>>,
-    connection: &Connection,
-    stopping: &AtomicBool,
-) -> ServeResult {
-    let listener = match front {
-        Front::Connected(stream) => return serve(stream, services, connection),
-        Front::Listening(listener) => listener,
-    };
-    while !stopping.load(Ordering::SeqCst) {
-        match listener.accept() {
-            Ok((stream, _)) => serve(stream, services, connection)?,
-            Err(error) if is_passing(&error) => {
-                tracing::warn!(%error, "a front-end could not connect");
-                thread::sleep(Duration::from_millis(100));
-            }
-            Err(error) => return Err(HostError::new("cannot accept front-ends", error).into()),
-        }
-    }
-    Ok(())
-}
-
-/// Whether another `accept` may succeed.
-fn is_passing(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error().map(Errno::from_raw),
-        Some(Errno::EINTR | Errno::ECONNABORTED | Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
-    )
 }
 
 impl Running {

@@ -69,6 +69,9 @@ pub(crate) struct Stuck;
 /// What the control thread does with the queues of one thread. Each call waits for the turn that
 /// the thread is in.
 pub(crate) trait Rings: Send + Sync {
+    /// Serves as long as the process lives, on this thread. A failure of the host ends the process.
+    fn run(&self);
+
     /// Serves this queue from now on.
     fn start(&self, queue: Queue) -> Result<(), Stuck>;
 
@@ -157,12 +160,6 @@ impl<W: Worker> QueueThread<W> {
         }))
     }
 
-    /// Serves as long as the process lives. A failure of the host ends the process.
-    pub(crate) fn run(&self) {
-        let Err(error) = self.serve();
-        self.ending.fail(&error);
-    }
-
     fn serve(&self) -> Result<Infallible, HostError> {
         let mut events = [EpollEvent::empty(); EVENTS];
         let mut at_once = {
@@ -188,6 +185,11 @@ impl<W: Worker> QueueThread<W> {
 }
 
 impl<W: Worker> Rings for QueueThread<W> {
+    fn run(&self) {
+        let Err(error) = self.serve();
+        self.ending.fail(&error);
+    }
+
     fn start(&self, queue: Queue) -> Result<(), Stuck> {
         let mut serving = self.lock()?;
         let mut look = serving.start(queue);

@@ -5,9 +5,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
+use crate::device::HostError;
 use crate::memory::Memory;
+use crate::program::spawn;
 use crate::queue::{Queue, QueueIndex, RingLayout};
 use crate::queue_thread::{RingEvent, Rings, Stuck};
+
+/// A queue thread needs little; the address space of 64 of them is kept small.
+const STACK: usize = 256 << 10;
 
 /// A queue thread that is stuck in a turn.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +32,16 @@ impl QueueThreads {
     /// `thread_of` has a valid entry for each queue of the device.
     pub(crate) fn new(threads: Vec<Arc<dyn Rings>>, thread_of: Vec<usize>) -> Self {
         QueueThreads { threads, thread_of }
+    }
+
+    /// Starts the threads.
+    pub(crate) fn spawn(&self) -> Result<(), HostError> {
+        for (at, thread) in self.threads.iter().enumerate() {
+            let first = self.thread_of.iter().position(|of| *of == at).unwrap_or(0);
+            let thread = Arc::clone(thread);
+            spawn(format!("queue-{first}"), STACK, move || thread.run())?;
+        }
+        Ok(())
     }
 
     /// Number of queues.

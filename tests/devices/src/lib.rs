@@ -1,7 +1,7 @@
 //! Conformance of device processes, driven over a real vhost-user socket without a guest.
 //!
 //! Every device passes the same cases; a `Subject` says what differs between devices.
-//! A new device is a row in the list at the end.
+//! A new device is a row in the list at the end. What is served over vfio-user has tests of its own.
 
 #![cfg(test)]
 
@@ -11,6 +11,7 @@ mod cases;
 mod fault;
 mod net;
 mod subject;
+mod vfio;
 
 /// Makes the tests of each device: all cases, each under its own name.
 macro_rules! conformance {

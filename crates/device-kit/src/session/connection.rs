@@ -7,11 +7,10 @@
 //! retries for ever when a header comes in halves.
 
 use std::io::{IoSliceMut, Read};
-use std::net::Shutdown;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration::channel::Cancel;
@@ -25,6 +24,7 @@ use super::error::SessionError;
 use super::{Services, Session, wired};
 use crate::device::Device;
 use crate::ending::chain;
+use crate::server::ServeResult;
 
 /// A message that has begun arrives within this time.
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(5);
@@ -36,42 +36,18 @@ pub(super) const FLAG_REPLY: u32 = 4;
 const FLAG_NEED_REPLY: u32 = 8;
 pub(super) const VERSION_1: u32 = 1;
 
-/// The connection that is being served, for whoever must end it.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Connection(Arc<Mutex<Option<UnixStream>>>);
-
-impl Connection {
-    /// Ends the connection; the session follows. False when there is none.
-    pub(crate) fn shut_down(&self) -> bool {
-        let current = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(stream) = current.as_ref() {
-            // It fails only when the front-end is gone already.
-            let _ = stream.shutdown(Shutdown::Both);
-        }
-        current.is_some()
-    }
-
-    fn set(&self, stream: Option<UnixStream>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = stream;
-    }
-}
-
 /// Serves one front-end until it goes or errs.
 ///
 /// # Errors
 /// When there is no descriptor left for a session, or it cannot be ended: requests are in flight that
 /// do not end.
-pub(crate) fn serve<D: Device>(
-    stream: UnixStream,
-    services: &Arc<Services<D>>,
-    connection: &Connection,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+pub(crate) fn serve<D: Device>(stream: UnixStream, services: &Arc<Services<D>>) -> ServeResult {
     services.metrics.sessions.inc();
     services.health.set_connected(true);
     tracing::info!("front-end connected");
     let end = Cancel::at_end_of(stream.try_clone()?);
     let session = Arc::new(Session::new(Arc::clone(services), end));
-    match messages(stream, &session, connection) {
+    match messages(stream, &session) {
         Ok(()) => tracing::info!("front-end disconnected"),
         Err(error) => {
             services.metrics.sessions_failed.inc();
@@ -81,21 +57,15 @@ pub(crate) fn serve<D: Device>(
         }
     }
     let ended = session.end();
-    connection.set(None);
     services.health.set_connected(false);
     Ok(ended?)
 }
 
-fn messages<D: Device>(
-    stream: UnixStream,
-    session: &Arc<Session<D>>,
-    connection: &Connection,
-) -> Result<(), ProtocolError> {
+fn messages<D: Device>(stream: UnixStream, session: &Arc<Session<D>>) -> Result<(), ProtocolError> {
     let failed = |source| ProtocolError::from(SessionError::Connection(source));
     stream
         .set_read_timeout(Some(MESSAGE_DEADLINE))
         .map_err(failed)?;
-    connection.set(Some(stream.try_clone().map_err(failed)?));
     let peek = stream.try_clone().map_err(failed)?;
     let mut library = BackendReqHandler::from_stream(stream, Arc::clone(session));
     loop {

@@ -11,7 +11,7 @@ use vm_memory::GuestAddress;
 use zbus::proxy::CacheProperties;
 
 use super::*;
-use crate::cases::link::{Core, linked_with};
+use crate::cases::link::{Core, link, linked_with};
 use crate::subject::{options, running};
 
 /// A machine with these features and queues, and the core's end of its link.
@@ -206,6 +206,23 @@ fn statistics_are_asked_for_again_and_again() -> Result<()> {
         let Machine { rings, ram, .. } = &mut machine;
         rings[STATISTICS].wait_used(ram, PATIENCE)?;
     }
+    Ok(())
+}
+
+#[test]
+fn what_the_guest_said_last_is_known_where_it_moves() -> Result<()> {
+    let (mut machine, core) = linked(FEATURES | STATS_VQ, 5)?;
+    report_free(&mut machine, &core, 5 << 20)?;
+    // It owes the next report from now on.
+    let Machine { rings, ram, .. } = &mut machine;
+    rings[STATISTICS].wait_used(ram, PATIENCE)?;
+    let mut twin = Balloon::new()?.twin_spec();
+    let (socket, _theirs) = link(&mut twin)?;
+    machine.move_to(twin)?;
+    let known = ask(&Core::new(socket)?, async |b| {
+        Ok(b.guest_statistics().await?)
+    })?;
+    assert_eq!(known, [("free_bytes".to_owned(), 5 << 20)].into());
     Ok(())
 }
 

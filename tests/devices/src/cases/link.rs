@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use api::device1::{Device1Proxy, INTERFACE, PATH, Prefault};
 use futures_core::Stream as _;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use test_framework::frontend::{Machine, MachineOptions, PATIENCE, wait_for};
+use test_framework::frontend::{DeviceSpec, Machine, MachineOptions, PATIENCE, wait_for};
 use tokio::runtime::Runtime;
 use zbus::proxy::CacheProperties;
 use zbus::{Connection, OwnedVariant, Variant};
@@ -79,12 +79,19 @@ fn linked<S: Subject>() -> Result<(S, Machine, UnixStream)> {
 
 /// As [`linked`], for a machine of `options`.
 pub(crate) fn linked_with(mut options: MachineOptions) -> Result<(Machine, UnixStream)> {
+    let (ours, _theirs) = link(&mut options.device)?;
+    let machine = Machine::start(options)?;
+    Ok((machine, ours))
+}
+
+/// Lets a device that will be started have a link: the core's end of it, and the device's, which is
+/// to be kept until then.
+pub(crate) fn link(device: &mut DeviceSpec) -> Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = UnixStream::pair()?;
     let theirs = OwnedFd::from(theirs);
     let argument = format!("--control-fd={}", hand_over(&theirs)?);
-    options.device.arguments.push(argument);
-    let machine = Machine::start(options)?;
-    Ok((machine, ours))
+    device.arguments.push(argument);
+    Ok((ours, theirs))
 }
 
 fn with_core<S: Subject>() -> Result<(S, Machine, Core)> {
