@@ -21,7 +21,9 @@ use vmm_core::memory::HugePages;
 use vmm_core::migration::setup::Sockets;
 use vmm_core::migration::snapshot::Files;
 use vmm_core::migration::without::Mechanism;
-use vmm_core::remote::vhost_user::{Endpoint, VhostUserConfig};
+use vmm_core::remote::Endpoint;
+use vmm_core::remote::vfio_user::VfioUserConfig;
+use vmm_core::remote::vhost_user::VhostUserConfig;
 use vmm_core::transport::DeviceKind;
 
 /// One virtual machine, whose devices are other processes.
@@ -77,6 +79,9 @@ pub struct Options {
     /// config-size=, control-fd=
     #[arg(long = "vhost-user", value_name = "DEVICE")]
     vhost_user: Vec<String>,
+    /// A PCI device of another process, `socket=PATH|fd=N`, and if wanted id=, control-fd=
+    #[arg(long = "vfio-user", value_name = "DEVICE")]
+    vfio_user: Vec<String>,
     /// Where the first serial port leads: stdio, null, file=PATH or fd=N
     #[arg(long, default_value = "stdio", value_name = "WHERE")]
     serial: String,
@@ -142,6 +147,12 @@ impl Options {
             links.extend(device.link.map(|link| (device.config.id.clone(), link)));
             vhost_user.push((device.config, device.endpoint));
         }
+        let mut vfio_user = Vec::new();
+        for (number, text) in self.vfio_user.iter().enumerate() {
+            let device = pci_device(number, text).with_context(|| format!("--vfio-user {text}"))?;
+            links.extend(device.link.map(|link| (device.config.id.clone(), link)));
+            vfio_user.push((device.config, device.endpoint));
+        }
         let initrd = self
             .initrd
             .map(|path| image(path, "--initrd-fd", self.initrd_fd));
@@ -166,6 +177,7 @@ impl Options {
             prefault: self.prefault,
             serial: serial(&self.serial)?,
             vhost_user,
+            vfio_user,
             links,
             kvm,
             end,
@@ -266,8 +278,8 @@ fn parse<T: FromStr<Err: Display>>(key: &str, value: &str) -> Result<T> {
 }
 
 /// What an option says of one device.
-struct Device {
-    config: VhostUserConfig,
+struct Device<C> {
+    config: C,
     endpoint: Endpoint,
     link: Option<OwnedFd>,
 }
@@ -310,7 +322,7 @@ fn incoming(text: &str) -> Result<Incoming> {
 }
 
 /// One device of the form TYPE,key=value,…
-fn device(number: usize, text: &str) -> Result<Device> {
+fn device(number: usize, text: &str) -> Result<Device<VhostUserConfig>> {
     let mut words = text.split(',');
     let kind: DeviceKind = words
         .next()
@@ -336,6 +348,29 @@ fn device(number: usize, text: &str) -> Result<Device> {
             _ => bail!(
                 "{key} is no setting of a device: there are socket, fd, control-fd, id, queues, queue-size, config-size, tag, mac"
             ),
+        }
+    }
+    Ok(Device {
+        config,
+        endpoint: endpoint.context("it needs socket=PATH or fd=N")?,
+        link,
+    })
+}
+
+/// One PCI device of the form key=value,…
+fn pci_device(number: usize, text: &str) -> Result<Device<VfioUserConfig>> {
+    let (mut endpoint, mut link) = (None, None);
+    let mut config = VfioUserConfig::new(format!("vfio{number}"));
+    for word in text.split(',') {
+        let Some((key, value)) = word.split_once('=') else {
+            bail!("{word} is not of the form key=value")
+        };
+        match key {
+            "socket" => endpoint = Some(Endpoint::Path(value.into())),
+            "fd" => endpoint = Some(Endpoint::Connected(inherited("fd", parse(key, value)?)?)),
+            "control-fd" => link = Some(inherited(key, parse(key, value)?)?),
+            "id" => config.id = value.into(),
+            _ => bail!("{key} is no setting of a PCI device: there are socket, fd, control-fd, id"),
         }
     }
     Ok(Device {
@@ -381,5 +416,15 @@ mod tests {
         assert!(wrong("blk,socket=/x,control-fd=999").contains("no such open descriptor"));
         assert!(wrong("blk,fd=999").contains("no such open descriptor"));
         assert!(wrong("net,socket=/x,mac=1:2").contains("six hexadecimal bytes"));
+    }
+
+    #[test]
+    fn pci_devices_need_nothing_but_a_socket() {
+        let device = pci_device(2, "socket=/run/gpu").unwrap();
+        assert_eq!(device.config.id, "vfio2");
+        let wrong = |text| format!("{:#}", pci_device(0, text).err().unwrap());
+        assert_eq!(wrong("id=gpu"), "it needs socket=PATH or fd=N");
+        assert!(wrong("socket=/x,queues=3").starts_with("queues is no setting of a PCI device"));
+        assert!(wrong("fd=999").contains("no such open descriptor"));
     }
 }

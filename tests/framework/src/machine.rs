@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use api::core::{CoreProxy, DeviceStatus, State};
+use api::migration::MigrationProxy;
 use tempfile::TempDir;
 use test_guest::Workload;
 use tokio::runtime::Runtime;
-use zbus::connection;
+use zbus::{Connection, connection};
 
 use crate::console::Console;
 use crate::process::{Launch, Process};
@@ -40,6 +41,8 @@ pub enum Device {
         /// Where it listens.
         socket: PathBuf,
     },
+    /// A PCI device that copies memory: the synthetic one of `godwit-vfio`.
+    Copier,
     /// A network device on a tap.
     Net {
         /// The tap.
@@ -120,7 +123,7 @@ impl Machine {
             let mut link = None;
             let (kind, socket) = match device {
                 Device::Foreign { kind, socket } => (*kind, socket.clone()),
-                Device::Balloon | Device::Blk { .. } | Device::Net { .. } => {
+                Device::Balloon | Device::Blk { .. } | Device::Copier | Device::Net { .. } => {
                     let socket = folder.path().join(format!("device{number}"));
                     // The device takes over a socket that listens already, so nobody has to wait.
                     let listener = UnixListener::bind(&socket).context("no socket for a device")?;
@@ -136,8 +139,11 @@ impl Machine {
                 }
             };
             let link = link.map_or(String::new(), |fd| format!(",control-fd={fd}"));
-            let value = format!("{kind},socket={},id=device{number}{link}", socket.display());
-            core = core.option("--vhost-user", value);
+            let value = format!("socket={},id=device{number}{link}", socket.display());
+            core = match device {
+                Device::Copier => core.option("--vfio-user", value),
+                _ => core.option("--vhost-user", format!("{kind},{value}")),
+            };
         }
         let (ours, theirs) = UnixStream::pair().context("no console")?;
         let console = core.inherit(theirs.into());
@@ -177,7 +183,8 @@ impl Machine {
         &mut self.devices
     }
 
-    /// Starts the process of device `number` again, on its socket.
+    /// Starts the process of device `number` again, on its socket. The core finds it there, but for
+    /// that of a PCI device, which it is given.
     pub fn restart_device(&mut self, definition: &Definition, number: usize) -> Result<()> {
         let device = definition
             .devices
@@ -195,7 +202,16 @@ impl Machine {
             None
         };
         self.devices[number] = start_device(device, listener, link)?;
+        if let Device::Copier = device {
+            let connection = UnixStream::connect(&socket).context("the device does not listen")?;
+            self.attach_backend(&format!("device{number}"), connection.into())?;
+        }
         Ok(())
+    }
+
+    /// Gives a device a new process on a connected socket.
+    pub fn attach_backend(&self, device: &str, socket: OwnedFd) -> Result<()> {
+        self.call(async |core| core.attach_backend(device, socket.into()).await)
     }
 
     /// Gives the core a new link to the process of a device.
@@ -258,6 +274,18 @@ impl Machine {
     }
 
     fn call<T>(&self, call: impl AsyncFnOnce(CoreProxy<'_>) -> Result<T, api::Error>) -> Result<T> {
+        self.connected(async |connection| Ok(call(CoreProxy::new(connection).await?).await?))
+    }
+
+    /// Asks what moves the machine for something.
+    pub fn move_by<T>(
+        &self,
+        call: impl AsyncFnOnce(MigrationProxy<'_>) -> Result<T, api::Error>,
+    ) -> Result<T> {
+        self.connected(async |connection| Ok(call(MigrationProxy::new(connection).await?).await?))
+    }
+
+    fn connected<T>(&self, call: impl AsyncFnOnce(&Connection) -> Result<T>) -> Result<T> {
         let work = async {
             let stream = UnixStream::connect(&self.control).with_context(|| {
                 format!("the core does not listen; it said: {}", self.core.stderr())
@@ -266,8 +294,7 @@ impl Machine {
                 .p2p()
                 .build()
                 .await?;
-            let core = CoreProxy::new(&connection).await?;
-            anyhow::Ok(call(core).await?)
+            call(&connection).await
         };
         self.runtime
             .block_on(async { tokio::time::timeout(DEADLINE, work).await })
@@ -280,6 +307,7 @@ impl Device {
         match self {
             Self::Balloon => "balloon",
             Self::Blk { .. } => "blk",
+            Self::Copier => "vfio",
             Self::Net { .. } => "net",
             Self::Foreign { kind, .. } => kind,
         }
@@ -303,6 +331,7 @@ fn start_device(
         Device::Blk { image, queues } => launch
             .option("--blk-file", image)
             .option("--num-queues", queues.to_string()),
+        Device::Copier => launch.arg("--synthetic"),
         Device::Net { tap, pairs } => launch
             .option("--tap", tap)
             .option("--queue-pairs", pairs.to_string()),

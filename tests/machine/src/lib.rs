@@ -1,12 +1,13 @@
 //! Helpers for tests of whole machines with the bundled guest.
 
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use api::core::DeviceStatus;
 use test_framework::machine::{DEADLINE, Machine};
 use test_framework::network;
-use test_guest::{Report, Workload};
+use test_guest::{Report, Workload, command};
 
 /// The host's side of the first network device, as the guest assumes it.
 pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
@@ -24,6 +25,29 @@ pub fn network(tap: &str, queues: u16) -> Result<()> {
     network::enter()?;
     network::add_tap(tap, HOST, queues)?;
     network::echo(HOST, 7)
+}
+
+/// Waits until the core says what is wanted of the first device.
+pub fn becomes(
+    machine: &Machine,
+    what: &str,
+    wanted: impl Fn(&DeviceStatus) -> bool,
+) -> Result<DeviceStatus> {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        let status = machine.device_status("device0")?;
+        if wanted(&status) {
+            return Ok(status);
+        }
+        ensure!(Instant::now() < end, "never {what}: {status:?}");
+    }
+}
+
+/// Tells the guest to stop, which finds nothing wrong with its devices.
+pub fn stop(mut machine: Machine) -> Result<()> {
+    machine.console.send(command::STOP)?;
+    finish(&mut machine)?;
+    Ok(())
 }
 
 /// The guest's last words: what each disk and network device did, and whether all was well.

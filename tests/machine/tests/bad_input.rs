@@ -1,6 +1,7 @@
 //! What cannot work is refused in one line that names the thing, and leaves nothing behind.
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -10,7 +11,11 @@ use test_framework::programs::program;
 
 /// Runs the core with `options`, which it must refuse; its one line.
 fn refused(options: &[(&str, &str)]) -> Result<String> {
-    let mut launch = Launch::new(&program("godwit-vmm")?);
+    refused_with(Launch::new(&program("godwit-vmm")?), options)
+}
+
+/// As [`refused`], of a core that is given more.
+fn refused_with(mut launch: Launch, options: &[(&str, &str)]) -> Result<String> {
     for (option, value) in options {
         launch = launch.option(option, value);
     }
@@ -93,6 +98,55 @@ fn devices_that_are_not_there() -> Result<()> {
 }
 
 #[test]
+fn pci_devices_that_are_not_there() -> Result<()> {
+    let folder = TempDir::new()?;
+    let socket = folder.path().join("nobody").display().to_string();
+    let device = format!("socket={socket}");
+    let said = refused(&[guest(), ("--vfio-user", &device)])?;
+    assert!(
+        said.contains(&format!(
+            "device vfio0: nobody listens on {socket}; start its back-end first"
+        )),
+        "{said}"
+    );
+    let said = refused(&[guest(), ("--vfio-user", "socket=/x,color=red")])?;
+    assert!(
+        said.contains("color is no setting of a PCI device"),
+        "{said}"
+    );
+    let twice = [
+        guest(),
+        ("--vhost-user", "blk,socket=/x,id=a"),
+        ("--vfio-user", "socket=/y,id=a"),
+    ];
+    let said = refused(&twice)?;
+    assert!(said.contains("two devices are named a"), "{said}");
+    // What listens is a device of another protocol.
+    let listener = UnixListener::bind(&socket)?;
+    let mut launch = Launch::new(&program("godwit-balloon")?);
+    let fd = launch.inherit(listener.into());
+    let _balloon = launch.option("--fd", fd.to_string()).start()?;
+    let said = refused(&[guest(), ("--vfio-user", &device)])?;
+    assert!(
+        said.contains("device vfio0 cannot be given to the machine"),
+        "{said}"
+    );
+    Ok(())
+}
+
+#[test]
+fn no_machine_arrives_with_a_pci_device() -> Result<()> {
+    let mut launch = Launch::new(&program("godwit-vmm")?);
+    let fd = launch.inherit(tempfile::tempfile()?.into());
+    let from = format!("snapshot={fd}");
+    let (place, device) = (("--incoming", &*from), ("--vfio-user", "socket=/x,id=card"));
+    let said = refused_with(launch, &[guest(), place, device])?;
+    let why = "device card is a PCI device of vfio-user, with which no machine can arrive";
+    assert!(said.contains(why), "{said}");
+    Ok(())
+}
+
+#[test]
 fn impossible_machines() -> Result<()> {
     for (cpus, memory, named) in [
         ("0", "64M", "0 vCPUs"),
@@ -114,7 +168,7 @@ fn impossible_machines() -> Result<()> {
 
 #[test]
 fn unknown_options_are_named_by_every_program() -> Result<()> {
-    for name in ["godwit-vmm", "godwit-blk", "godwit-net"] {
+    for name in ["godwit-vmm", "godwit-blk", "godwit-net", "godwit-vfio"] {
         let mut process = Launch::new(&program(name)?).arg("--toast").start()?;
         let status = process.wait(Duration::from_secs(20))?;
         assert_ne!(status.code(), Some(0));

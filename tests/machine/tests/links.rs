@@ -2,15 +2,14 @@
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use api::core::{DeviceStatus, Link};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
-use test_framework::machine::{DEADLINE, Definition, Device, Machine, make_image};
-use test_guest::{BlkMode, Workload, command};
-use test_machine::{active, finish, work};
+use test_framework::machine::{Definition, Device, Machine, make_image};
+use test_guest::{BlkMode, Workload};
+use test_machine::{active, becomes, stop, work};
 
 /// A machine whose disk works until it is told to stop.
 fn busy(folder: &TempDir, links: bool) -> Result<(Definition, Machine)> {
@@ -29,30 +28,8 @@ fn busy(folder: &TempDir, links: bool) -> Result<(Definition, Machine)> {
     Ok((definition, machine))
 }
 
-fn becomes(
-    machine: &Machine,
-    what: &str,
-    wanted: impl Fn(&DeviceStatus) -> bool,
-) -> Result<DeviceStatus> {
-    let end = Instant::now() + DEADLINE;
-    loop {
-        let status = machine.device_status("device0")?;
-        if wanted(&status) {
-            return Ok(status);
-        }
-        ensure!(Instant::now() < end, "never {what}: {status:?}");
-    }
-}
-
 fn requests(status: &DeviceStatus) -> u64 {
     status.statistics.get("requests").copied().unwrap_or(0)
-}
-
-/// The guest finds nothing wrong with its disk.
-fn end(mut machine: Machine) -> Result<()> {
-    machine.console.send(command::STOP)?;
-    finish(&mut machine)?;
-    Ok(())
 }
 
 #[test]
@@ -79,7 +56,7 @@ fn a_device_process_tells_how_it_does() -> Result<()> {
     assert_eq!(machine.device_status("device0")?.state, "Stop");
     machine.resume()?;
     ensure!(machine.device_status("device1").is_err());
-    end(machine)
+    stop(machine)
 }
 
 #[test]
@@ -101,7 +78,7 @@ fn a_new_process_gets_a_new_link() -> Result<()> {
         status.link == Link::Up && status.connected && requests(status) > 100
     })?;
     assert_eq!(back.reconnects, 1);
-    end(machine)
+    stop(machine)
 }
 
 #[test]
@@ -125,5 +102,5 @@ fn a_machine_needs_no_link_and_survives_a_bad_one() -> Result<()> {
     ensure!(machine.attach_link("nobody", theirs.into()).is_err());
     machine.pause()?;
     machine.resume()?;
-    end(machine)
+    stop(machine)
 }

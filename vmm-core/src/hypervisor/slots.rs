@@ -26,7 +26,7 @@ use kvm_ioctls::VmFd;
 
 use super::{HypervisorError, Vm, refused};
 use crate::costs;
-use crate::memory::{LayoutChange, LayoutListener, Region};
+use crate::memory::{LayoutChange, LayoutListener, Region, RegionKind};
 
 const PAGE: u64 = 4096;
 const PAGES_PER_WORD: u64 = u64::BITS as u64;
@@ -74,7 +74,10 @@ impl MemorySlots {
         logging: bool,
     ) -> Result<(), HypervisorError> {
         let log = if logging { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-        let rom = if region.is_rom() { KVM_MEM_READONLY } else { 0 };
+        let rom = match region.kind() {
+            RegionKind::Rom => KVM_MEM_READONLY,
+            RegionKind::Ram | RegionKind::Device => 0,
+        };
         let slot = kvm_userspace_memory_region {
             slot,
             flags: log | rom,

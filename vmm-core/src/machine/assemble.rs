@@ -37,10 +37,10 @@ use crate::migration::definition::{cpu_features, processor};
 use crate::migration::ram::CoreWrites;
 use crate::migration::unit::Unit;
 use crate::pci::{BarAllocator, HostBridge, PciAddress, Root};
+use crate::remote::Endpoint;
 use crate::remote::device1::DeviceLinks;
-use crate::remote::vhost_user::{
-    Endpoint, VhostUserConfig, VhostUserDevice, VhostUserError, Watchdog,
-};
+use crate::remote::vfio_user::{Found, VfioUserConfig, VfioUserDevice, VfioUserError};
+use crate::remote::vhost_user::{VhostUserConfig, VhostUserDevice, VhostUserError, Watchdog};
 use crate::transport::{TroubleSink, VirtioPciDevice, Wiring};
 
 impl Machine {
@@ -69,8 +69,9 @@ impl Machine {
             what: "taken over",
             source,
         })?;
-        let ((vm, ram), devices) = thread::scope(|scope| {
+        let ((vm, ram), devices, found) = thread::scope(|scope| {
             let devices = scope.spawn(|| connect(config.vhost_user, &memory));
+            let found = scope.spawn(|| find(config.vfio_user));
             let vm = Vm::new(&kvm).map_err(MachineError::from);
             let ram = match shared_ram {
                 Some(file) => Ram::adopt(file.into(), ram_and_rom),
@@ -79,13 +80,17 @@ impl Machine {
             let ram = ram.map(|ram| ram.with_rom(config.memory, boot.rom()));
             let ram = ram.map_err(MachineError::from);
             let devices = devices.join().unwrap_or_else(|panic| resume_unwind(panic));
-            Ok::<_, MachineError>(((vm?, ram?), devices?))
+            let found = found.join().unwrap_or_else(|panic| resume_unwind(panic));
+            Ok::<_, MachineError>(((vm?, ram?), devices?, found?))
         })?;
         let vm = Arc::new(vm);
         let slots = Arc::new(MemorySlots::new(&vm));
         memory.subscribe(Arc::clone(&slots) as _)?;
         for device in &devices {
             memory.subscribe(Arc::clone(device) as _)?;
+        }
+        for device in &found {
+            memory.subscribe(device.listener())?;
         }
         lay_out(&memory, &ram, config.prefault)?;
 
@@ -114,6 +119,7 @@ impl Machine {
         };
         let backends = devices.clone();
         let devices = plug(devices, &root, &wiring)?;
+        let pci_devices = plug_pci(found, devices.len(), &root, &wiring, &memory)?;
         let unit = |(pci, remote): (&Arc<VirtioPciDevice>, _)| {
             Arc::new(Unit {
                 id: pci.name().to_owned(),
@@ -168,7 +174,7 @@ impl Machine {
             without: config.without,
         });
         let mover = moving.watcher(ram.file());
-        let devices_told = Devices::new(&backends, links);
+        let devices_told = Devices::new(&backends, &pci_devices, links);
         let control = control::serve(owner, events, news, devices_told, mover)
             .map_err(MachineError::Control)?;
         let machine = Self {
@@ -181,6 +187,7 @@ impl Machine {
             vcpus,
             devices,
             backends,
+            pci_devices,
             root,
             bridge,
             platform,
@@ -220,6 +227,21 @@ fn connect(
     })
 }
 
+/// Reaches all processes of PCI devices at once.
+fn find(devices: Vec<(VfioUserConfig, Endpoint)>) -> Result<Vec<Found>, MachineError> {
+    thread::scope(|scope| {
+        let connect = |(config, endpoint)| scope.spawn(|| Found::connect(config, endpoint));
+        let workers: Vec<_> = devices.into_iter().map(connect).collect();
+        let join = |worker: ScopedJoinHandle<'_, Result<_, VfioUserError>>| {
+            worker
+                .join()
+                .unwrap_or_else(|panic| resume_unwind(panic))
+                .map_err(MachineError::from)
+        };
+        workers.into_iter().map(join).collect()
+    })
+}
+
 /// Makes the RAM the guest's, in one transaction.
 fn lay_out(memory: &Memory, ram: &Ram, all_present: bool) -> Result<(), MachineError> {
     let regions = ram.regions().map_err(|source| MachineError::Map {
@@ -250,6 +272,24 @@ fn plug(
         let address = PciAddress::of_device(index).ok_or(MachineError::TooManyDevices)?;
         let device = VirtioPciDevice::new(device, wiring)?;
         root.insert(address, Arc::clone(&device) as _)?;
+        plugged.push(device);
+    }
+    Ok(plugged)
+}
+
+/// Puts PCI devices behind the first `taken` ones.
+fn plug_pci(
+    found: Vec<Found>,
+    taken: usize,
+    root: &Root,
+    wiring: &Wiring,
+    memory: &Arc<Memory>,
+) -> Result<Vec<VfioUserDevice>, MachineError> {
+    let mut plugged = Vec::with_capacity(found.len());
+    for (index, device) in (taken..).zip(found) {
+        let address = PciAddress::of_device(index).ok_or(MachineError::TooManyDevices)?;
+        let device = VfioUserDevice::new(device, wiring, memory)?;
+        root.insert(address, device.function())?;
         plugged.push(device);
     }
     Ok(plugged)

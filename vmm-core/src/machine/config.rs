@@ -10,7 +10,9 @@ use super::migrate::Incoming;
 use crate::hypervisor::CpuLevel;
 use crate::memory::HugePages;
 use crate::migration::without::Without;
-use crate::remote::vhost_user::{Endpoint, VhostUserConfig};
+use crate::remote::Endpoint;
+use crate::remote::vfio_user::VfioUserConfig;
+use crate::remote::vhost_user::VhostUserConfig;
 
 /// Most vCPUs of a machine.
 pub const MOST_VCPUS: u32 = 32;
@@ -37,6 +39,8 @@ pub struct MachineConfig {
     /// Devices in other processes, in the order of their PCI addresses, and how to
     /// reach their back-ends.
     pub vhost_user: Vec<(VhostUserConfig, Endpoint)>,
+    /// PCI devices of other processes, whose addresses follow.
+    pub vfio_user: Vec<(VfioUserConfig, Endpoint)>,
     /// Links to the processes of devices, by the names of the devices.
     pub links: Vec<(String, OwnedFd)>,
     /// The KVM device.
@@ -117,6 +121,12 @@ pub enum ConfigError {
         /// The name.
         id: String,
     },
+    /// A device that cannot come from elsewhere.
+    #[error("device {id} is a PCI device of vfio-user, with which no machine can arrive")]
+    Arrival {
+        /// Its name.
+        id: String,
+    },
 }
 
 impl MachineConfig {
@@ -130,11 +140,12 @@ impl MachineConfig {
                 memory: self.memory,
             });
         }
-        let mut ids: Vec<_> = self
-            .vhost_user
-            .iter()
-            .map(|(device, _)| &device.id)
-            .collect();
+        let vfio_user = self.vfio_user.iter().map(|(device, _)| &device.id);
+        if let (Some(_), Some(id)) = (&self.incoming, vfio_user.clone().next()) {
+            return Err(ConfigError::Arrival { id: id.clone() });
+        }
+        let vhost_user = self.vhost_user.iter().map(|(device, _)| &device.id);
+        let mut ids: Vec<_> = vhost_user.chain(vfio_user).collect();
         ids.sort();
         match ids.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(pair) => Err(ConfigError::DuplicateDevice {

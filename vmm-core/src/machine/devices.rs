@@ -7,36 +7,44 @@ use std::sync::{Arc, Weak};
 use api::Error;
 use api::core::DeviceStatus;
 
-use super::chain;
+use crate::remote::RemoteDevice;
 use crate::remote::device1::{Balloon, BalloonSize, DeviceLinks};
+use crate::remote::vfio_user::VfioUserDevice;
 use crate::remote::vhost_user::VhostUserDevice;
 use crate::transport::{DeviceKind, VirtioDevice as _};
 
 /// All of them, in the order of the definition.
-#[derive(Debug)]
 pub struct Devices {
     devices: Vec<Device>,
     links: Arc<DeviceLinks>,
 }
 
-#[derive(Debug)]
 struct Device {
     id: String,
     kind: String,
     /// Not owned: they go with the machine.
-    backend: Weak<VhostUserDevice>,
+    remote: Weak<dyn RemoteDevice>,
 }
 
 impl Devices {
     /// Those of a machine, with what links there are.
-    pub fn new(backends: &[Arc<VhostUserDevice>], links: Arc<DeviceLinks>) -> Self {
-        let device = |backend: &Arc<VhostUserDevice>| Device {
+    pub fn new(
+        backends: &[Arc<VhostUserDevice>],
+        pci_devices: &[VfioUserDevice],
+        links: Arc<DeviceLinks>,
+    ) -> Self {
+        let virtio = backends.iter().map(|backend| Device {
             id: backend.id().to_owned(),
             kind: backend.kind().to_string(),
-            backend: Arc::downgrade(backend),
-        };
+            remote: Arc::downgrade(backend) as _,
+        });
+        let pci = pci_devices.iter().map(|device| Device {
+            id: device.id().to_owned(),
+            kind: "vfio".into(),
+            remote: Arc::downgrade(&device.remote()),
+        });
         Self {
-            devices: backends.iter().map(device).collect(),
+            devices: virtio.chain(pci).collect(),
             links,
         }
     }
@@ -54,12 +62,12 @@ impl Devices {
         let device = self.find(id)?;
         let (link, words) = self.links.ask(id).await;
         let ended = || Error::InvalidState("the machine has ended".into());
-        let backend = device.backend.upgrade().ok_or_else(ended)?;
+        let health = device.remote.upgrade().ok_or_else(ended)?.health();
         Ok(DeviceStatus {
             kind: device.kind.clone(),
-            connected: backend.is_connected(),
-            reconnects: backend.reconnects(),
-            trouble: backend.failure().map(|e| chain(&*e)).unwrap_or_default(),
+            connected: health.connected,
+            reconnects: health.reconnects,
+            trouble: health.trouble,
             link,
             state: words.state,
             last_error: words.last_error,

@@ -14,6 +14,7 @@ use crate::interrupt::InterruptError;
 use crate::memory::{LayoutError, RamError};
 use crate::migration::MigrationError;
 use crate::pci::RootError;
+use crate::remote::vfio_user::VfioUserError;
 use crate::remote::vhost_user::VhostUserError;
 use crate::transport::TransportError;
 
@@ -77,6 +78,9 @@ pub enum MachineError {
     /// A device in another process.
     #[error(transparent)]
     VhostUser(#[from] VhostUserError),
+    /// A PCI device in another process.
+    #[error(transparent)]
+    VfioUser(#[from] VfioUserError),
     /// More devices than a bus holds.
     #[error("the PCI bus holds {} devices, no more", crate::pci::MAX_DEVICES)]
     TooManyDevices,
@@ -127,7 +131,14 @@ impl From<MachineError> for CallError {
             MachineError::Migration(error) if matches!(*error, MigrationError::Setup(_)) => {
                 Self::InvalidArgs(text)
             }
-            MachineError::Transport(_) | MachineError::VhostUser(_) => Self::DeviceFailed(text),
+            MachineError::Migration(error)
+                if matches!(*error, MigrationError::CannotMove { .. }) =>
+            {
+                Self::NotMigratable(text)
+            }
+            MachineError::Transport(_) | MachineError::VhostUser(_) | MachineError::VfioUser(_) => {
+                Self::DeviceFailed(text)
+            }
             _ => Self::Internal(text),
         }
     }

@@ -24,7 +24,7 @@ pub enum Event {
     Guest(Request),
     /// A vCPU does not run on.
     Vcpu(u32, Ended),
-    /// A device does not work any more; its driver has been told.
+    /// A device does not work any more; its driver has been told, if it can be.
     Trouble {
         /// Which one.
         device: String,

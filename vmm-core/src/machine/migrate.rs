@@ -272,6 +272,7 @@ impl Machine {
     /// afterwards.
     pub(super) fn snapshot(&mut self, files: Files) -> Result<(), MachineError> {
         self.moving.check_here()?;
+        self.check_movable()?;
         if self.moving.active {
             return Err(MachineError::Migrating);
         }
@@ -314,9 +315,21 @@ impl Machine {
         )
     }
 
+    /// Refuses what has a device that stays where it is.
+    fn check_movable(&self) -> Result<(), MachineError> {
+        let Some(device) = self.pci_devices.first() else {
+            return Ok(());
+        };
+        Err(MachineError::from(MigrationError::CannotMove {
+            device: device.id().to_owned(),
+            why: "it is a PCI device of vfio-user",
+        }))
+    }
+
     /// Starts to copy the machine, on a thread of its own.
     pub(super) fn migrate(&mut self, request: Request) -> Result<(), MachineError> {
         self.moving.check_here()?;
+        self.check_movable()?;
         if self.moving.active {
             return Err(MachineError::Migrating);
         }

@@ -10,6 +10,7 @@
 //! Order rules:
 //! - Pause: all vCPUs at once, and when the last is out of the guest all devices at
 //!   once: a device that stops has seen everything the guest asked of it.
+//!   A PCI device of vfio-user goes on with what it was told.
 //! - Resume: devices, then vCPUs.
 //! - Reset: pause, devices and platform as after power-on, interrupt controllers and
 //!   vCPUs as KVM made them, the kernel or firmware loaded once more, resume.
@@ -52,6 +53,7 @@ use crate::boot::acpi::AcpiConfig;
 use crate::hypervisor::{Ended, VcpuSavedState, VcpuSet, Vm, VmSavedState};
 use crate::memory::Memory;
 use crate::pci::{HostBridge, Root};
+use crate::remote::vfio_user::VfioUserDevice;
 use crate::remote::vhost_user::VhostUserDevice;
 use crate::transport::{TransportError, VirtioPciDevice};
 
@@ -76,6 +78,7 @@ pub struct Machine {
     vcpus: VcpuSet,
     devices: Vec<Arc<VirtioPciDevice>>,
     backends: Vec<Arc<VhostUserDevice>>,
+    pci_devices: Vec<VfioUserDevice>,
     root: Arc<Root>,
     bridge: Arc<HostBridge>,
     platform: Platform,
@@ -157,7 +160,7 @@ impl Machine {
                 .map(|error| Reason::Internal(chain(&error))),
             Event::Vcpu(vcpu, ended) => Some(Reason::GuestFailed { vcpu, ended }),
             Event::Trouble { device, why } => {
-                tracing::error!(device, why, "the device needs a reset by its driver");
+                tracing::error!(device, why, "the device failed");
                 None
             }
             Event::Terminated => Some(Reason::Terminated),
@@ -233,12 +236,16 @@ impl Machine {
                 .map_err(|error| CallError::from(MachineError::Control(error))),
             Attachment::Backend { device, socket } => {
                 let backend = self.backends.iter().find(|b| b.id() == device);
-                let backend = backend.ok_or_else(|| {
-                    CallError::NoSuchDevice(format!("this machine has no device {device}"))
-                })?;
-                backend
-                    .reconnect_with(socket)
-                    .map_err(|error| CallError::from(MachineError::from(error)))
+                let pci = self.pci_devices.iter().find(|d| d.id() == device);
+                let attached = match (backend, pci) {
+                    (Some(backend), _) => backend.reconnect_with(socket).map_err(Into::into),
+                    (None, Some(pci)) => pci.reconnect_with(socket).map_err(MachineError::from),
+                    (None, None) => {
+                        let why = format!("this machine has no device {device}");
+                        return Err(CallError::NoSuchDevice(why));
+                    }
+                };
+                attached.map_err(CallError::from)
             }
         }
     }
@@ -276,6 +283,7 @@ impl Machine {
         self.vcpus.pause(VCPU_DEADLINE)?;
         self.state.send_replace(State::Paused);
         self.each_device(VirtioPciDevice::reset)?;
+        self.pci_devices.iter().for_each(VfioUserDevice::reset);
         self.root.reset();
         self.bridge.reset();
         self.platform.reset();

@@ -1,9 +1,9 @@
 //! Guest memory: the RAM of the machine and the layout that says what lies where.
 //!
 //! RAM is one memfd ([`Ram`]), shared with the devices that need it; a ROM is behind it in the
-//! same file, and none of their business. What the guest
-//! sees at which address is the *layout*: a list of [`Region`]s that changes only
-//! through a [`Transaction`]:
+//! same file, and none of their business. Memory of a device that the guest may use without an exit
+//! is in a file of its process. What the guest sees at which address is the *layout*: a list of
+//! [`Region`]s that changes only through a [`Transaction`]:
 //!
 //! ```text
 //! begin ── add / remove … ── commit ──► every listener told once ──► new view
@@ -23,7 +23,7 @@ mod region;
 mod transaction;
 
 pub use ram::{HugePages, Ram, RamError, prefault};
-pub use region::Region;
+pub use region::{Region, RegionKind};
 pub use transaction::{LayoutChange, LayoutError, LayoutListener, Memory, Transaction};
 
 /// The guest memory that one reads and writes through.

@@ -17,7 +17,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MmapAdvise, madvise};
 use thiserror::Error;
 
-use super::Region;
+use super::{Region, RegionKind};
 use crate::layout::{HIGH_RAM, LOW_RAM_END, ROM};
 
 /// The size of the pages behind RAM.
@@ -164,7 +164,7 @@ impl Ram {
         if self.rom > 0 {
             let file = Arc::clone(&self.file);
             let rom = Region::map(ROM.end - self.rom, self.rom, file, self.size)?;
-            regions.push(rom.into_rom());
+            regions.push(rom.of_kind(RegionKind::Rom));
         }
         Ok(regions)
     }
@@ -235,7 +235,7 @@ mod tests {
         let regions = ram.with_rom(2 << 20, 0x4_0000).regions().unwrap();
         let shape: Vec<_> = regions
             .iter()
-            .map(|r| (r.gpa(), r.size(), r.offset(), r.is_rom()))
+            .map(|r| (r.gpa(), r.size(), r.offset(), !r.is_ram()))
             .collect();
         assert_eq!(
             shape,

@@ -8,6 +8,18 @@ use std::sync::Arc;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
+/// What a region is to the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RegionKind {
+    /// RAM, which devices reach as well.
+    Ram,
+    /// Memory that the guest can only read, and that is none of the devices' business.
+    Rom,
+    /// Memory of a device. Nobody but the guest reaches it: its file is in the hands of the
+    /// device's process, which may cut it off at any time.
+    Device,
+}
+
 /// A range of guest-physical addresses backed by a range of a file, mapped here.
 ///
 /// Cloning is cheap; the mapping goes when the last clone does.
@@ -15,11 +27,11 @@ use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegio
 pub struct Region {
     mapping: Arc<GuestRegionMmap<()>>,
     file: FileOffset,
-    is_rom: bool,
+    kind: RegionKind,
 }
 
 impl Region {
-    /// Maps `size` bytes at `offset` of `file` for guest-physical address `gpa`.
+    /// Maps `size` bytes at `offset` of `file` for guest-physical address `gpa`, as RAM.
     pub fn map(gpa: u64, size: u64, file: Arc<File>, offset: u64) -> io::Result<Self> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let file = FileOffset::from_arc(file, offset);
@@ -29,22 +41,24 @@ impl Region {
         Ok(Self {
             mapping: Arc::new(mapping),
             file,
-            is_rom: false,
+            kind: RegionKind::Ram,
         })
     }
 
-    /// The same, which the guest can only read, and which is none of the devices' business.
+    /// The same as something else.
     #[must_use]
-    pub fn into_rom(self) -> Self {
-        Self {
-            is_rom: true,
-            ..self
-        }
+    pub fn of_kind(self, kind: RegionKind) -> Self {
+        Self { kind, ..self }
     }
 
-    /// Whether the guest can only read it.
-    pub fn is_rom(&self) -> bool {
-        self.is_rom
+    /// What it is to the guest.
+    pub fn kind(&self) -> RegionKind {
+        self.kind
+    }
+
+    /// Whether devices reach it.
+    pub fn is_ram(&self) -> bool {
+        self.kind == RegionKind::Ram
     }
 
     /// First guest-physical address.

@@ -7,7 +7,7 @@ use std::thread::{self, ThreadId};
 
 use thiserror::Error;
 
-use super::{GuestMemory, Region};
+use super::{GuestMemory, Region, RegionKind};
 
 /// What a commit changes.
 #[derive(Clone, Copy, Debug)]
@@ -94,7 +94,7 @@ impl Default for Memory {
 }
 
 impl Memory {
-    /// The memory as the guest sees it now.
+    /// The memory as the guest sees it now, without that of devices.
     pub fn guest(&self) -> Arc<GuestMemory> {
         Arc::clone(&self.view.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -218,7 +218,8 @@ impl Memory {
                 return Err(refusal);
             }
         }
-        let regions = wanted.iter().map(Region::mapping).collect();
+        let ours = wanted.iter().filter(|r| r.kind() != RegionKind::Device);
+        let regions = ours.map(Region::mapping).collect();
         // Regions of a layout are sorted and do not overlap, which is all this checks.
         let view = GuestMemory::from_arc_regions(regions).unwrap_or_default();
         *self.view.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(view);

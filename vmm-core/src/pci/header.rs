@@ -3,7 +3,7 @@
 //! The header decides where each BAR is decoded; its owner puts the ranges on the bus:
 //! after each write and restore, [`Header::moves`] says what is to change.
 
-use super::config::{ConfigError, ConfigSpace};
+use super::config::{CONFIG_SIZE, ConfigError, ConfigSpace};
 use super::{BarAllocator, BarError, BarIndex};
 use crate::layout::{MMIO32, MMIO32_HIGH};
 
@@ -11,6 +11,12 @@ const COMMAND: u8 = 0x04;
 const COMMAND_MEMORY: u16 = 1 << 1;
 /// Memory, bus master, and interrupt disable: what the guest may set.
 const COMMAND_WRITABLE: u16 = COMMAND_MEMORY | 1 << 2 | 1 << 10;
+
+const HEADER_TYPE: u8 = 0x0e;
+const MULTIFUNCTION: u8 = 1 << 7;
+/// Registers, and their sizes, that say where the function is and how it interrupts: command, cache
+/// line size, BARs, expansion ROM, interrupt line and pin.
+const BARLESS: [(u8, usize); 5] = [(COMMAND, 2), (0x0c, 1), (0x10, 24), (0x30, 4), (0x3c, 2)];
 
 /// Who a function is (PCI local bus 3.0, 6.2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +74,25 @@ impl Header {
         config.set(0x09, &identity.class.to_le_bytes()[..3]);
         config.set(0x2c, &identity.subsystem_vendor.to_le_bytes());
         config.set(0x2e, &identity.subsystem.to_le_bytes());
+        Self::of(config)
+    }
+
+    /// The header, and all that follows, of a function whose `registers` are known: without the
+    /// BARs, the ROM and the interrupt pin that it has, and with a slot of its own.
+    pub fn showing(registers: &[u8; CONFIG_SIZE]) -> Self {
+        let mut config = ConfigSpace::default();
+        config.set(0, registers);
+        for (offset, size) in BARLESS {
+            config.set(offset, &[0; 24][..size]);
+        }
+        config.set(
+            HEADER_TYPE,
+            &[registers[usize::from(HEADER_TYPE)] & !MULTIFUNCTION],
+        );
+        Self::of(config)
+    }
+
+    fn of(mut config: ConfigSpace) -> Self {
         config.set_writable(COMMAND, &COMMAND_WRITABLE.to_le_bytes());
         // Cache line size and interrupt line mean nothing to a device, but are kept.
         config.set_writable(0x0c, &[0xff]);

@@ -26,5 +26,5 @@ pub use bar::{BarAllocator, BarError, BarIndex};
 pub use config::{CONFIG_SIZE, ConfigError, ConfigSpace};
 pub use header::{BarMove, Header, Identity};
 pub use host_bridge::HostBridge;
-pub use msix::{MAX_VECTORS, Msix, MsixError, NO_VECTOR, PBA_OFFSET, SourceIndex};
+pub use msix::{ENTRY_SIZE, MAX_VECTORS, Msix, MsixError, NO_VECTOR, SourceIndex};
 pub use root::{MAX_DEVICES, PciAddress, PciFunction, Root, RootError};

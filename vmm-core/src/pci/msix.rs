@@ -14,29 +14,30 @@
 //! While a source is detached its eventfd counts: that count is the pending bit, and
 //! attaching it again fires, so nothing is lost. Order in [`Msix::sync`]: detach, then
 //! all routes in one call, then attach; a source never fires through a stale route.
+#![expect(unsafe_code, reason = "an EventFd can be borrowed only by its number")]
 
 use std::collections::BTreeSet;
 use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::sync::Arc;
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::saved_state::{MsixEntryState, MsixState};
-use super::{BarIndex, ConfigError, Header};
+use super::{BarIndex, ConfigError, ConfigSpace, Header};
 use crate::interrupt::{Gsi, InterruptError, MsiMessage, MsiRouter};
 
-/// Vectors that a function may have here: what fits before the pending bits.
-pub const MAX_VECTORS: u16 = 256;
-/// Where the pending bits are in the BAR; the table is at 0.
-pub const PBA_OFFSET: u64 = 0x1000;
+/// Vectors that a function may have.
+pub const MAX_VECTORS: u16 = 2048;
 /// The vector number that means none (virtio 1.3, 4.1.5.1.2).
 pub const NO_VECTOR: u16 = 0xffff;
 
 const CAPABILITY: u8 = 0x11;
 const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 const CONTROL_ENABLE: u16 = 1 << 15;
-const ENTRY_SIZE: u64 = 16;
+/// Bytes of the table for one vector.
+pub const ENTRY_SIZE: u64 = 16;
 
 /// Which source of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +80,8 @@ struct Vector {
 struct Source {
     event: Arc<EventFd>,
     vector: u16,
+    /// The vector that reset brings back.
+    initial: u16,
     attached: Option<Gsi>,
 }
 
@@ -111,21 +114,36 @@ pub struct Msix {
 }
 
 impl Msix {
-    /// `vectors` vectors for `sources` sources; routes are taken from `router`.
+    /// `vectors` vectors for `sources` sources, which the guest points to them; routes are taken
+    /// from `router`.
     pub fn new(
         router: Arc<dyn MsiRouter>,
         vectors: u16,
         sources: usize,
     ) -> Result<Self, MsixError> {
+        Self::with_sources(router, vectors, std::iter::repeat_n(NO_VECTOR, sources))
+    }
+
+    /// `vectors` vectors, each with a source of its own that is always there.
+    pub fn one_to_one(router: Arc<dyn MsiRouter>, vectors: u16) -> Result<Self, MsixError> {
+        Self::with_sources(router, vectors, 0..vectors)
+    }
+
+    fn with_sources(
+        router: Arc<dyn MsiRouter>,
+        vectors: u16,
+        sources: impl Iterator<Item = u16>,
+    ) -> Result<Self, MsixError> {
         if vectors == 0 || vectors > MAX_VECTORS {
             let wanted = vectors.into();
             return Err(MsixError::Vectors { wanted });
         }
-        let sources = (0..sources)
-            .map(|_| {
+        let sources = sources
+            .map(|initial| {
                 Ok(Source {
                     event: Arc::new(EventFd::new(EFD_NONBLOCK).map_err(MsixError::Event)?),
-                    vector: NO_VECTOR,
+                    vector: initial,
+                    initial,
                     attached: None,
                 })
             })
@@ -151,15 +169,29 @@ impl Msix {
         })
     }
 
-    /// Appends the capability to `header`: table and pending bits are in `bar`.
-    pub fn add_capability(&self, header: &mut Header, bar: BarIndex) -> Result<u8, ConfigError> {
+    /// Appends the capability to `header`: the table is at the start of `bar`, the pending bits at
+    /// `pending`.
+    pub fn add_capability(
+        &self,
+        header: &mut Header,
+        bar: BarIndex,
+        pending: u32,
+    ) -> Result<u8, ConfigError> {
         let mut body = [0; 10];
         body[..2].copy_from_slice(&(self.count - 1).to_le_bytes());
         body[2..6].copy_from_slice(&(bar as u32).to_le_bytes());
-        let [a, b, c, d, ..] = (PBA_OFFSET | bar as u64).to_le_bytes();
-        body[6..].copy_from_slice(&[a, b, c, d]);
+        body[6..].copy_from_slice(&(pending | bar as u32).to_le_bytes());
         let writable = (CONTROL_ENABLE | CONTROL_FUNCTION_MASK).to_le_bytes();
         header.add_capability(CAPABILITY, &body, &writable)
+    }
+
+    /// Lets the guest write what it may of a capability that `config` has at `at`, of any device, and
+    /// nothing is enabled.
+    pub fn take_capability(config: &mut ConfigSpace, at: u8) {
+        let [_, writable] = (CONTROL_ENABLE | CONTROL_FUNCTION_MASK).to_le_bytes();
+        let [_, found] = config.u16(at + 2).to_le_bytes();
+        config.set(at + 3, &[found & !writable]);
+        config.set_writable(at + 3, &[writable]);
     }
 
     /// Takes over what the guest wrote into the message control register.
@@ -173,9 +205,31 @@ impl Msix {
         self.sync()
     }
 
+    /// Turns all vectors on or off.
+    pub fn set_enabled(&mut self, enabled: bool) -> Result<(), MsixError> {
+        self.set_control(if enabled { CONTROL_ENABLE } else { 0 })
+    }
+
+    /// Gives the first vectors these messages, as a guest does that unmasks them; others are masked.
+    pub fn set_messages(&mut self, messages: &[MsiMessage]) -> Result<(), MsixError> {
+        for (number, vector) in self.vectors.iter_mut().enumerate() {
+            vector.masked = number >= messages.len();
+            vector.message = messages.get(number).copied().unwrap_or_default();
+        }
+        self.sync()
+    }
+
     /// Whether the guest uses MSI-X.
     pub fn is_enabled(&self) -> bool {
         self.enabled
+    }
+
+    /// The eventfds with which sources are signalled, in order.
+    pub fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.sources.iter().map(|source| {
+            // SAFETY: the eventfd is open as long as it is borrowed from its source.
+            unsafe { BorrowedFd::borrow_raw(source.event.as_raw_fd()) }
+        })
     }
 
     /// A copy of the eventfd with which a source is signalled.
@@ -212,23 +266,24 @@ impl Msix {
         }
     }
 
-    /// Fills `data` from the BAR at `offset`: table and pending bits.
-    pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), MsixError> {
-        for (i, byte) in data.iter_mut().enumerate() {
-            let at = offset + i as u64;
-            let dword = if at < PBA_OFFSET {
-                self.table_dword(at / 4)
-            } else {
-                self.pending_dword((at - PBA_OFFSET) / 4)?
-            };
-            *byte = dword.to_le_bytes()[(at % 4) as usize];
+    /// Fills `data` from the table at `offset`, with zeros beyond its end.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        for (at, byte) in (offset..).zip(data) {
+            *byte = self.table_dword(at / 4).to_le_bytes()[(at % 4) as usize];
+        }
+    }
+
+    /// Fills `data` from the pending bits at `offset`, with zeros beyond their end.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) -> Result<(), MsixError> {
+        for (at, byte) in (offset..).zip(data) {
+            *byte = self.pending_dword(at / 4)?.to_le_bytes()[(at % 4) as usize];
         }
         Ok(())
     }
 
-    /// Takes a write of 4 or 8 aligned bytes to the table; pending bits are read-only.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), MsixError> {
-        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(4) || offset >= PBA_OFFSET {
+    /// Takes a write of 4 or 8 aligned bytes to the table.
+    pub fn write_table(&mut self, offset: u64, data: &[u8]) -> Result<(), MsixError> {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(4) {
             return Ok(());
         }
         let mut changed = false;
@@ -335,10 +390,11 @@ impl Msix {
         self.reset_sources()
     }
 
-    /// No vector set and nothing pending, as a reset of the device behind leaves it.
+    /// No vector set but those that are always, and nothing pending, as a reset of the device
+    /// behind leaves it.
     pub fn reset_sources(&mut self) -> Result<(), MsixError> {
         for source in &mut self.sources {
-            source.vector = NO_VECTOR;
+            source.vector = source.initial;
         }
         self.sync()?;
         for source in &self.sources {

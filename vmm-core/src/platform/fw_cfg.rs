@@ -181,7 +181,7 @@ impl FwCfg {
         self.memory.regions().iter().any(|region| {
             let offset = at.checked_sub(region.gpa());
             let room = offset.and_then(|offset| region.size().checked_sub(offset));
-            !region.is_rom() && room.is_some_and(|room| length <= room)
+            region.is_ram() && room.is_some_and(|room| length <= room)
         })
     }
 }

@@ -25,8 +25,8 @@ use super::{DeviceError, DeviceNotifier, TroubleSink, VirtioDevice};
 use crate::bus::{Bus, BusDevice};
 use crate::interrupt::{Doorbells, MsiRouter};
 use crate::pci::{
-    BarAllocator, BarError, BarIndex, BarMove, ConfigError, Header, Identity, Msix, MsixError,
-    PciFunction,
+    BarAllocator, BarError, BarIndex, BarMove, ConfigError, ENTRY_SIZE, Header, Identity, Msix,
+    MsixError, PciFunction,
 };
 
 /// Queues that a device may have here.
@@ -37,6 +37,8 @@ const VIRTIO_BAR: BarIndex = BarIndex::Bar0;
 const MSIX_BAR: BarIndex = BarIndex::Bar1;
 const VIRTIO_BAR_SIZE: u32 = 0x4000;
 const MSIX_BAR_SIZE: u32 = 0x2000;
+const PENDING: u32 = 0x1000;
+const _: () = assert!((MAX_QUEUES as u64 + 1) * ENTRY_SIZE <= PENDING as u64);
 
 const COMMON: Range<u32> = 0x0000..0x0040;
 const ISR: Range<u32> = 0x1000..0x1001;
@@ -203,7 +205,7 @@ impl VirtioPciDevice {
         header.add_bar(VIRTIO_BAR, VIRTIO_BAR_SIZE, &wiring.bars)?;
         header.add_bar(MSIX_BAR, MSIX_BAR_SIZE, &wiring.bars)?;
         let msix_control = msix
-            .add_capability(&mut header, MSIX_BAR)
+            .add_capability(&mut header, MSIX_BAR, PENDING)
             .map_err(config_error)?
             + 2;
         let pci_access = add_capabilities(&mut header, queues).map_err(config_error)?;
@@ -408,7 +410,10 @@ impl VirtioPciDevice {
     fn read_bar(&self, registers: &mut Registers, bar: BarIndex, offset: u32, data: &mut [u8]) {
         data.fill(0);
         if bar == MSIX_BAR {
-            self.note(registers.msix.read(offset.into(), data));
+            match offset.checked_sub(PENDING) {
+                None => registers.msix.read_table(offset.into(), data),
+                Some(at) => self.note(registers.msix.read_pending(at.into(), data)),
+            }
         } else if COMMON.contains(&offset) {
             registers.common.read(offset.into(), data, &registers.msix);
         } else if ISR.contains(&offset) {
@@ -422,7 +427,9 @@ impl VirtioPciDevice {
 
     fn write_bar(&self, registers: &mut Registers, bar: BarIndex, offset: u32, data: &[u8]) {
         if bar == MSIX_BAR {
-            self.note(registers.msix.write(offset.into(), data));
+            if offset < PENDING {
+                self.note(registers.msix.write_table(offset.into(), data));
+            }
         } else if COMMON.contains(&offset) {
             self.note(
                 registers

@@ -32,12 +32,18 @@ impl Vector {
 
 /// All interrupts that were taken, timers included.
 pub fn total() -> u64 {
+    let taken = |count: &AtomicU32| u64::from(count.load(Ordering::Relaxed));
+    counts().iter().map(taken).sum()
+}
+
+/// Interrupts of one vector that were taken, modulo 2^32.
+pub fn taken(vector: Vector) -> u32 {
+    counts()[usize::from(vector.0)].load(Ordering::Relaxed)
+}
+
+fn counts() -> &'static [AtomicU32; 256] {
     // SAFETY: the array lives in traps.s for ever and is only ever accessed atomically.
-    let counts = unsafe { &interrupt_counts };
-    counts
-        .iter()
-        .map(|count| u64::from(count.load(Ordering::Relaxed)))
-        .sum()
+    unsafe { &interrupt_counts }
 }
 
 /// Fills the table: exceptions, interrupts, and the service gate that CPL3 may call.

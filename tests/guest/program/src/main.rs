@@ -21,6 +21,7 @@ mod acpi;
 mod apic;
 mod clock;
 mod console;
+mod copier;
 mod cpu;
 mod interrupts;
 mod memory;

@@ -5,7 +5,9 @@
 //! low RAM and [`WINDOW_END`].
 
 use crate::acpi::{Ecam, Tables};
+use crate::apic::ApicId;
 use crate::console::fail;
+use crate::interrupts::Vector;
 use crate::protocol::Text;
 use crate::{mmio, paging, port};
 use alloc::vec::Vec;
@@ -157,6 +159,40 @@ impl Function {
             self.write32(offset + 4, (address >> 32) as u32);
         }
         mask.wrapping_neg()
+    }
+}
+
+/// The MSI-X table of a function (PCI 3.0, section 6.8.2).
+pub struct MsixTable {
+    address: u64,
+    entries: u16,
+}
+
+impl MsixTable {
+    pub const CAPABILITY: u8 = 0x11;
+    const ENABLE: u16 = 1 << 15;
+
+    /// Turns on what the capability at `at` has; `bar` says where a BAR is.
+    pub fn enable(function: &Function, at: u16, mut bar: impl FnMut(u8) -> u64) -> Self {
+        let control = function.read16(at + 2);
+        let table = function.read32(at + 4);
+        let table = Self {
+            address: bar(table as u8 & 7) + u64::from(table & !7),
+            entries: (control & 0x7ff) + 1,
+        };
+        function.write16(at + 2, Self::ENABLE | control & 0x3fff);
+        table
+    }
+
+    /// Points an entry at a CPU; returns the entry. Beyond the table its last one is shared.
+    pub fn connect(&self, entry: u16, vector: Vector, target: ApicId) -> u16 {
+        let entry = entry.min(self.entries - 1);
+        let at = self.address + u64::from(entry) * 16;
+        mmio::write(at, 0xfee0_0000 | target.0 << 12);
+        mmio::write(at + 4, 0u32);
+        mmio::write(at + 8, u32::from(vector.0));
+        mmio::write(at + 12, 0u32); // not masked
+        entry
     }
 }
 

@@ -134,6 +134,8 @@ options! {
 
     /// Requests a second of each queue of counting devices; 0: none.
     count: u32 = 0,
+    /// Copies that each copying device does; 0: none.
+    copies: u32 = 0,
     /// What to do with a balloon.
     balloon: BalloonMode = BalloonMode::Off,
     /// MiB of memory for the balloon's work.

@@ -222,6 +222,21 @@ reports! {
         /// Whether this is the last word.
         end: bool,
     }
+    /// What one copying device did.
+    Copy = "copy" {
+        /// Number among copying devices.
+        dev: u32,
+        /// Copies that were right.
+        copies: u64,
+        /// Bytes of them.
+        bytes: u64,
+        /// Their interrupts that came.
+        irqs: u64,
+        /// Copies, answers and words of its memory that were wrong, and interrupts that did not come.
+        errors: u64,
+        /// Whether this is the last word.
+        end: bool,
+    }
     /// What was done with a balloon, in pages.
     Balloon = "balloon" {
         /// Given.

@@ -14,14 +14,15 @@ fn msix(vectors: u16, sources: usize) -> (Msix, Arc<FakeRouter>) {
 /// What a driver does for a vector: address, data, unmask.
 fn program(msix: &mut Msix, vector: u64, data: u32) {
     let at = vector * ENTRY_SIZE;
-    msix.write(at, &0xfee0_0000_u64.to_le_bytes()).unwrap();
-    msix.write(at + 8, &data.to_le_bytes()).unwrap();
-    msix.write(at + 12, &0u32.to_le_bytes()).unwrap();
+    msix.write_table(at, &0xfee0_0000_u64.to_le_bytes())
+        .unwrap();
+    msix.write_table(at + 8, &data.to_le_bytes()).unwrap();
+    msix.write_table(at + 12, &0u32.to_le_bytes()).unwrap();
 }
 
 fn pending(msix: &Msix) -> u64 {
     let mut data = [0; 8];
-    msix.read(PBA_OFFSET, &mut data).unwrap();
+    msix.read_pending(0, &mut data).unwrap();
     u64::from_le_bytes(data)
 }
 
@@ -47,7 +48,7 @@ fn a_masked_vector_shows_its_pending_bit_and_fires_when_unmasked() {
     program(&mut msix, 35, 7);
     msix.set_vector(SourceIndex(0), 35).unwrap();
     let event = msix.event(SourceIndex(0)).unwrap();
-    msix.write(35 * 16 + 12, &1u32.to_le_bytes()).unwrap();
+    msix.write_table(35 * 16 + 12, &1u32.to_le_bytes()).unwrap();
     event.write(1).unwrap();
     assert_eq!(pending(&msix), 1 << 35);
     assert_eq!(pending(&msix), 1 << 35, "reading leaves it");
@@ -85,7 +86,7 @@ fn sources_share_a_vector() {
     msix.event(SourceIndex(0)).unwrap().write(1).unwrap();
     msix.event(SourceIndex(2)).unwrap().write(1).unwrap();
     assert_eq!(router.fired(), [9, 9]);
-    msix.write(12, &1u32.to_le_bytes()).unwrap();
+    msix.write_table(12, &1u32.to_le_bytes()).unwrap();
     assert_eq!(router.attached(), 0);
     msix.event(SourceIndex(1)).unwrap().write(1).unwrap();
     assert_eq!(pending(&msix), 1);
@@ -160,6 +161,20 @@ fn reset_forgets_everything() {
 }
 
 #[test]
+fn a_source_of_each_vector_is_there_after_a_reset() {
+    let router = Arc::new(FakeRouter::default());
+    let mut msix = Msix::one_to_one(router.clone(), 3).unwrap();
+    for _ in 0..2 {
+        msix.set_control(ENABLE).unwrap();
+        program(&mut msix, 2, 8);
+        nix::unistd::write(msix.events().nth(2).unwrap(), &1u64.to_ne_bytes()).unwrap();
+        assert_eq!(router.fired(), [8]);
+        msix.reset().unwrap();
+        assert_eq!(router.attached(), 0);
+    }
+}
+
+#[test]
 fn the_number_of_vectors_is_bounded() {
     for vectors in [0, MAX_VECTORS + 1] {
         let router = Arc::new(FakeRouter::default());
@@ -180,8 +195,10 @@ fn no_access_panics() {
     };
     for _ in 0..20_000 {
         let (at, value, len) = (random() & 0x1fff, random(), 1 << (random() & 3));
-        msix.write(at, &value.to_le_bytes()[..len]).unwrap();
-        msix.read(at, &mut value.to_le_bytes()[..len]).unwrap();
+        msix.write_table(at, &value.to_le_bytes()[..len]).unwrap();
+        msix.read_table(at, &mut value.to_le_bytes()[..len]);
+        msix.read_pending(at, &mut value.to_le_bytes()[..len])
+            .unwrap();
         match value & 7 {
             0 => msix.set_control(random() as u16).unwrap(),
             1 => msix

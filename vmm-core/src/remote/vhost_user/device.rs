@@ -14,14 +14,17 @@ use migration::rings::Forecast;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
-use super::config::{adopt, connect_to, system};
+use super::config::system;
 use super::session::{Session, Wanted};
 use super::shared::{Phase, Shared, Standing, State};
 use super::{
-    DirtyLog, Endpoint, StateDirection, VhostUserConfig, VhostUserError, Watchdog, device_config,
-    monitor, negotiation, queues, rings, state,
+    DirtyLog, StateDirection, VhostUserConfig, VhostUserError, Watchdog, device_config, monitor,
+    negotiation, queues, rings, state,
 };
+use crate::machine::chain;
 use crate::memory::{LayoutChange, LayoutListener, Memory};
+use crate::remote::endpoint::adopt;
+use crate::remote::{Endpoint, Health, RemoteDevice};
 use crate::transport::{
     ActivatedQueue, DeviceError, DeviceKind, DeviceNotifier, StoppedQueue, VirtioDevice,
 };
@@ -42,13 +45,7 @@ impl VhostUserDevice {
         watchdog: &Arc<Watchdog>,
     ) -> Result<Arc<Self>, VhostUserError> {
         config.check()?;
-        let (stream, path) = match endpoint {
-            Endpoint::Path(path) => {
-                let stream = connect_to(&config.id, &path, config.deadline)?;
-                (stream, Some(path))
-            }
-            Endpoint::Connected(fd) => (adopt(&config.id, fd)?, None),
-        };
+        let (stream, path) = endpoint.connect(&config.id, config.deadline)?;
         let config_stale = Arc::new(AtomicBool::new(false));
         let mut session = Session::open(&config, stream, watchdog, &config_stale)?;
         let negotiated = session.negotiated;
@@ -468,15 +465,28 @@ impl VirtioDevice for VhostUserDevice {
     }
 }
 
+impl RemoteDevice for VhostUserDevice {
+    fn health(&self) -> Health {
+        Health {
+            connected: self.is_connected(),
+            reconnects: self.reconnects(),
+            trouble: self.failure().map(|e| chain(&*e)).unwrap_or_default(),
+        }
+    }
+}
+
 impl LayoutListener for VhostUserDevice {
     fn name(&self) -> String {
         format!("device {}", self.shared.id())
     }
 
     fn commit(&self, change: &LayoutChange<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let ram = change.all.iter().filter(|region| !region.is_rom());
+        let ram = change.all.iter().filter(|region| region.is_ram());
         let regions: Vec<_> = ram.cloned().collect();
         let state = &mut *self.shared.state();
+        if state.regions == regions {
+            return Ok(());
+        }
         if let Some(log) = &state.log
             && !log.covers(&regions)
         {

@@ -1,34 +1,19 @@
 //! What can go wrong with a back-end.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::remote::EndpointError;
+
 /// Each says which device.
 #[derive(Debug, Error)]
 pub enum VhostUserError {
-    /// The socket is not there, or nobody accepts.
-    #[error("device {device}: nobody listens on {}; start its back-end first", socket.display())]
-    NobodyListens {
-        /// Which device.
-        device: String,
-        /// Where it should be.
-        socket: PathBuf,
-    },
-    /// Another failure to connect.
-    #[error("device {device}: cannot connect to {}", socket.display())]
-    Connect {
-        /// Which device.
-        device: String,
-        /// Where.
-        socket: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// The back-end is not reached.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
     /// The kernel refused something that needs no back-end.
     #[error("device {device}: cannot {what}")]
     System {

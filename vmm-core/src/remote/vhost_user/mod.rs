@@ -5,7 +5,7 @@
 //!
 //! | part | what it is |
 //! |---|---|
-//! | `config` | what a device is, and how to reach it |
+//! | `config` | what a device is |
 //! | `connection`, `watchdog` | messages, each with a deadline |
 //! | `negotiation`, `queues` | features, protocol features, number of rings |
 //! | `device_config` | the device configuration, kept here for the guest to read |
@@ -55,7 +55,7 @@ mod state;
 mod tests;
 mod watchdog;
 
-pub use config::{DEFAULT_DEADLINE, DEFAULT_QUEUE_SIZE, Endpoint, VhostUserConfig};
+pub use config::{DEFAULT_QUEUE_SIZE, VhostUserConfig};
 pub use device::VhostUserDevice;
 pub use error::VhostUserError;
 pub use log::DirtyLog;

@@ -7,11 +7,11 @@ use std::sync::atomic::Ordering;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 use super::channel::Channel;
-use super::config::connect_to;
 use super::negotiation::Negotiated;
 use super::session::Session;
 use super::shared::{Phase, Shared, Standing, State};
 use super::{VhostUserError, device_config};
+use crate::remote::endpoint::connect_to;
 
 /// So many back-ends in a row may go away while they are set up, before the driver is
 /// told to start anew.

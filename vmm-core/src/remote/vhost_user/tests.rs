@@ -23,6 +23,7 @@ use self::backend::{Behaviour, FEATURES, FakeBackend};
 use self::raw::Answer;
 use super::*;
 use crate::memory::{LayoutListener, Memory, Ram, Region};
+use crate::remote::Endpoint;
 use crate::transport::{
     ActivatedQueue, DeviceKind, DeviceNotifier, QueueIndex, RingBase, StoppedQueue, VirtioDevice,
 };

@@ -8,14 +8,12 @@ use super::{Setup, feature};
 use crate::apic::ApicId;
 use crate::console::fail;
 use crate::interrupts::Vector;
-use crate::pci::{Function, Window};
+use crate::pci::{Function, MsixTable, Window};
 use crate::protocol::Text;
 use crate::{clock, mmio};
 
 const VENDOR: u16 = 0x1af4;
 const CAP_VENDOR: u8 = 0x09;
-const CAP_MSIX: u8 = 0x11;
-const MSIX_ENABLE: u16 = 1 << 15;
 const NO_VECTOR: u16 = 0xffff;
 const RESET_TIMEOUT_US: u64 = 5_000_000;
 
@@ -66,11 +64,6 @@ pub fn kind_of(function: &Function) -> Option<Kind> {
         0x1002 | 0x1045 => Some(Kind::Balloon),
         _ => None,
     }
-}
-
-struct MsixTable {
-    address: u64,
-    entries: u16,
 }
 
 /// One device, while its driver sets it up.
@@ -127,14 +120,8 @@ impl Transport {
                     };
                     *place = bar(function.read8(at + 4)) + u64::from(function.read32(at + 8));
                 }
-                CAP_MSIX if setup.msix => {
-                    let control = function.read16(at + 2);
-                    let table = function.read32(at + 4);
-                    device.msix = Some(MsixTable {
-                        address: bar(table as u8 & 7) + u64::from(table & !7),
-                        entries: (control & 0x7ff) + 1,
-                    });
-                    function.write16(at + 2, MSIX_ENABLE | control & 0x3fff);
+                MsixTable::CAPABILITY if setup.msix => {
+                    device.msix = Some(MsixTable::enable(function, at, &mut bar));
                 }
                 _ => {}
             }
@@ -277,18 +264,5 @@ impl Transport {
     fn write64(&self, field: u64, value: u64) {
         mmio::write(self.common + field, value as u32);
         mmio::write(self.common + field + 4, (value >> 32) as u32);
-    }
-}
-
-impl MsixTable {
-    /// Points an entry at a CPU; returns the entry. Queues beyond the table share its last one.
-    fn connect(&self, queue: u16, vector: Vector, target: ApicId) -> u16 {
-        let entry = queue.min(self.entries - 1);
-        let at = self.address + u64::from(entry) * 16;
-        mmio::write(at, 0xfee0_0000 | target.0 << 12);
-        mmio::write(at + 4, 0u32);
-        mmio::write(at + 8, u32::from(vector.0));
-        mmio::write(at + 12, 0u32); // not masked
-        entry
     }
 }

@@ -1,8 +1,9 @@
 //! Sets up the devices and hands their queues out as tasks.
 
-use super::{Spread, balloon, block, counter, net};
+use super::{Spread, balloon, block, copy, counter, net};
 use crate::clock;
 use crate::console::{fail, report};
+use crate::copier::Copier;
 use crate::pci::{Function, Window};
 use crate::protocol::{Activate, BalloonMode, BlkMode, Idle, NetMode, Report, Text, Workload};
 use crate::virtio::Setup;
@@ -35,7 +36,11 @@ pub fn set_up(
     let mut window = Window::new(functions, low_ram_end);
     let (mut disks, mut nics) = (Vec::new(), Vec::new());
     let (mut counters, mut balloons) = (Vec::new(), Vec::new());
+    let mut copiers = Vec::new();
     for function in functions {
+        if workload.copies > 0 && Copier::is(function) {
+            copiers.push(Copier::start(function, &mut window, setup, spread));
+        }
         match kind_of(function) {
             Some(Kind::Block) if all || workload.blk != BlkMode::Off => {
                 disks.push(block::start(
@@ -62,7 +67,8 @@ pub fn set_up(
         }
     }
     report(&Report::Active {
-        devices: (disks.len() + nics.len() + counters.len() + balloons.len()) as u32,
+        devices: (disks.len() + nics.len() + counters.len() + balloons.len() + copiers.len())
+            as u32,
         queues: spread.dealt() as u32,
         t_us: clock::since_start_us(),
     });
@@ -70,12 +76,13 @@ pub fn set_up(
         || nics.is_empty() && workload.net != NetMode::Off
         || counters.is_empty() && workload.count > 0
         || balloons.is_empty() && workload.balloon != BalloonMode::Off
+        || copiers.is_empty() && workload.copies > 0
     {
         fail(
             "device-missing",
             functions.len() as u64,
             0,
-            Text::new("blk-net-counter-balloon"),
+            Text::new("blk-net-counter-balloon-copy"),
         );
     }
     let mut progress = Progress::new();
@@ -87,6 +94,9 @@ pub fn set_up(
     }
     for (number, device) in (0..).zip(counters) {
         progress.push(counter::assign(number, device, workload));
+    }
+    for (number, device) in (0..).zip(copiers) {
+        progress.push(copy::assign(number, device, workload));
     }
     let assign = |balloon| balloon::assign(balloon, workload);
     progress.extend(balloons.into_iter().map(assign));

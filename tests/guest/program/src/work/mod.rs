@@ -13,6 +13,7 @@
 mod balloon;
 mod block;
 mod control;
+mod copy;
 mod counter;
 mod devices;
 mod dirty;
