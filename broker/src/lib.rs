@@ -41,4 +41,5 @@ pub mod resources;
 pub mod service;
 mod tap;
 mod usage;
+mod vfio;
 pub mod visit;

@@ -8,8 +8,8 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _}
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::definition::{Definition, DeviceKind, Disk};
-use crate::tap;
+use crate::definition::{Definition, DeviceKind, Disk, Vfio};
+use crate::{tap, vfio};
 
 const KVM: &str = "/dev/kvm";
 
@@ -47,6 +47,14 @@ pub enum ResourceError {
     Replaced {
         /// Its path.
         path: String,
+    },
+    /// A PCI device of the host.
+    #[error("PCI device {address} cannot be given to a machine: {problem}")]
+    Vfio {
+        /// Its address.
+        address: String,
+        /// What is in the way, and what to do.
+        problem: String,
     },
     /// A tap.
     #[error("tap {name} cannot be opened ({source}): {advice}")]
@@ -184,7 +192,13 @@ impl DeviceResources {
                 descriptors: tap::open(&net.tap, net.queue_pairs)?,
                 identity: None,
             }),
-            DeviceKind::Balloon(_) | DeviceKind::VhostUser(_) => Ok(Self::default()),
+            DeviceKind::Vfio(Vfio::Host(address)) => Ok(Self {
+                descriptors: vfio::open(address)?,
+                identity: None,
+            }),
+            DeviceKind::Balloon(_) | DeviceKind::VhostUser(_) | DeviceKind::Vfio(_) => {
+                Ok(Self::default())
+            }
         }
     }
 }

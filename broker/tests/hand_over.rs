@@ -22,6 +22,7 @@ fn a_process_becomes_what_it_is_handed() {
         machine: "vm".into(),
         declared: false,
         beside: false,
+        pins_memory: false,
         role: "core".into(),
         path: "/bin/sh".into(),
         args: Vec::new(),

@@ -223,6 +223,47 @@ impl FromStr for VhostUser {
     }
 }
 
+/// A PCI device: `host=ADDRESS|synthetic|socket=PATH[,id=NAME]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vfio {
+    pub source: VfioSource,
+    pub id: Option<String>,
+}
+
+/// Whose a PCI device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VfioSource {
+    Host(String),
+    Synthetic,
+    Socket(PathBuf),
+}
+
+impl FromStr for Vfio {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        let (source, settings) = head(text);
+        let source = match source.split_once('=') {
+            Some(("host", address)) if !address.is_empty() => VfioSource::Host(address.into()),
+            Some(("socket", path)) if !path.is_empty() => VfioSource::Socket(path.into()),
+            None if source == "synthetic" => VfioSource::Synthetic,
+            _ => {
+                return Err(bad(format!(
+                    "{source:?} is no PCI device: give host=0000:01:00.0, socket=PATH or synthetic"
+                )));
+            }
+        };
+        let mut device = Self { source, id: None };
+        for (key, value) in settings {
+            match (key, value) {
+                ("id", Some(value)) => device.id = Some(value.into()),
+                _ => return Err(unknown(key, "a PCI device", "id=NAME")),
+            }
+        }
+        Ok(device)
+    }
+}
+
 /// A key that leaves the console: a character, or `^` and a letter for Ctrl with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Escape(pub u8);
@@ -345,6 +386,25 @@ mod tests {
         assert_eq!((net.queue_pairs, net.mtu), (Some(2), Some(9000)));
         for text in ["t0", "tap:", "user", "tap:t0,mtu=70000", "tap:t0,bridge=b"] {
             assert!(text.parse::<Net>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn pci_devices() {
+        let device: Vfio = "host=01:00.0,id=card".parse().unwrap();
+        assert_eq!(device.source, VfioSource::Host("01:00.0".into()));
+        assert_eq!(device.id.as_deref(), Some("card"));
+        let device: Vfio = "synthetic".parse().unwrap();
+        assert_eq!(device.source, VfioSource::Synthetic);
+        for text in [
+            "",
+            "host",
+            "host=",
+            "synthetic=1",
+            "pci=1",
+            "synthetic,fast",
+        ] {
+            assert!(text.parse::<Vfio>().is_err(), "{text}");
         }
     }
 

@@ -16,6 +16,7 @@ pub const PROGRAMS: &[&str] = &[
     "godwit-broker",
     "godwit-launch",
     "godwit-net",
+    "godwit-vfio",
     "godwit-vmm",
 ];
 

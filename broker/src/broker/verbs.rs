@@ -102,6 +102,7 @@ impl Broker {
         let uri: Uri = uri.parse().map_err(Error::InvalidArgs)?;
         let options = Options::parse(options)?;
         machine.must_be(&[State::Running, State::Paused], "moved")?;
+        machine.must_be_movable()?;
         self.begin(Kind::Migrate, machine, |broker, machine, job| {
             job.migration(|migration| {
                 migration.uri = uri.to_string();

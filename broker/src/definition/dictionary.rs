@@ -7,7 +7,7 @@ use api::definition as keys;
 use zbus::{DynamicType as _, OwnedVariant, Variant};
 
 use super::node::{Node, Value};
-use super::{Definition, Device, DeviceKind};
+use super::{Definition, Device, DeviceKind, Vfio};
 
 fn node(value: Value) -> Node {
     Node { line: None, value }
@@ -95,6 +95,14 @@ fn device(device: &Device) -> (&'static str, Entries) {
                 put(keys::TAG, tag.clone().into());
             }
             keys::VHOST_USER
+        }
+        DeviceKind::Vfio(vfio) => {
+            match vfio {
+                Vfio::Host(address) => put(keys::HOST, address.clone().into()),
+                Vfio::Synthetic => put(keys::SYNTHETIC, true.into()),
+                Vfio::Socket(socket) => put(keys::SOCKET, socket.clone().into()),
+            }
+            keys::VFIO
         }
     };
     (list, entries)

@@ -8,7 +8,7 @@ use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table};
 
 use super::node::{Node, Value};
-use super::{Definition, DefinitionError, Device, DeviceKind};
+use super::{Definition, DefinitionError, Device, DeviceKind, Vfio};
 
 /// Largest file that is read, in bytes.
 pub(super) const MAX_FILE: u64 = 1 << 20;
@@ -96,6 +96,14 @@ fn device(device: &Device) -> (&'static str, Table) {
                 put(keys::TAG, tag.clone().into());
             }
             keys::VHOST_USER
+        }
+        DeviceKind::Vfio(vfio) => {
+            match vfio {
+                Vfio::Host(address) => put(keys::HOST, address.clone().into()),
+                Vfio::Synthetic => put(keys::SYNTHETIC, true.into()),
+                Vfio::Socket(socket) => put(keys::SOCKET, socket.clone().into()),
+            }
+            keys::VFIO
         }
     };
     (list, table)

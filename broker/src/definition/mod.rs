@@ -9,22 +9,25 @@
 //! is checked here, and an error names key, value and line.
 
 mod boot;
+mod device;
 mod dictionary;
 mod file;
 mod node;
 mod values;
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
-use api::Dictionary;
 use api::definition as keys;
+use api::{Dictionary, Error};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::Uuid;
 
 pub use self::boot::Boot;
+pub use self::device::{Balloon, Device, DeviceKind, Disk, Net, Vfio, VhostUser};
 use self::node::{Fields, Node};
 use crate::name::{DeviceId, MachineName};
 
@@ -34,6 +37,26 @@ const MAX_DEVICES: usize = 31;
 const DEFAULT_MEMORY: u64 = 512 << 20;
 /// Least and most RAM, in bytes.
 const MEMORY: std::ops::RangeInclusive<u64> = (16 << 20)..=(1 << 40);
+
+/// Keys of a machine.
+const KEYS: &[&str] = &[
+    keys::KERNEL,
+    keys::INITRD,
+    keys::CMDLINE,
+    keys::FIRMWARE,
+    keys::VCPUS,
+    keys::CPU,
+    keys::MEMORY,
+    keys::HUGEPAGES,
+    keys::PREFAULT,
+    keys::UUID,
+    keys::AUTOSTART,
+    keys::DISK,
+    keys::NET,
+    keys::BALLOON,
+    keys::VHOST_USER,
+    keys::VFIO,
+];
 
 /// Why a definition is refused.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -84,107 +107,9 @@ pub struct Definition {
     pub devices: Vec<Device>,
 }
 
-/// A device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Device {
-    /// Its name in the machine.
-    pub id: DeviceId,
-    /// What it is.
-    pub kind: DeviceKind,
-}
-
-/// What a device is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum DeviceKind {
-    /// A block device of ours.
-    Disk(Disk),
-    /// A network device of ours.
-    Net(Net),
-    /// A memory balloon of ours.
-    Balloon(Balloon),
-    /// A device of somebody else's back-end.
-    VhostUser(VhostUser),
-}
-
-/// A block device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Disk {
-    /// Raw image or block device.
-    pub path: String,
-    /// Let the guest only read.
-    pub read_only: bool,
-    /// Virtqueues.
-    pub queues: u32,
-    /// Serial number.
-    pub serial: String,
-}
-
-/// A network device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Net {
-    /// Name of the tap.
-    pub tap: String,
-    /// Address of the guest's card.
-    pub mac: String,
-    /// Queue pairs.
-    pub queue_pairs: u32,
-    /// MTU that the guest is told.
-    pub mtu: Option<u32>,
-}
-
-/// A memory balloon.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Balloon {
-    /// MiB that the guest shall give from the beginning.
-    pub target_mib: u32,
-    /// Seconds between two questions for the guest's statistics; 0: none is asked.
-    #[serde(default = "statistics_interval")]
-    pub statistics_interval: u32,
-}
-
-/// Of a balloon that does not say.
-fn statistics_interval() -> u32 {
-    5
-}
-
-/// A device of somebody else's back-end.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VhostUser {
-    /// Its type, as `fs`.
-    pub kind: String,
-    /// Where its back-end listens.
-    pub socket: String,
-    /// Virtqueues.
-    pub queues: Option<u32>,
-    /// Tag of a file system.
-    pub tag: Option<String>,
-}
-
 /// The `cpu` of a machine that does not say.
 fn host_cpu() -> String {
     "host".into()
-}
-
-impl Device {
-    /// Its kind as the core calls it.
-    pub fn kind_name(&self) -> &str {
-        match &self.kind {
-            DeviceKind::Disk(_) => "blk",
-            DeviceKind::Net(_) => "net",
-            DeviceKind::Balloon(_) => "balloon",
-            DeviceKind::VhostUser(other) => &other.kind,
-        }
-    }
-
-    /// What is behind it.
-    pub fn source(&self) -> String {
-        match &self.kind {
-            DeviceKind::Disk(disk) => disk.path.clone(),
-            DeviceKind::Net(net) => format!("tap:{}", net.tap),
-            DeviceKind::Balloon(_) => String::new(),
-            DeviceKind::VhostUser(other) => other.socket.clone(),
-        }
-    }
 }
 
 impl Definition {
@@ -252,6 +177,33 @@ impl Definition {
         dictionary::show(self)
     }
 
+    /// A device of the host that it has more than once.
+    fn host_device_twice(&self) -> Option<&str> {
+        let mut seen = HashSet::new();
+        let addresses = self.devices.iter().filter_map(|device| match &device.kind {
+            DeviceKind::Vfio(Vfio::Host(address)) => Some(address.as_str()),
+            _ => None,
+        });
+        addresses.into_iter().find(|address| !seen.insert(*address))
+    }
+
+    /// That nothing keeps its machine, which is called `name`, from moving and from files.
+    ///
+    /// # Errors
+    /// It has a device that cannot move.
+    pub fn must_be_movable(&self, name: &MachineName) -> Result<(), Error> {
+        let vfio = |device: &&Device| matches!(device.kind, DeviceKind::Vfio(_));
+        match self.devices.iter().find(vfio) {
+            None => Ok(()),
+            Some(device) => Err(Error::NotMigratable(format!(
+                "{name} has the PCI device {} ({}), which can neither move nor be written into files: \
+                 switch the machine off and start it anew where it is wanted",
+                device.id,
+                device.source()
+            ))),
+        }
+    }
+
     /// Makes up addresses of the cards that have none.
     fn fill_in_addresses(&mut self) {
         for device in &mut self.devices {
@@ -269,7 +221,7 @@ fn read(
     node: Node,
     new_uuid: impl FnOnce() -> String,
 ) -> Result<(Definition, Option<bool>), DefinitionError> {
-    let mut fields = Fields::of(node, "", known_keys(""))?;
+    let mut fields = Fields::of(node, "", KEYS)?;
     let boot = Boot::take(&mut fields)?;
     let memory = fields
         .size(keys::MEMORY, values::size)?
@@ -293,20 +245,8 @@ fn read(
         autostart: false,
         devices: Vec::new(),
     };
-    for (list, read) in [
-        (
-            keys::DISK,
-            disk as fn(&mut Fields) -> Result<DeviceKind, DefinitionError>,
-        ),
-        (keys::NET, net),
-        (keys::BALLOON, balloon),
-        (keys::VHOST_USER, vhost_user),
-    ] {
-        for (number, mut device) in fields
-            .tables(list, known_keys(list))?
-            .into_iter()
-            .enumerate()
-        {
+    for (list, known, read) in device::LISTS {
+        for (number, mut device) in fields.tables(list, known)?.into_iter().enumerate() {
             let id = device.text(keys::ID, |id| DeviceId::new(id).map_err(|e| e.to_string()))?;
             let id = match id {
                 Some(id) => id,
@@ -325,6 +265,10 @@ fn read(
     if definition.devices.iter().filter(is_balloon).count() > 1 {
         return Err(fields.wrong(keys::BALLOON, "a machine has one at most"));
     }
+    if let Some(address) = definition.host_device_twice() {
+        let problem = format!("{address}: the machine has this device already");
+        return Err(fields.wrong(keys::VFIO, problem));
+    }
     if definition.devices.len() > MAX_DEVICES {
         let problem = format!(
             "{} devices: at most {MAX_DEVICES} are possible",
@@ -334,84 +278,6 @@ fn read(
     }
     definition.fill_in_addresses();
     Ok((definition, autostart))
-}
-
-fn known_keys(list: &str) -> &'static [&'static str] {
-    match list {
-        keys::DISK => &[
-            keys::ID,
-            keys::PATH,
-            keys::READ_ONLY,
-            keys::QUEUES,
-            keys::SERIAL,
-        ],
-        keys::NET => &[keys::ID, keys::TAP, keys::MAC, keys::QUEUE_PAIRS, keys::MTU],
-        keys::BALLOON => &[keys::ID, keys::TARGET, keys::STATISTICS_INTERVAL],
-        keys::VHOST_USER => &[keys::ID, keys::TYPE, keys::SOCKET, keys::QUEUES, keys::TAG],
-        _ => &[
-            keys::KERNEL,
-            keys::INITRD,
-            keys::CMDLINE,
-            keys::FIRMWARE,
-            keys::VCPUS,
-            keys::CPU,
-            keys::MEMORY,
-            keys::HUGEPAGES,
-            keys::PREFAULT,
-            keys::UUID,
-            keys::AUTOSTART,
-            keys::DISK,
-            keys::NET,
-            keys::BALLOON,
-            keys::VHOST_USER,
-        ],
-    }
-}
-
-fn disk(fields: &mut Fields) -> Result<DeviceKind, DefinitionError> {
-    let path = fields.text(keys::PATH, values::path)?;
-    Ok(DeviceKind::Disk(Disk {
-        path: fields.required(keys::PATH, path)?,
-        read_only: fields.boolean(keys::READ_ONLY)?.unwrap_or(false),
-        queues: fields.integer(keys::QUEUES, 1, 64)?.unwrap_or(1),
-        serial: fields
-            .text(keys::SERIAL, values::serial)?
-            .unwrap_or_default(),
-    }))
-}
-
-fn net(fields: &mut Fields) -> Result<DeviceKind, DefinitionError> {
-    let tap = fields.text(keys::TAP, values::interface)?;
-    Ok(DeviceKind::Net(Net {
-        tap: fields.required(keys::TAP, tap)?,
-        mac: fields.text(keys::MAC, values::mac)?.unwrap_or_default(),
-        queue_pairs: fields.integer(keys::QUEUE_PAIRS, 1, 32)?.unwrap_or(1),
-        mtu: fields.integer(keys::MTU, 68, 65535)?,
-    }))
-}
-
-fn balloon(fields: &mut Fields) -> Result<DeviceKind, DefinitionError> {
-    let target = fields.size(keys::TARGET, values::size)?.unwrap_or(0);
-    let whole = target.is_multiple_of(1 << 20) && target <= *MEMORY.end();
-    let target_mib = u32::try_from(target >> 20).ok().filter(|_| whole);
-    let problem = || format!("{target} bytes: give whole MiB, 1T at most");
-    Ok(DeviceKind::Balloon(Balloon {
-        target_mib: target_mib.ok_or_else(|| fields.wrong(keys::TARGET, problem()))?,
-        statistics_interval: fields
-            .integer(keys::STATISTICS_INTERVAL, 0, 3600)?
-            .unwrap_or_else(statistics_interval),
-    }))
-}
-
-fn vhost_user(fields: &mut Fields) -> Result<DeviceKind, DefinitionError> {
-    let kind = fields.text(keys::TYPE, values::word)?;
-    let socket = fields.text(keys::SOCKET, values::path)?;
-    Ok(DeviceKind::VhostUser(VhostUser {
-        kind: fields.required(keys::TYPE, kind)?,
-        socket: fields.required(keys::SOCKET, socket)?,
-        queues: fields.integer(keys::QUEUES, 1, 64)?,
-        tag: fields.text(keys::TAG, values::word)?,
-    }))
 }
 
 #[cfg(test)]

@@ -40,6 +40,13 @@ fn a_whole_file_is_understood() {
         type = "fs"
         socket = "/run/fs.sock"
         tag = "home"
+        [[vfio]]
+        host = "01:0A.0"
+        [[vfio]]
+        synthetic = true
+        [[vfio]]
+        id = "card"
+        socket = "/run/card.sock"
         "#,
     )
     .unwrap();
@@ -47,9 +54,25 @@ fn a_whole_file_is_understood() {
     assert_eq!(definition.cpu, "x86-64-v3");
     assert!(definition.autostart);
     let ids: Vec<_> = definition.devices.iter().map(|d| d.id.as_str()).collect();
-    assert_eq!(ids, ["disk0", "data", "net0", "balloon0", "vhost-user0"]);
+    assert_eq!(
+        ids,
+        [
+            "disk0",
+            "data",
+            "net0",
+            "balloon0",
+            "vhost-user0",
+            "vfio0",
+            "vfio1",
+            "card"
+        ]
+    );
     let sources: Vec<_> = definition.devices.iter().map(Device::source).collect();
     assert_eq!(sources[2], "tap:tap0");
+    assert_eq!(
+        sources[5..],
+        ["0000:01:0a.0", "synthetic", "/run/card.sock"]
+    );
     let DeviceKind::Net(net) = &definition.devices[2].kind else {
         panic!("it is a card");
     };
@@ -103,7 +126,23 @@ fn a_mistake_is_named_with_key_value_and_line() {
         (
             "vcpus = 1\nkernl = \"/k\"",
             "line 2: kernl: unknown key; there are kernel, initrd, cmdline, firmware, vcpus, cpu, memory, \
-             hugepages, prefault, uuid, autostart, disk, net, balloon, vhost-user",
+             hugepages, prefault, uuid, autostart, disk, net, balloon, vhost-user, vfio",
+        ),
+        (
+            "kernel = \"/k\"\n[[vfio]]\nhost = \"../0000:01:00.0\"",
+            "line 3: vfio[0].host: \"../0000:01:00.0\": give a PCI address, as 0000:01:00.0",
+        ),
+        (
+            "kernel = \"/k\"\n[[vfio]]\nid = \"a\"",
+            "line 2: vfio[0].host: give one of host, socket and synthetic = true",
+        ),
+        (
+            "kernel = \"/k\"\n[[vfio]]\nhost = \"01:00.0\"\nsynthetic = true",
+            "line 3: vfio[0].host: give one of host, socket and synthetic = true",
+        ),
+        (
+            "kernel = \"/k\"\n[[vfio]]\nhost = \"01:00.0\"\n[[vfio]]\nhost = \"0000:01:00.0\"",
+            "line 2: vfio: 0000:01:00.0: the machine has this device already",
         ),
         (
             "kernel = \"/k\"\n[[disk]]\npth = \"/d\"",
@@ -224,4 +263,39 @@ fn a_hostile_dictionary_is_refused() {
         ("autostart", true.into()),
     ]));
     assert_eq!(autostart.key, "autostart");
+}
+
+#[test]
+fn pci_addresses_are_those_of_sysfs() {
+    let address = |text: &str| values::pci_address(text).ok();
+    assert_eq!(address("01:1F.7").as_deref(), Some("0000:01:1f.7"));
+    assert_eq!(address("ffff:ff:00.0").as_deref(), Some("ffff:ff:00.0"));
+    for bad in [
+        "",
+        "1",
+        "0000:01:20.0",
+        "0000:01:00.8",
+        "0000:01:00",
+        "0000.01:00:0",
+        "0000:01:00.0.0",
+        "0000:+1:00.0",
+        "0000:01:00.0/",
+        "/sys:01:00.0",
+        "00000:01:00.0",
+    ] {
+        assert_eq!(address(bad), None, "{bad}");
+    }
+}
+
+#[test]
+fn a_machine_with_a_pci_device_stays() {
+    let name = MachineName::new("vm").unwrap();
+    let with = |device: &str| from_toml(&format!("kernel = \"/k\"\n{device}")).unwrap();
+    assert!(with("").must_be_movable(&name).is_ok());
+    let refused = with("[[vfio]]\nsynthetic = true").must_be_movable(&name);
+    let text = refused.unwrap_err().to_string();
+    assert!(
+        text.starts_with("vm has the PCI device vfio0 (synthetic)"),
+        "{text}"
+    );
 }

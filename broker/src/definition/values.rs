@@ -108,6 +108,37 @@ pub(super) fn interface(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// The address of a PCI device as sysfs has it; domain 0 need not be given.
+pub(super) fn pci_address(text: &str) -> Result<String, String> {
+    let wrong = || format!("{}: give a PCI address, as 0000:01:00.0", shown(text));
+    let full = match text.matches(':').count() {
+        1 => format!("0000:{text}"),
+        _ => text.to_owned(),
+    };
+    let hex = |text: &str, digits: usize| {
+        let plain = text.len() == digits && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        u32::from_str_radix(text, 16).ok().filter(|_| plain)
+    };
+    let parts: Vec<&str> = full.split([':', '.']).collect();
+    let [domain, bus, slot, function] = parts[..] else {
+        return Err(wrong());
+    };
+    let numbers = [hex(domain, 4), hex(bus, 2), hex(slot, 2), hex(function, 1)];
+    let [
+        Some(domain),
+        Some(bus),
+        Some(slot @ 0..32),
+        Some(function @ 0..8),
+    ] = numbers
+    else {
+        return Err(wrong());
+    };
+    // What separates them is seen here.
+    Some(format!("{domain:04x}:{bus:02x}:{slot:02x}.{function}"))
+        .filter(|address| address.eq_ignore_ascii_case(&full))
+        .ok_or_else(wrong)
+}
+
 /// A unicast MAC address.
 pub(super) fn mac(text: &str) -> Result<String, String> {
     let wrong = || {

@@ -25,6 +25,8 @@ pub struct Program {
     pub declared: bool,
     /// Another process has its role already, until this one takes its place.
     pub beside: bool,
+    /// It pins the guest's memory for a device of the host.
+    pub pins_memory: bool,
     /// `core`, or the name of a device.
     pub role: String,
     /// The executable.

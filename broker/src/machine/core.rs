@@ -50,6 +50,7 @@ pub(super) fn program(
         machine: name.to_string(),
         declared: machine.from_file,
         beside: false,
+        pins_memory: false,
         role: "core".into(),
         path: host.programs.join("godwit-vmm"),
         args: Vec::new(),
@@ -98,6 +99,7 @@ pub(super) fn expect(program: &mut Program, incoming: Incoming) {
 /// Tells the core of a device, whose back-end is at `endpoint`.
 pub(super) fn add_device(program: &mut Program, device: &Device, endpoint: &str) {
     let id = &device.id;
+    let mut list = "--vhost-user";
     let option = match &device.kind {
         DeviceKind::Disk(_) => format!("blk,{endpoint},id={id}"),
         DeviceKind::Net(net) => format!("net,{endpoint},id={id},mac={}", net.mac),
@@ -112,8 +114,12 @@ pub(super) fn add_device(program: &mut Program, device: &Device, endpoint: &str)
             }
             option
         }
+        DeviceKind::Vfio(_) => {
+            list = "--vfio-user";
+            format!("id={id},{endpoint}")
+        }
     };
-    program.args(["--vhost-user", &option]);
+    program.args([list, &option]);
 }
 
 /// Connects to a core.

@@ -18,7 +18,7 @@ use api::device::State as DeviceState;
 use tokio::time::Instant;
 
 use super::{DeviceStatus, Machine, MachineState};
-use crate::definition::{Device, DeviceKind};
+use crate::definition::{Device, DeviceKind, Vfio};
 use crate::folder::last_words;
 use crate::host::Host;
 use crate::launch::Program;
@@ -121,7 +121,7 @@ impl RunningDevice {
 
     /// Whether its process is ours.
     pub(super) fn is_ours(&self) -> bool {
-        !matches!(self.device.kind, DeviceKind::VhostUser(_))
+        self.device.foreign_socket().is_none()
     }
 
     /// Starts its process; what the core is to have of it.
@@ -144,12 +144,16 @@ impl RunningDevice {
             DeviceKind::Disk(_) => "godwit-blk",
             DeviceKind::Net(_) => "godwit-net",
             DeviceKind::Balloon(_) => "godwit-balloon",
-            DeviceKind::VhostUser(_) => return Err(failed("its process is not ours".into())),
+            DeviceKind::Vfio(Vfio::Host(_) | Vfio::Synthetic) => "godwit-vfio",
+            DeviceKind::VhostUser(_) | DeviceKind::Vfio(Vfio::Socket(_)) => {
+                return Err(failed("its process is not ours".into()));
+            }
         };
         let mut program = Program {
             machine: machine.to_string(),
             declared,
             beside: self.shares_image,
+            pins_memory: matches!(self.device.kind, DeviceKind::Vfio(Vfio::Host(_))),
             role: id.to_owned(),
             path: host.programs.join(name),
             args: Vec::new(),
@@ -197,7 +201,13 @@ impl RunningDevice {
                 let interval = balloon.statistics_interval.to_string();
                 program.args(["--statistics-interval", &interval]);
             }
-            DeviceKind::VhostUser(_) => {}
+            DeviceKind::Vfio(Vfio::Host(address)) => {
+                program.args(["--host", address, "--host-fd", &handed]);
+                // The kernel frees device and memory when nobody has them any more.
+                self.resources.descriptors.clear();
+            }
+            DeviceKind::Vfio(Vfio::Synthetic) => program.args(["--synthetic"]),
+            DeviceKind::VhostUser(_) | DeviceKind::Vfio(Vfio::Socket(_)) => {}
         }
         let process = host
             .launcher

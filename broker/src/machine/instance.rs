@@ -21,7 +21,7 @@ use super::device::{RunningDevice, chain};
 use super::state::MachineState;
 use super::{DeviceStatus, Machine, foreign};
 use crate::console::{Console, Switch};
-use crate::definition::{Definition, DeviceKind};
+use crate::definition::Definition;
 use crate::folder::{last_line, last_words};
 use crate::host::Host;
 use crate::jobs::Job;
@@ -177,12 +177,12 @@ impl Plan<'_> {
         for at in 0..made.devices.len() {
             advance("starting devices");
             let device = &mut made.devices[at];
-            let endpoint = match &device.device.kind {
-                DeviceKind::VhostUser(other) => {
-                    let backend = foreign::connect(&device.device.id, &other.socket).await?;
+            let endpoint = match device.device.foreign_socket() {
+                Some(socket) => {
+                    let backend = foreign::connect(&device.device.id, socket).await?;
                     format!("fd={}", program.pass(backend))
                 }
-                _ => {
+                None => {
                     let ends = device.start(host, self.machine).await?;
                     let (backend, link) = (program.pass(ends.backend), program.pass(ends.link));
                     format!("fd={backend},control-fd={link}")

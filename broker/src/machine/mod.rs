@@ -268,6 +268,14 @@ impl Machine {
         }
     }
 
+    /// Refuses a machine that nobody can move.
+    ///
+    /// # Errors
+    /// It has a device that cannot move.
+    pub(crate) fn must_be_movable(&self) -> Result<(), Error> {
+        self.definition().must_be_movable(&self.name)
+    }
+
     /// Notes what the core says of itself.
     pub(crate) fn set_running_state(&self, state: api::core::State) {
         self.update(|inner| match (inner.state, state) {

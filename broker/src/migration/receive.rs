@@ -240,6 +240,8 @@ fn rename(definition: &mut Definition, paths: &HashMap<String, String>) {
             DeviceKind::Net(net) => change(&mut net.tap),
             DeviceKind::Balloon(_) => {}
             DeviceKind::VhostUser(other) => change(&mut other.socket),
+            // They do not move.
+            DeviceKind::Vfio(_) => {}
         }
     }
 }
@@ -253,6 +255,7 @@ impl Broker {
         definition: &Definition,
         transient: bool,
     ) -> Result<Arc<Machine>, Error> {
+        definition.must_be_movable(name)?;
         if let Ok(known) = self.machine(name.as_str()) {
             if known.definition().uuid != definition.uuid {
                 return Err(Error::MachineExists(format!(

@@ -131,6 +131,7 @@ impl Broker {
         folder: &str,
     ) -> Result<OwnedObjectPath, Error> {
         machine.must_be(&[State::Running, State::Paused], "written into files")?;
+        machine.must_be_movable()?;
         let folder = folder_of(folder)?;
         let made = DirBuilder::new().mode(0o700).create(&folder);
         made.map_err(|error| {

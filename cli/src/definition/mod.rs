@@ -11,7 +11,7 @@ use zbus::{OwnedVariant, Variant};
 
 use crate::error::{Failure, Result};
 use crate::options::Define;
-use crate::value::{Disk, Net, VhostUser};
+use crate::value::{Disk, Net, Vfio, VfioSource, VhostUser};
 
 pub use self::file::DefinitionFile;
 
@@ -40,6 +40,7 @@ pub fn of_options(define: &Define) -> Result<Dictionary> {
         Ok(Device::from([(key::TARGET, target.0.into())]))
     })?;
     definition.list(key::VHOST_USER, &define.vhost_user, vhost_user)?;
+    definition.list(key::VFIO, &define.vfio, vfio)?;
     Ok(definition.0)
 }
 
@@ -75,6 +76,16 @@ fn vhost_user(foreign: &VhostUser) -> Result<Device> {
     add(&mut device, key::QUEUES, foreign.queues.map(u32::from));
     add(&mut device, key::TAG, foreign.tag.clone());
     add(&mut device, key::ID, foreign.id.clone());
+    Ok(device)
+}
+
+fn vfio(vfio: &Vfio) -> Result<Device> {
+    let mut device = Device::from([match &vfio.source {
+        VfioSource::Host(address) => (key::HOST, address.clone().into()),
+        VfioSource::Synthetic => (key::SYNTHETIC, true.into()),
+        VfioSource::Socket(path) => (key::SOCKET, absolute(path)?.into()),
+    }]);
+    add(&mut device, key::ID, vfio.id.clone());
     Ok(device)
 }
 
@@ -149,6 +160,11 @@ mod tests {
             ],
             net: vec!["tap:t0,queue-pairs=2".parse().unwrap()],
             vhost_user: vec!["fs,socket=/s,tag=share".parse().unwrap()],
+            vfio: vec![
+                "host=0000:01:00.0".parse().unwrap(),
+                "synthetic,id=x".parse().unwrap(),
+                "socket=/v".parse().unwrap(),
+            ],
             ..Define::default()
         };
         let expected = serde_json::json!({
@@ -156,6 +172,7 @@ mod tests {
             "disk": [{"path": "/d", "read-only": true, "queues": 4}, {"path": "/e"}],
             "net": [{"tap": "t0", "queue-pairs": 2}],
             "vhost-user": [{"type": "fs", "socket": "/s", "tag": "share"}],
+            "vfio": [{"host": "0000:01:00.0"}, {"synthetic": true, "id": "x"}, {"socket": "/v"}],
         });
         let definition = of_options(&define).unwrap();
         assert_eq!(json_object(&definition), expected);

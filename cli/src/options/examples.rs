@@ -15,7 +15,8 @@ A definition file has these keys; paths are absolute:
   [[disk]]        path, read-only, queues, serial, id
   [[net]]         tap, mac, queue-pairs, mtu, id
   [[balloon]]     target = \"256M\", statistics-interval, id
-  [[vhost-user]]  type, socket, queues, tag, id";
+  [[vhost-user]]  type, socket, queues, tag, id
+  [[vfio]]        host = \"0000:01:00.0\" or socket or synthetic = true, id";
 
 pub const LIST: &str = "\
 Examples:

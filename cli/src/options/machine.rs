@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{Names, Wait};
-use crate::value::{Disk, Escape, HugePages, Net, Size, VhostUser};
+use crate::value::{Disk, Escape, HugePages, Net, Size, Vfio, VhostUser};
 
 /// Makes a machine, starts it and attaches to its console.
 #[derive(Debug, Args)]
@@ -92,6 +92,14 @@ pub struct Define {
         help = "A device that another process serves: TYPE,socket=PATH[,queues=N][,tag=TAG][,id=NAME]"
     )]
     pub vhost_user: Vec<VhostUser>,
+    /// PCI devices that are passed through.
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        help = "A PCI device of the host, bound to vfio-pci, for the guest: host=ADDRESS[,id=NAME]; \
+                or one of another vfio-user server, socket=PATH, or one for tests, synthetic"
+    )]
+    pub vfio: Vec<Vfio>,
 }
 
 /// Lists machines.

@@ -18,6 +18,7 @@
 //! | `net` | list of dictionaries | network devices | none |
 //! | `balloon` | list of dictionaries | a memory balloon, one at most | none |
 //! | `vhost-user` | list of dictionaries | devices served by somebody else's process | none |
+//! | `vfio` | list of dictionaries | PCI devices that the machine is given; it cannot move as long as it has one | none |
 //!
 //! Paths are absolute. Every device has an `id` (string, unique in the machine; by default
 //! `disk0`, `net0`, `vhost-user0` and so on), and besides:
@@ -38,6 +39,9 @@
 //! | | `socket` | string | where its back-end listens | must be given |
 //! | | `queues` | integer | virtqueues, 1 to 64 | the back-end's |
 //! | | `tag` | string | tag of a file system | none |
+//! | `vfio` | `host` | string | PCI address of a device of the host that is bound to `vfio-pci`, as `0000:01:00.0` | one of these three must be given |
+//! | | `socket` | string | where a vfio-user server listens | |
+//! | | `synthetic` | boolean | a device made of nothing that copies the guest's memory, for tests and demonstrations | |
 //!
 //! In a dictionary integers may have any integer type, and lists are `aa{sv}`.
 
@@ -72,6 +76,9 @@ pub const BALLOON: &str = "balloon";
 /// Devices of other back-ends.
 pub const VHOST_USER: &str = "vhost-user";
 
+/// PCI devices that the machine is given.
+pub const VFIO: &str = "vfio";
+
 /// Name of a device in its machine.
 pub const ID: &str = "id";
 /// Path of an image.
@@ -96,7 +103,11 @@ pub const TARGET: &str = "target";
 pub const STATISTICS_INTERVAL: &str = "statistics-interval";
 /// Kind of a vhost-user device.
 pub const TYPE: &str = "type";
-/// Socket of a vhost-user back-end.
+/// Socket of a vhost-user back-end, or of a vfio-user server.
 pub const SOCKET: &str = "socket";
 /// Tag of a file system.
 pub const TAG: &str = "tag";
+/// PCI address of a device of the host.
+pub const HOST: &str = "host";
+/// A PCI device that is made of nothing.
+pub const SYNTHETIC: &str = "synthetic";

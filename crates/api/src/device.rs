@@ -43,7 +43,7 @@ impl State {
 pub struct Facts {
     /// Its name in the machine.
     pub id: String,
-    /// `blk`, `net`, or a kind of the vhost-user specification.
+    /// `blk`, `net`, `vfio`, or a kind of the vhost-user specification.
     pub kind: String,
     /// How it does.
     pub state: State,
@@ -53,7 +53,7 @@ pub struct Facts {
     pub unit: String,
     /// Process id, or 0.
     pub process: u32,
-    /// What is behind it: path of an image, `tap:NAME`, path of a socket.
+    /// What is behind it: path of an image, `tap:NAME`, path of a socket, address of a PCI device.
     pub source: String,
     /// How many times a new process took over since the machine was started.
     pub reconnects: u32,
@@ -111,7 +111,7 @@ impl<D: OneDevice> Device<D> {
         self.0.facts().id
     }
 
-    /// `blk`, `net`, or another kind of the vhost-user specification.
+    /// `blk`, `net`, `vfio`, or another kind of the vhost-user specification.
     #[zbus(property(emits_changed_signal = "const"))]
     async fn kind(&self) -> String {
         self.0.facts().kind
@@ -141,7 +141,8 @@ impl<D: OneDevice> Device<D> {
         self.0.facts().process
     }
 
-    /// What is behind it: the path of an image, `tap:NAME`, or the path of a socket.
+    /// What is behind it: the path of an image, `tap:NAME`, the path of a socket, the address of a
+    /// PCI device, or `synthetic`.
     #[zbus(property)]
     async fn source(&self) -> String {
         self.0.facts().source

@@ -2,6 +2,7 @@
 //! protocols have no word for. Peer to peer ([`crate::peer`]); the device process is the server.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use zbus::names::InterfaceName;
@@ -33,7 +34,7 @@ pub enum Prefault {
 /// What a device process is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// What kind of device: `blk`, `net`.
+    /// What kind of device: `blk`, `net`, `vfio`.
     pub kind: String,
     /// Its name in the machine.
     pub unit: String,
@@ -70,6 +71,28 @@ pub trait DeviceProcess: Send + Sync + 'static {
     fn prefault(&self, mode: Prefault) -> Result<(), Error>;
     /// See [`Device1Proxy::cancel_prefault`].
     fn cancel_prefault(&self);
+}
+
+impl<D: DeviceProcess> DeviceProcess for Arc<D> {
+    fn identity(&self) -> Identity {
+        (**self).identity()
+    }
+
+    fn status(&self) -> Status {
+        (**self).status()
+    }
+
+    fn statistics(&self) -> BTreeMap<String, u64> {
+        (**self).statistics()
+    }
+
+    fn prefault(&self, mode: Prefault) -> Result<(), Error> {
+        (**self).prefault(mode)
+    }
+
+    fn cancel_prefault(&self) {
+        (**self).cancel_prefault();
+    }
 }
 
 /// Tells in one PropertiesChanged what is different in `now`, if anything is.
@@ -129,9 +152,9 @@ pub struct Device1<D>(pub D);
 )]
 impl<D: DeviceProcess> Device1<D> {
     /// Its counters by name; they only grow while the process lives. Every device has
-    /// `requests`, `failed_requests`, `bytes_to_guest`, `bytes_from_guest`, `kicks`, `calls`,
-    /// `broken_rings`, `sessions`, `failed_sessions`, `states_saved`, `states_loaded` and
-    /// `errors`; a kind of device adds its own.
+    /// `requests`, `failed_requests`, `bytes_to_guest`, `bytes_from_guest`, `sessions`,
+    /// `failed_sessions` and `errors`, one of virtio `kicks`, `calls`, `broken_rings`,
+    /// `states_saved` and `states_loaded` besides; a kind of device adds its own.
     #[zbus(out_args("statistics"))]
     async fn statistics(&self) -> BTreeMap<String, u64> {
         self.0.statistics()
@@ -148,7 +171,7 @@ impl<D: DeviceProcess> Device1<D> {
         self.0.cancel_prefault();
     }
 
-    /// What kind of device it is: `blk`, `net`.
+    /// What kind of device it is: `blk`, `net`, `vfio`.
     #[zbus(property(emits_changed_signal = "const"))]
     async fn kind(&self) -> String {
         self.0.identity().kind

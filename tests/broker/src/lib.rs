@@ -2,6 +2,7 @@
 
 mod guest;
 mod manner;
+mod others;
 mod relay;
 
 use std::collections::HashMap;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 pub use self::guest::*;
 pub use self::manner::Manner;
+pub use self::others::{is_reached_again, starts_after};
 pub use self::relay::Relay;
 use anyhow::{Context as _, Result, bail, ensure};
 use api::Dictionary;

@@ -3,10 +3,7 @@
 use std::collections::HashMap;
 
 use anyhow::Result;
-use api::device::State as DeviceState;
-use nix::sys::signal::Signal;
 use test_broker::*;
-use test_framework::machine::DEADLINE;
 use test_framework::process::Launch;
 use test_framework::programs::program;
 use zbus::Variant;
@@ -29,35 +26,10 @@ async fn a_killed_back_end_of_others_is_reached_again() -> Result<()> {
         ("socket".to_owned(), socket.display().to_string().into()),
     ]);
     definition.insert("vhost-user".into(), value(vec![back_end]));
-    let path = manager(&bus)
-        .await?
-        .create_machine("vm", definition, 0)
-        .await?;
-    let vm = machine(&bus, path).await?;
-    let job = vm.start(0).await?;
-    let error = format!("{:#}", done(&bus, job).await.unwrap_err());
-    assert!(error.contains("start it first"), "{error}");
-
-    let mut process = others()?;
-    until("a start", async || {
-        let job = vm.start(0).await?;
-        Ok(done(&bus, job).await.is_ok())
-    })
-    .await?;
+    let (vm, process) = starts_after(&bus, definition, others).await?;
     let mut console = console(&vm).await?;
     works_on(&mut console, 0)?;
-    process.signal(Signal::SIGKILL)?;
-    process.wait(DEADLINE)?;
-    let disk = device(&bus, "vm", "vhost-user0").await?;
-    until("the loss", async || {
-        Ok(disk.state().await? == DeviceState::Restarting)
-    })
-    .await?;
-    let _process = others()?;
-    until("the connection", async || {
-        Ok(disk.state().await? == DeviceState::Running && disk.reconnects().await? == 1)
-    })
-    .await?;
+    let _process = is_reached_again(&bus, "vhost-user0", process, others).await?;
     works_on(&mut console, 0)?;
     finish(&mut console)
 }

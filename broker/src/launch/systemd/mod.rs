@@ -178,6 +178,9 @@ impl Systemd {
             ("CollectMode", "inactive-or-failed".into()),
             ("ExecStart", command.into()),
         ] as [Property<'static>; 4]);
+        if program.pins_memory {
+            properties.push(("LimitMEMLOCK", u64::MAX.into()));
+        }
         // When the host goes down, the core ends before its devices.
         let anchor = || Variant::from(vec![names::ANCHOR]);
         if names::is_core(program) {

@@ -82,6 +82,7 @@ mod tests {
             machine: "web".into(),
             declared: true,
             beside: false,
+            pins_memory: false,
             role: CORE.into(),
             path: "/bin/true".into(),
             args: Vec::new(),

@@ -8,7 +8,7 @@ use api::core::CoreProxy;
 use tokio::sync::mpsc::Sender;
 
 use super::Supervisor;
-use crate::definition::{Device, DeviceKind};
+use crate::definition::DeviceKind;
 use crate::machine::foreign;
 use crate::process::Ended;
 
@@ -65,8 +65,8 @@ impl Supervisor {
     }
 
     fn watch_foreign(&mut self, at: usize, core: &CoreProxy<'static>) {
-        let Device { id, kind } = self.devices[at].device.clone();
-        let DeviceKind::VhostUser(other) = kind else {
+        let device = self.devices[at].device.clone();
+        let Some(socket) = device.foreign_socket().map(str::to_owned) else {
             return;
         };
         let (core, tell) = (core.clone(), self.tell.clone());
@@ -78,7 +78,7 @@ impl Supervisor {
                 }
             };
             // It ends with the core, whose end somebody else sees.
-            let _ = foreign::keep(&core, &id, &other.socket, tell).await;
+            let _ = foreign::keep(&core, &device.id, &socket, tell).await;
         });
     }
 
