@@ -14,13 +14,15 @@ use crate::cargo::{command, output, root};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("api", &[]),
     ("migration", &[]),
+    ("vfio-user", &[]),
     ("device-kit", &["api", "migration"]),
     ("broker", &["api", "migration"]),
     ("cli", &["api", "migration"]),
-    ("vmm-core", &["api", "migration"]),
+    ("vmm-core", &["api", "migration", "vfio-user"]),
     ("dev-balloon", &["device-kit", "migration"]),
     ("dev-blk", &["device-kit", "migration"]),
     ("dev-net", &["device-kit", "migration"]),
+    ("dev-vfio", &["device-kit", "migration", "vfio-user"]),
     ("packaging", &[]),
 ];
 

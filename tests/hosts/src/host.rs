@@ -8,7 +8,6 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::error::tail;
 use crate::job::{Job, Output};
 use crate::machine::{Files, Machine, Memory, Storage, Wire};
 use crate::template::Template;
@@ -137,16 +136,7 @@ impl Host {
     ///
     /// When its exit status is not 0, it takes too long, or the host ends.
     pub fn run(&mut self, command: &str) -> Result<Output> {
-        let output = self.run_for(command, COMMAND_DEADLINE)?;
-        if output.status == 0 {
-            return Ok(output);
-        }
-        Err(Error::CommandStatus {
-            command: command.to_owned(),
-            status: output.status,
-            stdout: tail(&output.stdout, 30),
-            stderr: tail(&output.stderr, 30),
-        })
+        self.run_for(command, COMMAND_DEADLINE)?.expect(command)
     }
 
     /// Runs a command for `deadline` at most, counted in whole seconds, whatever its exit status.
@@ -157,6 +147,16 @@ impl Host {
     pub fn run_for(&mut self, command: &str, deadline: Duration) -> Result<Output> {
         let job = self.spawn(command, deadline)?;
         self.wait(job)
+    }
+
+    /// Runs `lines` of shell with the functions of `script`, for `deadline` at most; what they print.
+    ///
+    /// # Errors
+    ///
+    /// When their exit status is not 0, they take too long, or the host ends.
+    pub fn call(&mut self, script: &str, lines: &str, deadline: Duration) -> Result<String> {
+        let output = self.run_for(&format!("{script}\n{lines}"), deadline)?;
+        Ok(output.expect(lines)?.stdout)
     }
 
     /// Starts a command that is killed after `deadline`. Several may run at the same time.

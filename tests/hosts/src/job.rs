@@ -14,6 +14,9 @@ const GRACE: Duration = Duration::from_secs(15);
 /// Exit statuses of `timeout` when it ended the command, by SIGTERM and by SIGKILL.
 const TIMED_OUT: [i32; 2] = [124, 137];
 
+/// Lines of what a command has printed that an error holds.
+const LINES: usize = 100;
+
 /// How a command in a host ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Output {
@@ -23,6 +26,21 @@ pub struct Output {
     pub stdout: String,
     /// What it printed on standard error.
     pub stderr: String,
+}
+
+impl Output {
+    /// That of a `command` which went well.
+    pub(crate) fn expect(self, command: &str) -> Result<Self> {
+        if self.status == 0 {
+            return Ok(self);
+        }
+        Err(Error::CommandStatus {
+            command: command.to_owned(),
+            status: self.status,
+            stdout: tail(&self.stdout, LINES),
+            stderr: tail(&self.stderr, LINES),
+        })
+    }
 }
 
 /// A command that was started in a host and runs beside others.
@@ -86,8 +104,8 @@ impl Job {
                 name: machine.name().to_owned(),
                 command: self.command,
                 deadline: self.deadline,
-                stdout: tail(&output.stdout, 30),
-                stderr: tail(&output.stderr, 30),
+                stdout: tail(&output.stdout, LINES),
+                stderr: tail(&output.stderr, LINES),
             });
         }
         Ok(output)

@@ -5,6 +5,8 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use test_framework::programs::program;
 use test_hosts::{Assets, Host, HostOptions};
 
 const SCRIPT: &str = include_str!("balloon.sh");
@@ -14,13 +16,11 @@ const PROGRAMS: [&str; 4] = ["godwit", "godwit-broker", "godwit-vmm", "godwit-ba
 /// Emulated hosts are slow, and slower on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(420);
 
-/// A host with the programs, which lie beside the folder of the tests' own.
+/// A host with the programs.
 fn host(name: &str) -> Result<Host> {
     let mut host = Host::start(&HostOptions::named(name))?;
-    let test = std::env::current_exe()?;
-    let built = test.ancestors().nth(2).context("the test has no folder")?;
-    for program in PROGRAMS {
-        host.install(&[&built.join(program)])?;
+    for name in PROGRAMS {
+        host.install(&[&program(name)?])?;
     }
     fs::write(host.share().join("balloon-guest.sh"), GUEST)?;
     call(&mut host, "prepare")?;
@@ -29,15 +29,7 @@ fn host(name: &str) -> Result<Host> {
 
 /// Runs lines of shell with the script's functions.
 fn call(host: &mut Host, lines: &str) -> Result<String> {
-    let output = host.run_for(&format!("{SCRIPT}\n{lines}"), DEADLINE)?;
-    ensure!(
-        output.status == 0,
-        "{lines}: status {}\n{}{}",
-        output.status,
-        output.stdout,
-        output.stderr
-    );
-    Ok(output.stdout)
+    Ok(host.call(SCRIPT, lines, DEADLINE)?)
 }
 
 #[test]
@@ -162,12 +154,11 @@ fn qemu_gives_its_linux_guest_the_balloon() -> Result<()> {
     Ok(())
 }
 
-/// Bytes of memory that were not sent as nobody used them, of a job's JSON.
-fn left_out(job: &str) -> Result<u64> {
-    let start = job.find(['[', '{']).context("no JSON")?;
-    let mut values = serde_json::Deserializer::from_str(&job[start..]).into_iter();
-    let job: serde_json::Value = values.next().context("no JSON")??;
-    let job = job.get(0).unwrap_or(&job);
+/// Bytes of memory that were not sent as nobody used them, of the job that was printed among others.
+fn left_out(printed: &str) -> Result<u64> {
+    let start = printed.find('{').context("no JSON")?;
+    let mut values = serde_json::Deserializer::from_str(&printed[start..]).into_iter();
+    let job: Value = values.next().context("no JSON")??;
     let spans = job["migration"]["report"]["source"]["spans"].as_array();
     let spans = spans.with_context(|| format!("no spans in {job:#}"))?;
     let left_out = spans

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use packaging::{Install, PROGRAMS};
 use serde_json::Value;
+use test_framework::programs::program;
 use test_hosts::{Host, HostOptions, strip};
 
 /// Minutes on two idle cores; this is for busy ones.
@@ -25,15 +26,10 @@ fn source() -> PathBuf {
 
 /// A host with everything in place, and the bundled guest where it is here.
 fn installed(name: &str) -> Result<Host> {
-    let test = std::env::current_exe()?;
-    let built = test
-        .ancestors()
-        .nth(2)
-        .context("the test lies in no folder")?;
     let mut host = Host::start(&HostOptions::named(name))?;
     let staged = tempfile::tempdir()?;
-    for program in PROGRAMS {
-        strip(&built.join(program), &staged.path().join(program))?;
+    for name in PROGRAMS {
+        strip(&program(name)?, &staged.path().join(name))?;
     }
     let guest = test_guest::program();
     let install = Install {
@@ -45,16 +41,13 @@ fn installed(name: &str) -> Result<Host> {
     };
     install.run()?;
     fs::copy(guest, host.share().join("guest"))?;
-    let output = host.run_for(
-        &format!(
-            "cp -a --no-preserve=ownership /share/root/. / && install -Dm644 /share/guest '{}' &&
-             systemd-sysusers && systemd-tmpfiles --create &&
-             systemctl daemon-reload && systemctl reload dbus",
-            guest.display()
-        ),
-        DEADLINE,
-    )?;
-    ensure!(output.status == 0, "{name}: {}", output.stderr);
+    let put_in_place = format!(
+        "cp -a --no-preserve=ownership /share/root/. / && install -Dm644 /share/guest '{}' &&
+         systemd-sysusers && systemd-tmpfiles --create &&
+         systemctl daemon-reload && systemctl reload dbus",
+        guest.display()
+    );
+    host.call("", &put_in_place, DEADLINE)?;
     Ok(host)
 }
 
@@ -141,7 +134,7 @@ fn clients_networks_and_refusals_with_units() -> Result<()> {
 
 #[test]
 fn callers_balloons_and_other_back_ends_with_units() -> Result<()> {
-    let others = ["balloon", "foreign", "hostile", "introspection"];
+    let others = ["balloon", "foreign", "hostile", "introspection", "vfio"];
     passes("units", &others, ELSEWHERE)
 }
 

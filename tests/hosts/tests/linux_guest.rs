@@ -1,9 +1,10 @@
 //! A stock Linux guest under `godwit-vmm`, with its disk and network served by `godwit-blk` and
 //! `godwit-net`, in an emulated host.
 
-use std::error::Error;
 use std::time::Duration;
 
+use anyhow::Result;
+use test_framework::programs::program;
 use test_hosts::linux_guest::{self, Launch};
 use test_hosts::{Host, HostOptions};
 
@@ -19,16 +20,11 @@ fn godwit() -> Launch {
     }
 }
 
-/// A host with the programs, which lie beside the folder of the tests' own.
-fn host() -> Result<Host, Box<dyn Error>> {
-    let test = std::env::current_exe()?;
-    let folder = test
-        .ancestors()
-        .nth(2)
-        .ok_or("the test lies in no folder")?;
+/// A host with the programs.
+fn host() -> Result<Host> {
     let mut host = Host::start(&HostOptions::named("godwit"))?;
     for name in ["godwit-vmm", "godwit-blk", "godwit-net"] {
-        host.install(&[&folder.join(name)])?;
+        host.install(&[&program(name)?])?;
     }
     Ok(host)
 }

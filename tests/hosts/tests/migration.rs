@@ -6,7 +6,8 @@ use std::fs::{File, hard_link};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use test_hosts::{Host, HostOptions, Pair, strip};
+use test_framework::programs::program;
+use test_hosts::{Host, HostOptions, Pair};
 
 const SCRIPT: &str = include_str!("migration.sh");
 /// The image, on the share of each host.
@@ -26,30 +27,17 @@ const DEADLINE: Duration = Duration::from_secs(240);
 /// takes on a busy machine. It loses more when it stands still in a blackout, or in each of some.
 const CLOCK_MS: i64 = 250;
 
-/// Puts the programs, which lie beside the folder of the tests' own, into a host.
+/// Puts the programs into a host.
 fn install(host: &mut Host) -> Result<()> {
-    let test = std::env::current_exe()?;
-    let built = test.ancestors().nth(2).context("the test has no folder")?;
-    let stripped = tempfile::tempdir()?;
-    for program in PROGRAMS {
-        let to = stripped.path().join(program);
-        strip(&built.join(program), &to)?;
-        host.install(&[&to])?;
+    for name in PROGRAMS {
+        host.install(&[&program(name)?])?;
     }
     Ok(())
 }
 
 /// Calls some of the script's functions, one a line.
 fn call(host: &mut Host, functions: &str) -> Result<String> {
-    let output = host.run_for(&format!("{SCRIPT}\n{functions}"), DEADLINE)?;
-    ensure!(
-        output.status == 0,
-        "{functions}: status {}\n{}{}",
-        output.status,
-        output.stdout,
-        output.stderr
-    );
-    Ok(output.stdout)
+    Ok(host.call(SCRIPT, functions, DEADLINE)?)
 }
 
 /// What the guest tells in the end must be that it noticed nothing.
