@@ -21,7 +21,6 @@ pub(crate) struct CpuTime {
 impl CpuTime {
     /// Of a process so far, threads that have ended included.
     pub(crate) fn of(process: u32) -> Result<Self> {
-        let (_, all) = time(&format!("/proc/{process}/stat"))?;
         let mut guest_ms = 0.0;
         for task in fs::read_dir(format!("/proc/{process}/task"))? {
             // One that ends meanwhile is no vCPU.
@@ -32,8 +31,10 @@ impl CpuTime {
                 guest_ms += time;
             }
         }
+        let (_, all) = time(&format!("/proc/{process}/stat"))?;
         Ok(Self {
-            host_ms: all - guest_ms,
+            // The kernel rounds the ticks of a process and of each of its threads by themselves.
+            host_ms: (all - guest_ms).max(0.0),
             guest_ms,
         })
     }
