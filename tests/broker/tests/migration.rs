@@ -102,8 +102,8 @@ async fn many_times_within_a_host_and_the_console_stays() -> Result<()> {
     let bus = broker.connect().await?;
     let mut images = vec![broker.image("a", 32)?];
     let mut definition = definition(&busy());
-    // The two processors of an emulated host have systemd to run besides, and the longer its nested
-    // KVM works, the more often it fails: the moves after the first find what it left behind.
+    // The one processor of an emulated host has systemd to run besides: the moves after the first find
+    // what it left behind.
     let mut moves = 3;
     if !broker.manner().has_units() {
         images.push(broker.image("b", 32)?);

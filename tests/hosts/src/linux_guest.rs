@@ -14,7 +14,7 @@ const IO_SCRIPT: &str = include_str!("linux_guest/io.sh");
 const DEBIAN_SCRIPT: &str = include_str!("linux_guest/debian.sh");
 
 /// Half a minute to a minute on two idle cores; this is for busy ones.
-const DEADLINE: Duration = Duration::from_secs(240);
+const DEADLINE: Duration = Duration::from_secs(420);
 
 /// Shell commands that start the processes of a machine. They run in the host and find in the
 /// environment `DISK` (raw image), `TAP` (interface, up), `BLK_SOCKET` and `NET_SOCKET` (where to

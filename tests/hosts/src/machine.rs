@@ -37,12 +37,13 @@ const CONSOLE_LINES: usize = 80;
 const POLL: Duration = Duration::from_millis(10);
 const SOCKET_DEADLINE: Duration = Duration::from_secs(20);
 
-/// What is the same for every host, so that all fit the template.
+/// What is the same for every host, so that all fit the template. A host has one processor: with two,
+/// each a thread of the emulator, its KVM breaks (README.md, "What to know").
 pub(crate) fn fixed_arguments(assets: &Assets) -> Vec<String> {
     let folder = assets.folder().display();
     format!(
-        "-accel tcg,thread=multi,tb-size=512 -machine q35,memory-backend=ram \
-         -cpu EPYC-Rome,+svm,+npt -smp 2 -m {MEMORY_MIB} \
+        "-accel tcg,tb-size=512 -machine q35,memory-backend=ram \
+         -cpu EPYC-Rome,+svm,+npt -smp 1 -m {MEMORY_MIB} \
          -nodefaults -no-user-config -display none -no-reboot \
          -device virtio-blk-pci,drive=root -device virtio-9p-pci,fsdev=share,mount_tag=share \
          -device virtio-serial-pci -device virtserialport,chardev=agent,name=agent \

@@ -13,7 +13,7 @@ use test_framework::programs::program;
 use test_hosts::{Host, HostOptions, strip};
 
 /// Minutes on two idle cores; this is for busy ones.
-const DEADLINE: Duration = Duration::from_secs(560);
+const DEADLINE: Duration = Duration::from_secs(840);
 
 /// The variable that says how many machines come and go, and how many do in a host that is as slow
 /// as an emulated one.

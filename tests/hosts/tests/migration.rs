@@ -21,7 +21,7 @@ const PROGRAMS: [&str; 5] = [
 ];
 
 /// Copying takes seconds in an emulated host, and more on a busy machine.
-const DEADLINE: Duration = Duration::from_secs(240);
+const DEADLINE: Duration = Duration::from_secs(420);
 
 /// Milliseconds that the guest's clock may be away from the host's, more than at first: what asking
 /// takes on a busy machine. It loses more when it stands still in a blackout, or in each of some.
