@@ -192,6 +192,11 @@ impl MigrationError {
         matches!(self, Self::Ram(_) | Self::Device { .. })
     }
 
+    /// Whether the link is lost: the other side may have said why before it closed it.
+    pub(super) fn is_of_a_lost_link(&self) -> bool {
+        matches!(self, Self::Link(LinkError::Lost(_)))
+    }
+
     /// What it means for the commit.
     pub fn input(&self) -> SourceInput {
         match self {

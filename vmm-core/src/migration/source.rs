@@ -152,14 +152,15 @@ pub(super) fn say_last(link: &mut Link, error: &MigrationError) {
     let _ = link.send(&ToDestination::Abort { reason }, LAST_WORD_DEADLINE);
 }
 
-/// Where a channel ended at its other end, the reason is there: it is said on the link.
+/// Where a channel or the link ended at its other end, the reason is there: it is said on the link.
+/// For before the commit: after it, the other side's word is not to be missed.
 pub(super) fn ask_why(link: &mut Link, error: MigrationError) -> MigrationError {
     if error.is_of_a_channel() {
         // It looks at its memory channels when it hears something; a link that is lost was said to be.
         let _ = link.send(&ToDestination::Alive, LAST_WORD_DEADLINE);
     }
     let end = Instant::now() + REASON_DEADLINE;
-    while error.is_of_a_channel() {
+    while error.is_of_a_channel() || error.is_of_a_lost_link() {
         let left = end.saturating_duration_since(Instant::now());
         match link.await_message(left) {
             Ok(true) => {}

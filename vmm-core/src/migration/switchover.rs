@@ -97,8 +97,10 @@ impl Switchover {
         });
         self.recorder.set_costs(costs::now().since(&before));
         let mut error = result.err();
-        if let Some(why) = error.take() {
-            let why = ask_why(&mut self.link, why);
+        if let Some(mut why) = error.take() {
+            if state != Source::Committed {
+                why = ask_why(&mut self.link, why);
+            }
             let before = state;
             let (next, word) = state.on(why.input());
             state = next;
