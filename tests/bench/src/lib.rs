@@ -8,6 +8,7 @@ mod cpu_time;
 mod free_pages;
 mod lifecycle;
 mod machine;
+mod memory;
 mod peer;
 mod report;
 mod statistics;

@@ -13,6 +13,7 @@ use test_framework::machine::DEADLINE;
 use test_guest::{Idle, Workload};
 use test_migration::{Side, Spec};
 
+use crate::memory::warm_up;
 use crate::report::{Goal, Report};
 use crate::switchover::godwit;
 
@@ -104,7 +105,7 @@ fn copied(channels: usize) -> Result<f64> {
     spec.channels = channels;
     let mut side = Side::boot(&spec)?;
     side.console.fill(DEADLINE)?;
-    streams::warm_up(SPAN)?;
+    warm_up(SPAN)?;
     let _destination = side.begin_move(&spec, None)?;
     let report = godwit::report(&mut side)?;
     let round = report.rounds.first().context("no memory was copied")?;
@@ -123,7 +124,7 @@ fn watched() -> Result<(f64, f64)> {
     let mut side = Side::boot(&spec)?;
     side.console.fill(DEADLINE)?;
     let alone = writes(&mut side.console)?;
-    streams::warm_up(SPAN)?;
+    warm_up(SPAN)?;
     let mut destination = side.begin_move(&spec, None)?;
     let deadline = Instant::now() + DEADLINE;
     while side.progress()?["phase"] != "copying" {

@@ -5,11 +5,13 @@ use migration::report::Report;
 use test_migration::{Side, Spec};
 
 use super::{Move, gap};
+use crate::memory;
 
 /// Boots the machine, moves it once and ends it.
 pub(crate) fn moved(spec: &Spec) -> Result<Move> {
     let mut side = Side::boot(spec)?;
     gap::warm_up(&mut side.console, u64::from(spec.workload.span) << 8)?;
+    memory::warm_up(usize::try_from(spec.memory_mib)? << 20)?;
     let mut destination = side.begin_move(spec, None)?;
     let report = report(&mut side)?;
     let gap = gap::after(&mut destination.console)?;

@@ -10,6 +10,7 @@ use test_hosts::Qmp;
 
 use super::{Machine, Running};
 use crate::cpu_time::CpuTime;
+use crate::memory;
 use crate::switchover::{MAX_DOWNTIME_MS, Move, gap};
 
 /// Bytes a second that QEMU may send: more than it can.
@@ -22,6 +23,7 @@ impl Machine {
     /// `channels` memory goes over so many more of them (multifd).
     pub(crate) fn moved(&self, channels: usize) -> Result<Move> {
         let source = self.booted()?;
+        memory::warm_up(usize::try_from(self.memory_mib)? << 20)?;
         Ok(self.move_on(source, channels, true)?.moved)
     }
 
