@@ -116,9 +116,13 @@ impl Host {
     /// All hosts wake up as the same one; this makes them differ.
     fn give_identity(&mut self, options: &HostOptions) -> Result<()> {
         let HostOptions { name, number, .. } = options;
+        // The host's own random numbers are still those of every other.
+        let uuid = Path::new("/proc/sys/kernel/random/uuid");
+        let id = fs::read_to_string(uuid).map_err(Error::io("reading", uuid))?;
+        let id = id.trim().replace('-', "");
         let mut commands = format!(
             "hostname {name} && echo {name} >/etc/hostname &&
-             tr -d - </proc/sys/kernel/random/uuid >/etc/machine-id &&
+             echo {id} | tee /etc/machine-id >/dev/urandom &&
              ip link set lan0 address 52:54:00:08:00:{number:02x}"
         );
         // Without a wire nobody would take what the interface sends.
