@@ -13,6 +13,9 @@ use crate::machine::{Files, Machine, Memory, Storage, Wire};
 use crate::template::Template;
 use crate::{Assets, Error, Result};
 
+/// Has the kernel draw from what was written to `/dev/urandom` (`linux/random.h`).
+const RNDRESEEDCRNG: u32 = 0x5207;
+
 /// How long a command may take when nothing else is said.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -116,13 +119,14 @@ impl Host {
     /// All hosts wake up as the same one; this makes them differ.
     fn give_identity(&mut self, options: &HostOptions) -> Result<()> {
         let HostOptions { name, number, .. } = options;
-        // The host's own random numbers are still those of every other.
+        // The host's own random numbers would be those of every other: Ethernet addresses, too.
         let uuid = Path::new("/proc/sys/kernel/random/uuid");
         let id = fs::read_to_string(uuid).map_err(Error::io("reading", uuid))?;
         let id = id.trim().replace('-', "");
         let mut commands = format!(
             "hostname {name} && echo {name} >/etc/hostname &&
              echo {id} | tee /etc/machine-id >/dev/urandom &&
+             perl -e 'open R, \">\", \"/dev/urandom\"; ioctl(R, {RNDRESEEDCRNG}, 0) or die $!' &&
              ip link set lan0 address 52:54:00:08:00:{number:02x}"
         );
         // Without a wire nobody would take what the interface sends.

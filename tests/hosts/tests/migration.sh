@@ -66,7 +66,7 @@ boot() {
     at "$1" run --detach --keep --name guest --cpus 2 --memory 256M \
         --kernel /opt/guest/vmlinuz --initrd /opt/guest/initrd \
         --cmdline "console=ttyS0 quiet panic=-1 mitigations=off godwit.test=move godwit.ip=$GUEST/24 godwit.peer=$PEER" \
-        --disk "$DISK,queues=2" --net tap:tap0,mac=52:54:00:08:00:09
+        --disk "$DISK,queues=2" --net tap:tap0,mac=52:54:00:08:00:09 || exit 1
 }
 
 # Waits until the guest has done each of its works again, and again.
@@ -87,7 +87,7 @@ advanced() {
 # the guest has come hears of it later than the guest's peer.
 move() {
     within 120 runs_at "$1"
-    at "$1" migrate guest "$2" --max-downtime 2s
+    at "$1" migrate guest "$2" --max-downtime 2s || exit 1
 }
 runs_at() { at "$1" --no-legend list | grep -q "^guest  *running"; }
 
