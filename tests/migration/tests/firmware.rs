@@ -98,9 +98,8 @@ fn reads(side: &mut Side, last: u64) -> Result<u64> {
     Ok(second)
 }
 
-/// Waits until the disk has booted: the memory map must be that of 64 MiB.
-fn booted(side: &mut Side) -> Result<()> {
-    let begin = Instant::now();
+/// Waits until the disk has booted since `begin`: the memory map must be that of 64 MiB.
+fn booted(side: &mut Side, begin: Instant) -> Result<()> {
     let mut ram = 0;
     loop {
         let [start, length, kind] = numbers(side, 'm', [16, 16, 8], begin)?;
@@ -122,14 +121,16 @@ fn a_bios_boots_a_disk_and_keeps_working_wherever_it_moves() -> Result<()> {
     let folder = TempDir::new()?;
     let mut here = spec(folder.path())?;
     let mut there = elsewhere(&here, folder.path())?;
+    let begin = Instant::now();
     let mut side = Side::boot(&here)?;
-    booted(&mut side)?;
+    booted(&mut side, begin)?;
     let mut last = reads(&mut side, 1)?;
     side = side.move_on(&there)?.side;
     last = reads(&mut side, last)?;
     // It came with its firmware.
+    let begin = Instant::now();
     side.reset()?;
-    booted(&mut side)?;
+    booted(&mut side, begin)?;
     ensure!(reads(&mut side, 1)? < last + 1000, "it did not begin anew");
     (here.kind, there.kind) = (Kind::Shared, Kind::Shared);
     let last = reads(&mut side, 1)?;
@@ -157,6 +158,7 @@ fn a_firmware_of_another_size_is_refused_before_anything_is_copied() -> Result<(
         firmware: Some(PathBuf::from(SMALL)),
         ..here.clone()
     };
+    let begin = Instant::now();
     let side = Side::boot(&here)?;
     let (mut side, _, outcome) = side.try_move(&small, None)?;
     let reason = outcome["reason"].as_str().unwrap_or_default();
@@ -165,7 +167,7 @@ fn a_firmware_of_another_size_is_refused_before_anything_is_copied() -> Result<(
     if outcome["result"] != "kept" || !reason.contains(said) {
         bail!("{outcome:#}");
     }
-    booted(&mut side)?;
+    booted(&mut side, begin)?;
     side.terminate()
 }
 
@@ -177,8 +179,9 @@ fn write_golden_snapshot() -> Result<()> {
     ensure!(!path.exists(), "{} must not change", path.display());
     let folder = TempDir::new()?;
     let spec = spec(folder.path())?;
+    let begin = Instant::now();
     let mut side = Side::boot(&spec)?;
-    booted(&mut side)?;
+    booted(&mut side, begin)?;
     let files = folder.path().join("files");
     std::fs::create_dir(&files)?;
     side.snapshot(&spec, &files)?;
