@@ -80,5 +80,6 @@ mod tests {
         let time = vcpu.spawn(spin).unwrap().join().unwrap().unwrap();
         assert!(time.guest_ms > 0.0, "{time:?}");
         assert!(time.host_ms >= 0.0, "{time:?}");
+        assert!(time.host_ms < time.guest_ms, "{time:?}");
     }
 }
